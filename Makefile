@@ -1,0 +1,37 @@
+# Every target prepares what it needs; a fresh machine needs Python 3.10+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv model demo test check format clean
+
+venv:  ## .venv with attnhook, Transformers and the test tools; reused while its lock hash matches
+	@PYTHON="$(PYTHON)" bash tools/venv.sh $(VENV)
+
+model: venv  ## the default model, converted once into the cache
+	@$(BIN)/attnhook model-path
+
+demo: venv  ## a real model's real answer, where each token looked, and an HTML report
+	@mkdir -p demo
+	$(BIN)/attnhook run --layers auto --prompt-rows --html demo/report.html --out demo/records.jsonl
+	@echo "Open demo/report.html in a browser."
+
+check: venv  ## the inner loop: lint, format, types, unit tests without the model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not model and not slow"
+
+test: venv  ## everything: check and every test, with the real model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(BIN)/attnhook model-path
+	$(BIN)/pytest
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,1 @@
+"""What is made of captured attention: zones, probes, maps and comparisons over records and fingerprints."""

@@ -1,0 +1,254 @@
+"""The functions that stand in for Transformers' own while attnhook is installed.
+
+Each calls the original with its arguments unchanged; with no session listening that is all it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from attnhook.backends.transformers.frames import (
+    Frame,
+    Run,
+    is_causal_attention,
+    local,
+    model_name,
+)
+from attnhook.backends.transformers.masks import EAGER, FLASH, SDPA, family, visible
+from attnhook.backends.transformers.rebuild import check_layer
+from attnhook.capture import Session, sessions
+from attnhook.errors import UnsupportedError
+from attnhook.kernels.topk import PagedKeys
+
+Original = Callable[..., Any]
+
+
+def observing_interface(original: Original) -> Original:
+    """``AttentionInterface.get_interface`` that hands out observed attention functions."""
+
+    @wraps(original)
+    def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
+        function = original(self, implementation, default)
+        return partial(_attend, function, implementation) if sessions() else function
+
+    return get_interface
+
+
+def observing_call(original: Original) -> Original:
+    """``PreTrainedModel.__call__`` that opens a frame around the forward pass."""
+
+    @wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not sessions():
+            return original(self, *args, **kwargs)
+        return _observed_call(original, self, args, kwargs)
+
+    return __call__
+
+
+def observing_sample(original: Original) -> Original:
+    """``GenerationMixin._sample`` that tells the frames inside which tokens are prompt."""
+
+    @wraps(original)
+    def _sample(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not sessions():
+            return original(self, input_ids, *args, **kwargs)
+        config = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_return_sequences")), None)
+        chunked = getattr(config, "prefill_chunk_size", None) is not None
+        outer = local.run
+        local.run = Run(
+            choices=getattr(config, "num_return_sequences", None) or 1,
+            prompt_length=input_ids.shape[1] if chunked else None,
+        )
+        try:
+            return original(self, input_ids, *args, **kwargs)
+        finally:
+            local.run = outer
+
+    return _sample
+
+
+def observing_stop(original: Original) -> Original:
+    """``StoppingCriteriaList.__call__`` that notes which sequences are finished."""
+
+    @wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = original(self, *args, **kwargs)
+        run = local.run
+        if run is not None:
+            run.finished = done if run.finished is None else run.finished | done
+        return done
+
+    return __call__
+
+
+def eager_while_capturing(original: Original) -> Original:
+    """No automatic compilation in ``generate`` while capturing: Python does not run in a replayed graph."""
+
+    @wraps(original)
+    def _valid_auto_compile_criteria(self: Any, *args: Any, **kwargs: Any) -> bool:
+        return not sessions() and bool(original(self, *args, **kwargs))
+
+    return _valid_auto_compile_criteria
+
+
+def refusing_decoding(original: Original, mode: str) -> Original:
+    """A decoding method whose forward passes are refused by name."""
+
+    @wraps(original)
+    def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, local.refused = local.refused, mode
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            local.refused = outer
+
+    return decode
+
+
+@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator]
+def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        frame = Frame(model, args, kwargs)
+    except Exception as error:
+        for session in sessions():
+            session.refuse(error, 1)
+        return original(model, *args, **kwargs)
+    local.frames.append(frame)
+    try:
+        output = original(model, *args, **kwargs)
+    finally:
+        local.frames.pop()
+    if local.frames:
+        local.frames[-1].saw_attention |= frame.saw_attention
+    elif not frame.saw_attention:
+        error = UnsupportedError(
+            f"{type(model).__name__} ran without one call of Transformers' attention interface, so nothing could be "
+            "captured; it computes attention in its own code"
+        )
+        for session in sessions():
+            if session.model is None or session.model is model:
+                session.refuse(error, 1)
+    _finish(frame, output)
+    return output
+
+
+def _finish(frame: Frame, output: Any) -> None:
+    """Deliver what a pass captured."""
+    if frame.steps:
+        frame.finish_rows(frame.q_len, output)
+    for session, step in frame.steps.items():
+        if step is None:
+            continue
+        try:
+            if step.missing:
+                raise UnsupportedError(
+                    f"{type(frame.model).__name__}: layers {step.missing} made no causal attention call in this "
+                    "forward pass"
+                )
+            records = step.records(session.drop)
+        except Exception as error:
+            session.refuse(error, len(step.rows))
+        else:
+            session.deliver(records)
+
+
+@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator]
+def _attend(
+    function: Original,
+    implementation: str | None,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    output = function(module, query, key, value, attention_mask, *args, **kwargs)
+    frame = local.frames[-1] if local.frames else None
+    causal = kwargs.get("is_causal")
+    if frame is None or not (is_causal_attention(module) if causal is None else causal):
+        return output
+    frame.saw_attention = True
+    for session in sessions():
+        try:
+            with torch.no_grad():
+                _observe(frame, session, implementation, module, query, key, value, attention_mask, kwargs, output[0])
+        except Exception as error:
+            step = frame.steps.get(session)
+            frame.steps[session] = None  # a record without this layer would be a partial one
+            session.refuse(error, len(step.rows) if step else 1)
+    return output
+
+
+def _observe(
+    frame: Frame,
+    session: Session,
+    implementation: str | None,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+    output: torch.Tensor,
+) -> None:
+    if session in frame.steps and frame.steps[session] is None:
+        return  # refused already, or no rows to capture
+    batch, heads, q_len, head_dim = query.shape
+    frame.q_len = q_len
+    step = frame.step(session, batch, q_len, heads)
+    if step is None or module.layer_idx not in step.wanted:
+        return
+    kind = family(implementation)
+    _refuse_arguments(kwargs)
+    window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
+    device = query.device
+    source = torch.tensor([row.source for row in step.rows], device=device)
+    index = torch.tensor(frame.query_index(step), device=device)
+
+    name = (session, id(mask), key.shape[2], window)
+    if name not in frame.visible:
+        seen = visible(mask, kind, source, index, q_len, key.shape[2], window)
+        position = torch.tensor([row.position for row in step.rows], device=device)
+        if bool((seen.count > position + 1).any()):
+            raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")
+        shift = torch.zeros(batch, dtype=torch.int32, device=device)
+        shift[source] = (seen.last - position).to(torch.int32)
+        # the mask is kept so that its id stays its own
+        frame.visible[name] = seen, shift, mask
+    seen, shift, _ = frame.visible[name]
+
+    softmax: dict[str, Any] = {
+        "scale": kwargs["scaling"] if kwargs.get("scaling") is not None else head_dim**-0.5,
+        # sdpa has no soft-cap and ignores the argument: what it computes is what we report
+        "softcap": (kwargs.get("softcap") or 0.0) if kind != SDPA else 0.0,
+        "sinks": kwargs.get("s_aux") if kind != SDPA else None,
+    }
+    keys = PagedKeys.from_dense(key.detach())
+    q = query.detach().transpose(1, 2)  # [B, q_len, Hq, D]
+    q = q[0, index[0] : index[-1] + 1] if batch == 1 and _contiguous(index) else q[source, index]
+    check_layer(module, kind, q[-1], key, value, int(source[-1]), seen, softmax, output[source[-1], index[-1]])
+    step.add(module.layer_idx, q, keys, seen.last, shift, window=seen.count, **softmax)
+
+
+def _contiguous(index: torch.Tensor) -> bool:
+    return bool(index[-1] - index[0] + 1 == len(index))
+
+
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    refused = {
+        "position_bias": "a learned position bias",
+        "head_mask": "a head mask",
+        "cache": "continuous batching's paged cache",
+        "indices": "sparse attention",
+        "topk_indices": "sparse attention",
+    }
+    for name, what in refused.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"the model's attention uses {what} ({name}=), which cannot be captured yet")

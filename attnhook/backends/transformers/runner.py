@@ -1,0 +1,173 @@
+"""Run a prompt through a Transformers model with capture on: what ``attnhook run`` does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnhook.backends.transformers.default_model import NAME, default_model_path
+from attnhook.capture import capture
+from attnhook.errors import OptionError
+from attnhook.records import TokenRecord
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that prompt and answer may have together, where the model says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, its answer and their records."""
+
+    model: str
+    token_ids: list[int]  # prompt and answer
+    tokens: list[str]  # decoded text of each
+    prompt_length: int
+    text: str  # the answer
+    records: list[TokenRecord]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def load(model: str | None, dtype: str = "auto", device: str | None = None) -> Loaded:
+    """Load a hub id, a folder, a ``.gguf`` file, or the default model (None).
+
+    Raises OptionError where ``model``, ``dtype`` or ``device`` cannot be used; the message says why.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise OptionError("dtype", f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    place = str(default_model_path()) if model is None else model
+    where, extra = place, {}
+    if place.endswith(".gguf"):
+        where, extra = str(Path(place).parent), {"gguf_file": Path(place).name}
+    if os.path.sep in place and place[0] in "./~" and not os.path.exists(os.path.expanduser(place)):
+        raise OptionError("model", f"model {place!r} does not exist: give a folder, a .gguf file or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **extra
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        cause = " ".join(str(error).split())
+        raise OptionError(
+            "model",
+            f"model {place!r} cannot be loaded: {cause[:300]}; give a folder in Transformers' format, a .gguf file, or "
+            "the id of a model that is on the hub or in its local cache",
+        ) from error
+    try:
+        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    except (RuntimeError, AssertionError) as error:
+        cause = " ".join(str(error).split())
+        raise OptionError("device", f"device={device!r} cannot be used: {cause[:200]}; try --device cpu") from error
+    return Loaded(loaded, tokenizer, NAME if model is None else os.path.basename(os.path.normpath(place)))
+
+
+def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> list[int]:
+    """Token ids of the prompt, in the model's chat template if it has one and ``chat`` is set.
+
+    Raises OptionError for an empty prompt and for one that leaves no room in the context.
+    """
+    if not prompt.strip():
+        raise OptionError("prompt", "the prompt is empty: give some text with --prompt or --file")
+    tokenizer = loaded.tokenizer
+    if chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    context = loaded.context
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise OptionError(
+            "prompt",
+            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new ones that is more than the model's context "
+            f"of {context}: shorten the prompt or lower --max-new-tokens",
+        )
+    return [int(i) for i in ids]
+
+
+def answer(
+    loaded: Loaded,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda count: None,
+    **options: Any,
+) -> Answer:
+    """Generate greedily with capture on; ``progress`` is told the number of new tokens so far.
+
+    Raises OptionError or UnsupportedError as `attnhook.capture` does.
+    """
+    import torch
+
+    model = loaded.model
+    inputs = torch.tensor([ids], device=model.device)
+    streamer = _Progress(progress)
+    with capture(model=model, **options) as records:
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+        )
+    token_ids = output[0].tolist()
+    return Answer(
+        model=loaded.name,
+        token_ids=token_ids,
+        tokens=pieces(loaded.tokenizer, token_ids),
+        prompt_length=len(ids),
+        text=loaded.tokenizer.decode(token_ids[len(ids) :], skip_special_tokens=True),
+        records=list(records),
+        dropped=dict(records.dropped),
+    )
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Text of each token such that the pieces, joined, are the decoded text.
+
+    A character that several tokens share is shown whole at the last of them; the others are empty.
+    """
+    out: list[str] = []
+    start = done = 0  # decode from a little before, so that spaces between tokens survive
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:done]) if done else ""
+        text = tokenizer.decode(ids[start:end])
+        if text.endswith("�") and end < len(ids):
+            out.append("")
+            continue
+        out.append(text[len(before) :])
+        start, done = max(0, end - 3), end
+    return out
+
+
+class _Progress:
+    """A streamer (Transformers' interface: put, end) that only counts."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self._report = report
+        self._count = -1  # the first put is the prompt
+
+    def put(self, value: Any) -> None:
+        self._count += 1
+        self._report(self._count)
+
+    def end(self) -> None:
+        pass

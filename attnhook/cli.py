@@ -1,0 +1,232 @@
+"""The command line: ``attnhook run``, ``verify`` and ``model-path``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from attnhook import __version__
+from attnhook.errors import AttnhookError, OptionError
+from attnhook.options import RequestOptions, parse_layers
+
+DEFAULT_PROMPT = "Name the three primary colours, then say which two of them make green."
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Shows what a language model attends to: exactly, per token.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: attnhook's own errors become one line and exit status 2."""
+    try:
+        app()
+    except AttnhookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"attnhook {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Shows what a language model attends to: exactly, per token."""
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or hub id. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    file: Annotated[str | None, typer.Option(help="Read the prompt from this file; - is standard input.")] = None,
+    layers: Annotated[str, typer.Option(help="last, auto (four over the depth), all, or numbers such as 0,14,-1.")] = (
+        "last"
+    ),
+    heads: Annotated[str | None, typer.Option(help="Average over these query heads only, such as 0,3.")] = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="Positions to keep per token and layer, 1 to 256.")] = 8,
+    prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompt's tokens too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the records to this file, one JSON object a line.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an interactive report to this one HTML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the coloured answer.")] = False,
+) -> None:
+    """Answer a prompt and show where each generated token looked."""
+    options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
+    if heads is not None:
+        options["heads"] = parse_layers("--heads", heads)
+    RequestOptions.resolve(arguments=options)  # before anything heavy is loaded
+    if max_new_tokens < 1:
+        raise OptionError("max_new_tokens", f"--max-new-tokens {max_new_tokens} must be at least 1")
+    text = _prompt(prompt, file)
+    if not text.strip():
+        raise OptionError("prompt", "the prompt is empty: give some text with --prompt or --file")
+    for path in (out, html):
+        _check_output(path)
+
+    with _status("loading the model"):
+        from attnhook.backends.transformers import runner
+
+        loaded = runner.load(model, dtype, device)
+    ids = runner.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
+    with _progress("generating", max_new_tokens) as advance:
+        answer = runner.answer(loaded, ids, max_new_tokens=max_new_tokens, progress=advance, **options)
+
+    if out is not None:
+        _write_records(out, answer.records)
+    if html is not None:
+        _write_report(html, answer)
+    if as_json:
+        print(json.dumps(_as_json(answer)))
+        return
+    from attnhook import terminal
+
+    terminal.show(answer, Console())
+    for path in (out, html):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str | None, typer.Option(help="Check on this model; default: SmolLM2-135M-Instruct.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print versions, engines and hooks, check the numbers against eager attention, and give a verdict."""
+    from attnhook import verify as checks
+
+    with _status("checking"):
+        report = checks.run(model)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(report.to_text())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("model-path")
+def model_path() -> None:
+    """Print the folder of the default model; the first time, convert it (about 20 seconds)."""
+    from attnhook.backends.transformers.default_model import default_model_path
+
+    print(default_model_path())
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if prompt is not None and file is not None:
+        raise OptionError("prompt", "--prompt and --file were both given: choose one")
+    if prompt is not None:
+        return prompt
+    if file is None:
+        return DEFAULT_PROMPT
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError("file", f"--file {file}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _check_output(path: Path | None) -> None:
+    """Find out before the model runs whether the file can be written."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        problem = "it is a folder: name a file in it"
+    elif not folder.is_dir():
+        problem = f"the folder {folder} does not exist: create it first"
+    elif not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        problem = "no permission to write there: choose another place"
+    else:
+        return
+    raise OptionError("out", f"cannot write {path}: {problem}")
+
+
+def _write_records(path: Path, records: list[Any]) -> None:
+    """The whole file or none: written beside its place, then renamed."""
+    from attnhook.sinks.jsonl import JsonlSink
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    sink = JsonlSink()
+    try:
+        sink.open(str(scratch))
+        sink.write(records)
+        sink.close()
+        scratch.replace(path)
+    except OSError as error:
+        raise AttnhookError(f"cannot write {path}: {error}; choose another place with --out") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_report(path: Path, answer: Any) -> None:
+    from attnhook.analysis import zones
+    from attnhook.explorer import report
+
+    found = [zones.classify(record.fingerprint) for record in answer.records]
+    report.write(
+        report.Report(
+            title=answer.model,
+            subtitle=f"attnhook {__version__} on Transformers; {len(answer.records)} rows captured",
+            tokens=answer.tokens,
+            prompt_length=answer.prompt_length,
+            records=answer.records,
+            zones=[zone.name for zone in found],
+            zone_confidence=[zone.confidence for zone in found],
+            zone_legend={name: (zones.COLOURS[name], zones.MEANINGS[name]) for name in zones.ZONE_NAMES},
+        ),
+        path,
+    )
+
+
+def _as_json(answer: Any) -> dict[str, Any]:
+    entries = {True: [], False: []}  # type: dict[bool, list[dict[str, Any]]]
+    for record in answer.records:
+        entries[record.is_prompt].append(record.to_dict())
+    return {
+        "model": answer.model,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "token_ids": answer.token_ids,
+        "prompt_length": answer.prompt_length,
+        "attention_tokens": entries[False],
+        "prompt_attention_tokens": entries[True],
+        "dropped": dict(answer.dropped),
+    }
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Any]:
+    columns = (SpinnerColumn(), TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.update(task, completed=count)

@@ -1,0 +1,30 @@
+"""The exceptions that attnhook raises; each message says the cause, the value seen and the remedy."""
+
+from __future__ import annotations
+
+
+class AttnhookError(Exception):
+    """Base class of every error that attnhook raises on purpose."""
+
+
+class OptionError(AttnhookError, ValueError):
+    """An option, request field or environment variable has an unknown name or a bad value.
+
+    ``field`` is the name as the caller wrote it, so that a server can put it in its HTTP 400.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnsupportedError(AttnhookError, NotImplementedError):
+    """The engine, model or decoding mode does something that cannot be captured exactly."""
+
+
+class PluginError(AttnhookError, RuntimeError):
+    """A plugin, backend or sink could not be found, loaded or opened."""
+
+
+class RecordError(AttnhookError, ValueError):
+    """Bytes or JSON that are not a token record of a schema version that this release reads."""

@@ -1,0 +1,1 @@
+"""Kernels that reduce attention next to the key cache."""

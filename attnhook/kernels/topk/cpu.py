@@ -1,0 +1,259 @@
+"""Top-k attention as vectorised torch: the path for CPUs and for devices without Triton.
+
+Rows of one request at consecutive positions (a prompt, or one decode row) are computed together. The
+logits of a block of rows are the only scratch, at most `_SCRATCH_ELEMENTS` floats unless one row needs
+more, so memory never grows with rows x keys.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from attnhook.fingerprint import BIN_STARTS, BINS
+from attnhook.kernels.topk.types import PagedKeys, TopK
+
+_SCRATCH_ELEMENTS = 1 << 20  # logits per block of rows: 4 MiB, about a core's cache
+_KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
+_scratch = threading.local()
+
+
+def topk_attention(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | torch.Tensor = -1,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
+    first_reported: torch.Tensor | None = None,
+) -> TopK:
+    """See `attnhook.kernels.topk.topk_attention`."""
+    rows, heads, head_dim = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    new = {"dtype": dtype, "device": q.device}
+    out = TopK(
+        torch.full((rows, top_k), -1, dtype=torch.int32, device=q.device),
+        torch.zeros((rows, top_k), **new),
+        torch.zeros((rows, BINS), **new),
+        torch.zeros((rows,), **new),
+        torch.zeros((rows, 0 if spans is None else spans.shape[1]), **new),
+    )
+    requests, positions = row_request.tolist(), row_position.tolist()
+    widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
+    firsts = [0 if w < 0 else max(0, p - w + 1) for p, w in zip(positions, widths, strict=True)]
+    span_list = None if spans is None else spans.tolist()
+    masks = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], heads)
+    report_from = None if first_reported is None else first_reported.tolist()
+    view = keys.pages(head_dim)
+
+    for start, stop in _runs(requests, positions):
+        request = requests[start]
+        low, high = min(firsts[start:stop]), positions[stop - 1]
+        k = _gather(view, keys, request, low, high + 1)
+        mask = None if masks is None else masks[request].bool()
+        block = max(1, _SCRATCH_ELEMENTS // (heads * (high + 1 - low)))
+        for t in range(start, stop, block):
+            end = min(t + block, stop)
+            first = min(firsts[t:end])
+            attention, lead = _attention(
+                q[t:end], k[first - low : positions[end - 1] + 1 - low], positions[t], first, firsts[t:end],
+                dtype=dtype, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask,
+                k_scale=keys.k_scale,
+            )  # fmt: skip
+            _reduce(
+                attention, lead, first, positions[t], firsts[t:end], TopK(*(x[t:end] for x in out)),
+                normalise=sinks is not None,
+                spans=() if span_list is None else span_list[request],
+                report_from=0 if report_from is None else report_from[request],
+            )  # fmt: skip
+    return out
+
+
+def _runs(requests: list[int], positions: list[int]) -> Iterator[tuple[int, int]]:
+    """Slices of rows that belong to one request and stand at consecutive positions."""
+    start = 0
+    for t in range(1, len(requests) + 1):
+        if t == len(requests) or requests[t] != requests[start] or positions[t] != positions[t - 1] + 1:
+            yield start, t
+            start = t
+
+
+def _gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: int) -> torch.Tensor:
+    """Stored keys ``[high - low, Hkv, D]`` of positions low..high-1: a view where one page holds them."""
+    first, last = low // keys.page_size, (high - 1) // keys.page_size
+    offset = low - first * keys.page_size
+    if first == last:
+        return view[int(keys.page_table[request, first])][offset : offset + high - low]
+    pages = keys.page_table[request, first : last + 1].long()
+    return view[pages].flatten(0, 1)[offset : offset + high - low]
+
+
+def _buffer(name: str, size: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A flat scratch tensor, kept per thread so that a step faults no fresh memory in."""
+    if size > _SCRATCH_ELEMENTS:
+        return torch.empty(size, dtype=dtype, device=like.device)
+    key = (name, like.device, dtype)
+    cached = _scratch.__dict__.get(key)  # type: ignore[call-overload]
+    if cached is None or cached.numel() < size:
+        cached = torch.empty(size, dtype=dtype, device=like.device)
+        _scratch.__dict__[key] = cached  # type: ignore[index]
+    return cached[:size]
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: int,
+    first: int,
+    firsts: list[int],
+    *,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    k_scale: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, int]:
+    """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first..; invisible keys hold 0.
+
+    The R - 1 leading zeros let `_reduce` read the rows along equal distances.
+    """
+    rows, heads, head_dim = q.shape
+    count, kv_heads, _ = k.shape
+    group = heads // kv_heads
+    # [Hkv, G * R, D]: a kv head's queries of all rows meet its keys in one product
+    lhs = (q.to(dtype) * scale).transpose(0, 1).reshape(kv_heads, group * rows, head_dim)
+    if k_scale is not None:
+        factor = torch.as_tensor(k_scale, dtype=dtype, device=q.device)
+        lhs = lhs * (factor.view(-1, 1, 1) if factor.dim() else factor)
+    width = count + (sinks is not None)
+    z = _buffer("logits", heads * rows * width, q, dtype).view(kv_heads, group * rows, width)
+    step = count if k.dtype == dtype else _KEY_BLOCK
+    for c in range(0, count, step):
+        torch.bmm(lhs, k[c : c + step].to(dtype).permute(1, 2, 0), out=z[:, :, c : min(c + step, count)])
+    z = z.view(heads, rows, width)  # heads outermost: their mean is a sum of whole blocks
+    seen = z[..., :count]
+    if alibi_slopes is not None:
+        s = torch.arange(first, first + count, device=q.device, dtype=dtype)
+        p = torch.arange(position, position + rows, device=q.device, dtype=dtype)
+        seen += alibi_slopes.to(dtype).view(heads, 1, 1) * (s - p[:, None])
+    hidden_keys = list(_hidden(rows, count, position, first, firsts, q.device))
+    for columns, hidden in hidden_keys:
+        seen[..., columns].masked_fill_(hidden, 0.0)  # poison behind the row's position is not the row's
+    # before the soft-cap and softmax, which would make an infinity look like a number
+    logit_sums = seen.sum(-1)  # [Hq, R]
+    if softcap:
+        seen.div_(softcap).tanh_().mul_(softcap)
+    if sinks is not None:
+        z[..., count] = sinks.to(dtype).view(heads, 1)
+    for columns, hidden in hidden_keys:
+        seen[..., columns].masked_fill_(hidden, -math.inf)
+
+    p_h = _buffer("probabilities", z.numel(), q, dtype).view(z.shape)
+    torch.softmax(z, dim=-1, out=p_h)
+    p_h = p_h[..., :count]
+    lead = rows - 1
+    attention = _buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
+    attention[:, :lead] = 0
+    if mask is None:
+        torch.sum(p_h, dim=0, out=attention[:, lead:])
+        attention[:, lead:] *= 1 / heads
+    else:
+        torch.sum(p_h[mask], dim=0, out=attention[:, lead:])
+        attention[:, lead:] *= 1 / int(mask.sum())
+        logit_sums = logit_sums[mask]
+    broken = ~torch.isfinite(logit_sums).all(0)
+    if bool(broken.any()):
+        attention[broken, lead:] = math.nan
+    return attention, lead
+
+
+def _hidden(
+    rows: int, count: int, position: int, first: int, firsts: list[int], device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Column slices with a mask ``[R, columns]`` of the keys that a row does not see; few columns each."""
+    if rows > 1:  # the causal edge: row r sees column position + r - first and none behind it
+        edge = position - first + 1
+        columns = torch.arange(edge, count, device=device)
+        yield slice(edge, count), columns[None, :] > torch.arange(edge - 1, edge - 1 + rows, device=device)[:, None]
+    last = max(firsts) - first
+    if last > 0:  # the window's edge
+        starts = torch.tensor(firsts, device=device) - first
+        yield slice(0, last), torch.arange(last, device=device)[None, :] < starts[:, None]
+
+
+def _reduce(
+    attention: torch.Tensor,
+    lead: int,
+    first: int,
+    position: int,
+    firsts: list[int],
+    out: TopK,
+    *,
+    normalise: bool,
+    spans: list[list[int]] | tuple[()],
+    report_from: int,
+) -> None:
+    """Fill ``out`` for one block of rows from their attention ``[R, lead + N]``."""
+    rows, width = attention.shape
+    count = width - lead
+    a = attention[:, lead:]
+    # Row r holds distance d at column position + r - first - d, so rows shifted by one column each line
+    # the distances up: by_distance[r, u] is the key at distance count - 1 - u.
+    by_distance = attention.as_strided((rows, count), (width + 1, 1), attention.storage_offset())
+    for i, start in enumerate(BIN_STARTS):
+        if start >= count:
+            break
+        end = min(BIN_STARTS[i + 1], count) if i + 1 < BINS else count
+        torch.sum(by_distance[:, count - end : count - start], dim=-1, out=out.histogram[:, i])
+    for n, (start, end) in enumerate(spans):
+        low, high = max(start - first, 0), min(end - first, count)
+        if low < high:
+            torch.sum(a[:, low:high], dim=-1, out=out.span_mass[:, n])
+
+    visible = torch.arange(position + 1, position + 1 + rows, device=a.device) - torch.tensor(firsts, device=a.device)
+    logs = torch.clamp(a, min=torch.finfo(a.dtype).tiny).log_()
+    entropy = -torch.linalg.vecdot(a, logs)
+    if normalise:  # H(a / S) = H(a) / S + ln S
+        total = out.histogram.sum(-1)
+        entropy = entropy / total + total.log()
+    # one visible key: ln 1 = 0, so 0 / tiny is 0 and NaN stays NaN
+    torch.div(entropy, visible.to(a.dtype).log_().clamp_(min=torch.finfo(a.dtype).tiny), out=out.entropy)
+    one = visible == 1
+    if bool(one.any()):
+        out.entropy[one] = torch.where(torch.isfinite(a[one].sum(-1)), 0.0, math.nan).to(a.dtype)
+    _select(a, first, position, firsts, report_from, out)
+
+
+def _select(
+    a: torch.Tensor, first: int, position: int, firsts: list[int], report_from: int, out: TopK
+) -> None:
+    """Exact top k of each row of ``a``, ties to the lower position."""
+    rows, count = a.shape
+    for columns, hidden in _hidden(rows, count, position, first, firsts, a.device):
+        a[:, columns].masked_fill_(hidden, -1.0)  # after the sums: invisible keys must not win a tie at 0
+    if report_from > first:
+        a[:, : report_from - first] = -1.0
+    top_k = out.scores.shape[1]
+    k = min(top_k + 1, count)  # one more than asked shows a tie across the cut
+    values, columns = torch.topk(a, k, dim=-1)
+    tied = (values[:, 1:] == values[:, :-1]).any(-1)
+    if bool(tied.any()):
+        ordered = torch.sort(a[tied], dim=-1, descending=True, stable=True)
+        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    k = min(k, top_k)
+    values, columns = values[:, :k], columns[:, :k]
+    reported = values >= 0
+    out.scores[:, :k] = torch.where(reported, values, 0.0)
+    out.positions[:, :k] = torch.where(reported, columns + first, -1).int()

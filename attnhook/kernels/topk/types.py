@@ -1,0 +1,105 @@
+"""What the top-k attention kernels take and return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class TopK(NamedTuple):
+    """Result of `topk_attention` for T rows."""
+
+    positions: torch.Tensor  # int32 [T, k]; -1 behind the last reportable key
+    scores: torch.Tensor  # float32 [T, k]; attention probabilities, descending
+    histogram: torch.Tensor  # float32 [T, 16]; fingerprint.BIN_STARTS gives the bins
+    entropy: torch.Tensor  # float32 [T]; normalised to [0, 1]
+    span_mass: torch.Tensor  # float32 [T, n]
+
+
+@dataclass(frozen=True)
+class PagedKeys:
+    """A strided view of the key cache; one description serves every engine's layout.
+
+    Element d of kv head h of slot j of page g lies at
+    ``cache.data[offset + g * strides[0] + j * strides[1] + h * strides[2] + d * strides[3]]``, in
+    elements from the start of ``cache``'s view. Position s of request r is slot ``s % page_size`` of page
+    ``page_table[r, s // page_size]``.
+
+    ``k_scale`` multiplies the stored keys (FP8 caches): one float, or one per kv head.
+    """
+
+    cache: torch.Tensor  # any shape; strides below describe it
+    page_table: torch.Tensor  # int32 or int64 [R, pages]
+    page_size: int
+    strides: tuple[int, int, int, int]  # page, slot, kv head, dim; in elements
+    num_kv_heads: int
+    k_scale: torch.Tensor | float | None = None
+
+    @classmethod
+    def from_dense(cls, k: torch.Tensor, k_scale: torch.Tensor | float | None = None) -> PagedKeys:
+        """One page per request for keys ``[R, Hkv, N, D]`` (any strides), as Transformers caches them."""
+        requests, heads, slots, _ = k.shape
+        table = torch.arange(requests, dtype=torch.int32, device=k.device).view(requests, 1)
+        strides = (k.stride(0), k.stride(2), k.stride(1), k.stride(3))
+        return cls(k, table, slots, strides, heads, k_scale)
+
+    @property
+    def max_keys(self) -> int:
+        """Most keys that the page table can address per request."""
+        return self.page_table.shape[1] * self.page_size
+
+    def pages(self, head_dim: int) -> torch.Tensor:
+        """The cache as ``[pages, slot, kv head, dim]`` without a copy."""
+        page, slot, head, dim = self.strides
+        inner = (self.page_size - 1) * slot + (self.num_kv_heads - 1) * head + (head_dim - 1) * dim
+        storage = self.cache.untyped_storage().nbytes() // self.cache.element_size()
+        room = storage - self.cache.storage_offset() - inner
+        # a stride of 0 makes every page number the same page
+        count = 2**31 - 1 if page == 0 else max((room - 1) // page + 1, 0)
+        return self.cache.as_strided((count, self.page_size, self.num_kv_heads, head_dim), self.strides)
+
+
+def check_inputs(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    top_k: int,
+    window: int | torch.Tensor,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    head_mask: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    first_reported: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where shapes disagree; reads no device value."""
+    if q.dim() != 3:
+        raise ValueError(f"q must be [rows, query heads, head_dim], got shape {tuple(q.shape)}")
+    rows, heads, _ = q.shape
+    requests = keys.page_table.shape[0]
+    if keys.page_table.dim() != 2:
+        raise ValueError(f"page_table must be [requests, pages], got shape {tuple(keys.page_table.shape)}")
+    if keys.num_kv_heads < 1 or heads % keys.num_kv_heads:
+        raise ValueError(f"{heads} query heads do not divide into {keys.num_kv_heads} kv heads")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    expected: list[tuple[str, torch.Tensor | None, tuple[tuple[int, ...], ...]]] = [
+        ("row_request", row_request, ((rows,),)),
+        ("row_position", row_position, ((rows,),)),
+        ("window", window if isinstance(window, torch.Tensor) else None, ((rows,),)),
+        ("sinks", sinks, ((heads,),)),
+        ("alibi_slopes", alibi_slopes, ((heads,),)),
+        ("head_mask", head_mask, ((heads,), (requests, heads))),
+        ("spans", spans, ((requests, spans.shape[1] if spans is not None and spans.dim() == 3 else 0, 2),)),
+        ("first_reported", first_reported, ((requests,),)),
+    ]
+    for name, tensor, shapes in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: move it there")

@@ -1,0 +1,148 @@
+"""Turning attnhook on and off in a process: `install`, `uninstall` and the shared engine hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from attnhook import plugins
+from attnhook.backends import Installation
+from attnhook.capture import Session
+from attnhook.delivery import Delivery
+from attnhook.errors import PluginError, UnsupportedError
+from attnhook.options import CaptureOptions
+
+_lock = threading.RLock()
+_installations: dict[str, Installation] = {}
+_users = 0  # install() and every open capture() hold the hooks
+_process: _Process | None = None
+
+
+class _Process:
+    """What `install` set up: the options and, where there are sinks, a session that feeds them."""
+
+    def __init__(self, options: CaptureOptions) -> None:
+        self.options = options
+        self.delivery = Delivery.from_urls(options.sinks, queue_size=options.queue_size) if options.sinks else None
+        self.session: Session | None = None
+        if self.delivery is not None:
+            self.session = Session(options.request, self.delivery.put, strict=False)
+            self.session.__enter__()
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.__exit__()
+        if self.delivery is not None:
+            self.delivery.close()
+
+
+def install(**options: Any) -> dict[str, Installation]:
+    """Hook every engine that is installed here, now or when it is imported; return them by name.
+
+    With ``sinks=["jsonl:records.jsonl"]`` (or ``ATTNHOOK_SINKS``) every forward pass is captured into them;
+    without sinks nothing is captured until `capture` asks. The other options are those of `capture`.
+    Calling it again with the same options changes nothing; with others it switches to them.
+
+    Raises
+    ------
+    OptionError
+        An option or ``ATTNHOOK_*`` variable is unknown or out of range.
+    PluginError
+        A plugin or sink cannot be loaded or opened, or no supported engine is installed.
+    UnsupportedError
+        An installed engine lacks a hook point; the message names it, its version and the remedy.
+    """
+    global _process, _users
+    resolved = CaptureOptions.resolve(options)
+    with _lock:
+        if _process is not None and _process.options == resolved:
+            return dict(_installations)
+        first = _process is None
+        if first:
+            _acquire(resolved)
+        else:
+            _process.close()  # type: ignore[union-attr]
+        try:
+            _process = _Process(resolved)
+        except BaseException:
+            _process = None
+            _release()
+            raise
+        return dict(_installations)
+
+
+def uninstall() -> None:
+    """Undo `install`: close the sinks (everything queued is written first) and unhook the engines.
+
+    Engines stay hooked while a `capture` block is open. Harmless when nothing is installed.
+    """
+    global _process
+    with _lock:
+        if _process is not None:
+            _process.close()
+            _process = None
+            _release()
+
+
+def any_engine() -> bool:
+    """Whether an engine that a backend knows is installed here; imports none."""
+    return any(backend.available() for backend in plugins.backends().values())
+
+
+def installed() -> dict[str, Installation]:
+    """Hooked engines by name; empty when attnhook is off."""
+    with _lock:
+        return dict(_installations)
+
+
+def sink_stats() -> dict[str, Any]:
+    """Per sink of `install`: queued, written and dropped counts, by reason."""
+    with _lock:
+        if _process is None or _process.delivery is None:
+            return {}
+        return _process.delivery.stats()
+
+
+@contextmanager
+def hooks(options: CaptureOptions) -> Iterator[None]:
+    """Keep the engines hooked inside the block."""
+    with _lock:
+        _acquire(options)
+    try:
+        yield
+    finally:
+        with _lock:
+            _release()
+
+
+def _acquire(options: CaptureOptions) -> None:
+    global _users
+    if _users == 0:
+        found = plugins.backends()
+        usable = {name: backend for name, backend in found.items() if backend.available()}
+        if not usable:
+            raise PluginError(
+                f"none of the engines {', '.join(found)} is installed here: pip install 'attnhook[transformers]', "
+                "or the engine that you want to watch"
+            )
+        try:
+            for name, backend in usable.items():
+                _installations[name] = backend.install(options)
+        except UnsupportedError:
+            _remove()
+            raise
+    _users += 1
+
+
+def _release() -> None:
+    global _users
+    _users -= 1
+    if _users == 0:
+        _remove()
+
+
+def _remove() -> None:
+    for name in list(_installations):
+        _installations.pop(name).uninstall()

@@ -1,0 +1,284 @@
+"""What to capture: options per request and per process, from one precedence, validated once.
+
+Request field > call argument > environment (``ATTNHOOK_*``) > default. An unknown name or a value out
+of range raises `OptionError` with the field as the caller wrote it, the value and the allowed range.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from attnhook.errors import OptionError
+from attnhook.records import MODES, Mode
+
+LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
+
+TOP_K_MAX = 256
+_AUTO_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What one request wants captured."""
+
+    top_k: int = 32
+    layers: LayerSpec = "last"
+    heads: tuple[int, ...] | None = None  # average over these query heads; None: all
+    mode: Mode = "raw"
+    prompt: bool = False  # prompt rows too
+    stride: int = 1  # every n-th generated row
+    max_tokens: int = 4096  # at most this many generated rows
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # half-open position ranges
+    mask_prefix: int = 0  # positions below it are never reported
+
+    @classmethod
+    def resolve(
+        cls,
+        request: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> RequestOptions:
+        """Merge the three sources; ``request`` is an HTTP body, whose unrelated fields are left alone.
+
+        Raises OptionError for an unknown or bad field.
+        """
+        values: dict[str, Any] = {}
+        environ = os.environ if environ is None else environ
+        for name, spec in _FIELDS.items():
+            if spec.env in environ:
+                values[name] = spec.check(spec.env, spec.parse(spec.env, environ[spec.env]))
+        for name, value in (arguments or {}).items():
+            if name not in _FIELDS:
+                raise OptionError(name, f"unknown option {name!r}{_hint(name, _FIELDS)}")
+            values[name] = _FIELDS[name].check(name, value)
+        by_json = {spec.json: name for name, spec in _FIELDS.items()}
+        for key, value in (request or {}).items():
+            if key in by_json:
+                values[by_json[key]] = _FIELDS[by_json[key]].check(key, value)
+            elif key.startswith("attention_"):
+                raise OptionError(key, f"unknown field {key!r}{_hint(key, by_json)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What one process captures when no call says otherwise, and where records go."""
+
+    request: RequestOptions = field(default_factory=RequestOptions)
+    sinks: tuple[str, ...] = ()
+    queue_size: int = 65536  # records that may wait for each sink
+
+    @classmethod
+    def resolve(
+        cls, arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    ) -> CaptureOptions:
+        """Options from call arguments (``sinks``, ``queue_size`` and those of a request) and environment.
+
+        Raises OptionError for an unknown or bad argument or ``ATTNHOOK_*`` variable.
+        """
+        environ = os.environ if environ is None else environ
+        known = {*(spec.env for spec in _FIELDS.values()), *_PROCESS_VARIABLES}
+        for variable in environ:
+            if variable.startswith("ATTNHOOK_") and variable not in known:
+                raise OptionError(variable, f"unknown environment variable {variable}{_hint(variable, known)}")
+        arguments = dict(arguments or {})
+        values: dict[str, Any] = {}
+        if environ.get("ATTNHOOK_SINKS", "").strip():
+            values["sinks"] = tuple(url.strip() for url in environ["ATTNHOOK_SINKS"].split(",") if url.strip())
+        if "ATTNHOOK_QUEUE_SIZE" in environ:
+            size = _parse_int("ATTNHOOK_QUEUE_SIZE", environ["ATTNHOOK_QUEUE_SIZE"])
+            values["queue_size"] = _between(1, 10**8)("ATTNHOOK_QUEUE_SIZE", size)
+        if "sinks" in arguments:
+            values["sinks"] = _check_sinks("sinks", arguments.pop("sinks"))
+        if "queue_size" in arguments:
+            values["queue_size"] = _between(1, 10**8)("queue_size", arguments.pop("queue_size"))
+        return cls(request=RequestOptions.resolve(arguments=arguments, environ=environ), **values)
+
+
+def enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ``ATTNHOOK`` asks for capture. Raises OptionError unless it is unset, empty, 0 or 1."""
+    value = (os.environ if environ is None else environ).get("ATTNHOOK", "")
+    if value not in ("", "0", "1"):
+        raise OptionError("ATTNHOOK", f"ATTNHOOK={value!r}: set it to 1 to turn attnhook on, or unset it")
+    return value == "1"
+
+
+def resolve_layers(spec: LayerSpec, available: Sequence[int], name: str = "layers") -> tuple[int, ...]:
+    """Layer numbers, ascending, that ``spec`` selects among the model's attention layers.
+
+    Negative numbers count from the end of ``available``. Raises OptionError for a layer that the model does
+    not have, with the range that it has.
+    """
+    layers = sorted(available)
+    if spec == "last":
+        return (layers[-1],)
+    if spec == "all":
+        return tuple(layers)
+    if spec == "auto":
+        count = min(_AUTO_LAYERS, len(layers))
+        return tuple(layers[(i + 1) * len(layers) // count - 1] for i in range(count))
+    chosen = set()
+    for layer in spec:
+        number = layers[layer] if -len(layers) <= layer < 0 else layer
+        if number not in layers:
+            dense = layers == list(range(len(layers)))
+            have = f"0..{len(layers) - 1}" if dense else ", ".join(map(str, layers))
+            raise OptionError(
+                name,
+                f"{name}: layer {layer} does not exist: the model's attention layers are {have} "
+                f"(or -{len(layers)}..-1 from the end)",
+            )
+        chosen.add(number)
+    return tuple(sorted(chosen))
+
+
+def check_heads(heads: tuple[int, ...] | None, count: int, name: str = "heads") -> None:
+    """Raise OptionError where a selected query head is not in 0..count-1."""
+    for head in heads or ():
+        if not 0 <= head < count:
+            raise OptionError(name, f"{name}: head {head} does not exist: the model's query heads are 0..{count - 1}")
+
+
+def _hint(name: str, known: Mapping[str, Any] | set[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _parse_int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(name, f"{name}={text!r} is not a whole number") from None
+
+
+def _parse_bool(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise OptionError(name, f"{name}={text!r} must be 0 or 1")
+    return text == "1"
+
+
+def _parse_ints(name: str, text: str) -> tuple[int, ...]:
+    return tuple(_parse_int(name, part.strip()) for part in text.split(","))
+
+
+def parse_layers(name: str, text: str) -> LayerSpec:
+    """``"last"``, ``"auto"``, ``"all"`` or comma-separated numbers, as typed by a person."""
+    if text in ("last", "auto", "all"):
+        return text  # type: ignore[return-value]
+    try:
+        return _parse_ints(name, text)
+    except OptionError:
+        raise OptionError(name, f"{name}={text!r} must be last, auto, all or layer numbers such as 0,14,-1") from None
+
+
+def _parse_spans(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise OptionError(name, f'{name}={text!r} must be JSON such as {{"system": [0, 40]}}') from None
+
+
+def _between(low: int, high: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise OptionError(name, f"{name}={value!r} must be a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(name, f"{name}={value!r} must be true or false")
+    return value
+
+
+def _check_ints(name: str, value: Any, low: int | None = None) -> tuple[int, ...]:
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not value
+        or any(isinstance(item, bool) or not isinstance(item, int) for item in value)
+        or (low is not None and min(value) < low)
+    ):
+        wanted = "whole numbers" if low is None else f"whole numbers from {low} up"
+        raise OptionError(name, f"{name}={value!r} must be a non-empty list of {wanted}")
+    return tuple(dict.fromkeys(value))
+
+
+def _check_layers(name: str, value: Any) -> LayerSpec:
+    if isinstance(value, str) and value in ("last", "auto", "all"):
+        return value  # type: ignore[return-value]
+    try:
+        return _check_ints(name, value)
+    except OptionError:
+        raise OptionError(
+            name, f'{name}={value!r} must be "last", "auto", "all" or a list of layer numbers such as [0, 14, -1]'
+        ) from None
+
+
+def _check_heads(name: str, value: Any) -> tuple[int, ...] | None:
+    return None if value is None else _check_ints(name, value, low=0)
+
+
+def _check_mode(name: str, value: Any) -> Mode:
+    if value not in MODES:
+        raise OptionError(name, f"{name}={value!r} must be one of {', '.join(MODES)}")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
+    if not isinstance(value, Mapping):
+        raise OptionError(name, f"{name}={value!r} must map names to [start, end] position ranges")
+    if len(value) > 255:
+        raise OptionError(name, f"{name} has {len(value)} spans; at most 255 are allowed")
+    spans = {}
+    for label, bounds in value.items():
+        if (
+            not isinstance(label, str)
+            or not label
+            or not isinstance(bounds, Sequence)
+            or len(bounds) != 2
+            or any(isinstance(b, bool) or not isinstance(b, int) for b in bounds)
+            or not 0 <= bounds[0] < bounds[1] < 2**31
+        ):
+            raise OptionError(
+                name, f"{name}: {label!r}: {bounds!r} must be a name with [start, end] positions, 0 <= start < end"
+            )
+        spans[label] = (bounds[0], bounds[1])
+    return spans
+
+
+def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
+    urls = (value,) if isinstance(value, str) else value
+    if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):
+        raise OptionError(name, f"{name}={value!r} must be sink URLs such as jsonl:records.jsonl")
+    return tuple(urls)
+
+
+@dataclass(frozen=True)
+class _Field:
+    json: str
+    env: str
+    parse: Callable[[str, str], Any]
+    check: Callable[[str, Any], Any]
+
+
+_FIELDS: dict[str, _Field] = {
+    "top_k": _Field("top_k_attention", "ATTNHOOK_TOP_K", _parse_int, _between(1, TOP_K_MAX)),
+    "layers": _Field("attention_layers", "ATTNHOOK_LAYERS", parse_layers, _check_layers),
+    "heads": _Field("attention_heads", "ATTNHOOK_HEADS", _parse_ints, _check_heads),
+    "mode": _Field("attention_mode", "ATTNHOOK_MODE", lambda _, text: text, _check_mode),
+    "prompt": _Field("attention_prompt", "ATTNHOOK_PROMPT", _parse_bool, _check_bool),
+    "stride": _Field("attention_stride", "ATTNHOOK_STRIDE", _parse_int, _between(1, 10**6)),
+    "max_tokens": _Field("attention_max_tokens", "ATTNHOOK_MAX_TOKENS", _parse_int, _between(1, 10**7)),
+    "spans": _Field("attention_spans", "ATTNHOOK_SPANS", _parse_spans, _check_spans),
+    "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
+}
+
+_PROCESS_VARIABLES = {"ATTNHOOK_SINKS", "ATTNHOOK_QUEUE_SIZE", "ATTNHOOK_KERNEL", "ATTNHOOK_CACHE"}

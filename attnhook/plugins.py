@@ -1,0 +1,104 @@
+"""The plugin manager: built-ins are registered like any third party, then entry points are loaded."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from importlib import metadata
+
+import pluggy
+
+from attnhook import hookspecs
+from attnhook.backends import Backend
+from attnhook.errors import PluginError
+from attnhook.sinks import Sink
+
+GROUP = "attnhook"
+BUILT_INS = ("attnhook.backends", "attnhook.sinks")
+
+_lock = threading.Lock()
+_manager: pluggy.PluginManager | None = None
+
+
+def manager() -> pluggy.PluginManager:
+    """The process's plugin manager, made and filled on first use.
+
+    Raises PluginError naming the plugin, where an installed one cannot be loaded.
+    """
+    global _manager
+    with _lock:
+        if _manager is None:
+            pm = pluggy.PluginManager(hookspecs.PROJECT)
+            pm.add_hookspecs(hookspecs)
+            for name in BUILT_INS:
+                pm.register(importlib.import_module(name), name=name)
+            _load_entry_points(pm)
+            _manager = pm
+        return _manager
+
+
+def _load_entry_points(pm: pluggy.PluginManager) -> None:
+    for distribution in metadata.distributions():
+        for entry in distribution.entry_points:
+            if entry.group != GROUP or pm.get_plugin(entry.name) is not None:
+                continue
+            try:
+                pm.register(entry.load(), name=entry.name)
+                pm.check_pending()
+            except Exception as error:
+                raise PluginError(
+                    f"attnhook plugin {entry.name!r} ({entry.value}, from {distribution.metadata['Name']}) cannot be "
+                    f"loaded: {type(error).__name__}: {error}. Mend it or uninstall it."
+                ) from error
+
+
+def backends() -> dict[str, Backend]:
+    """Registered backends by name, built-ins first."""
+    found: dict[str, Backend] = {}
+
+    def register(backend: Backend) -> None:
+        if not isinstance(backend, Backend):
+            raise PluginError(
+                f"{backend!r} was registered as a backend but lacks one of name, available, version, install"
+            )
+        if backend.name in found:
+            raise PluginError(
+                f"two backends are called {backend.name!r}: {found[backend.name]!r} and {backend!r}. Rename one."
+            )
+        found[backend.name] = backend
+
+    # pluggy calls the last registered first; the order here is that of registration
+    for call in manager().hook.attnhook_register_backends.get_hookimpls():
+        call.function(register)
+    return found
+
+
+def sink_classes() -> dict[str, type[Sink]]:
+    """Registered sink classes by URL scheme, built-ins first."""
+    found: dict[str, type[Sink]] = {}
+
+    def register(scheme: str, sink: type[Sink]) -> None:
+        if not (isinstance(sink, type) and issubclass(sink, Sink)):
+            raise PluginError(f"{sink!r} was registered as sink {scheme!r} but is no subclass of attnhook.sinks.Sink")
+        if scheme in found:
+            raise PluginError(f"two sinks are called {scheme!r}: {found[scheme]!r} and {sink!r}. Rename one.")
+        found[scheme] = sink
+
+    for call in manager().hook.attnhook_register_sinks.get_hookimpls():
+        call.function(register)
+    return found
+
+
+def open_sink(url: str) -> Sink:
+    """Open the sink that ``scheme:config`` names.
+
+    Raises PluginError where the scheme is unknown (listing the known ones) or the sink cannot open.
+    """
+    scheme, colon, config = url.partition(":")
+    classes = sink_classes()
+    if scheme not in classes or not colon:
+        known = ", ".join(f"{name}:" for name in classes)
+        raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")
+    sink = classes[scheme]()
+    sink.open(config)
+    return sink

@@ -1,0 +1,43 @@
+"""Shared fixtures: the real SmolLM2-135M-Instruct, loaded once per test run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in [name for name in os.environ if name.startswith("ATTNHOOK") and name != "ATTNHOOK_CACHE"]:
+    del os.environ[name]  # a developer's settings must not change what the tests see
+
+
+@pytest.fixture(scope="session")
+def smol_path() -> str:
+    """Folder of the default model, converted on first use."""
+    from attnhook.backends.transformers.default_model import default_model_path
+
+    return str(default_model_path())
+
+
+@pytest.fixture(scope="session")
+def smol(smol_path: str) -> Any:
+    """SmolLM2 in float32 with sdpa attention."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smol_path, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smol_path: str) -> Any:
+    """SmolLM2's tokenizer, padding on the left."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smol_path, padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def long_text() -> str:
+    """A few thousand tokens of real English: our own design notes and licence."""
+    return (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")

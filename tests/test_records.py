@@ -1,0 +1,285 @@
+"""TokenRecord: the binary row loses nothing and refuses damage; the JSON is the one of the HTTP interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from attnhook import fingerprint as fp
+from attnhook.errors import RecordError
+from attnhook.records import MODES, PHASES, TokenRecord, fill_zones
+
+NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
+FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
+ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass")
+
+
+def _floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(np.float32, shape, elements=st.floats(0, 1, width=32))
+
+
+@st.composite
+def _fingerprints(draw: st.DrawFn, layers: int) -> np.ndarray:
+    weights = draw(hnp.arrays(np.float64, (layers, fp.BINS), elements=st.floats(0, 1)))
+    return fp.assemble(weights / np.maximum(weights.sum(-1, keepdims=True), 1), draw(_floats(layers)))
+
+
+@st.composite
+def token_records(draw: st.DrawFn) -> TokenRecord:
+    layers = draw(st.integers(1, 4))
+    k = draw(st.integers(0, 6))
+    spans = tuple(draw(st.lists(NAMES, max_size=3, unique=True)))
+    return TokenRecord(
+        request_id=draw(NAMES),
+        query_position=draw(st.integers(0, 2**31 - 1)),
+        layers=tuple(sorted(draw(st.sets(st.integers(0, 2**15 - 1), min_size=layers, max_size=layers)))),
+        token_positions=draw(hnp.arrays(np.int32, (layers, k), elements=st.integers(-1, 2**31 - 1))),
+        attention_scores=draw(_floats(layers, k)),
+        fingerprints=draw(_fingerprints(layers)),
+        decode_step=draw(st.none() | st.integers(0, 2**31 - 1)),
+        choice=draw(st.integers(0, 2**16 - 1)),
+        mode=draw(st.sampled_from(MODES)),
+        think_phase=draw(st.sampled_from(PHASES)),
+        model=draw(NAMES),
+        span_names=spans,
+        span_mass=draw(_floats(layers, len(spans))),
+    )
+
+
+def a_record(**changes: object) -> TokenRecord:
+    values: dict = {
+        "request_id": "cmpl-1",
+        "query_position": 36,
+        "layers": (3, 29),
+        "token_positions": np.array([[35, -1, -1], [0, 35, 12]], np.int32),
+        "attention_scores": np.array([[0.9, 0, 0], [0.61, 0.1, 0.04]], np.float32),
+        "fingerprints": FINGERPRINTS,
+        "span_names": ("doc1", "prompt"),
+        "span_mass": np.array([[0.1, 0.5], [0.3, 0.25]], np.float32),
+    }
+    return TokenRecord(**{**values, **changes})
+
+
+def assert_same(one: TokenRecord, other: TokenRecord) -> None:
+    for field in dataclasses.fields(TokenRecord):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if field.name in ARRAYS:
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine, theirs)
+        else:
+            assert mine == theirs, field.name
+
+
+# -- the binary row
+
+
+@given(token_records())
+def test_the_binary_row_loses_nothing(record):
+    data = record.to_bytes()
+    assert_same(TokenRecord.from_bytes(data), record)
+    assert TokenRecord.from_bytes(data).to_bytes() == data
+    assert_same(TokenRecord.from_bytes(memoryview(data)), record)  # what a ring buffer hands out
+
+
+@settings(max_examples=20)
+@given(token_records())
+def test_a_row_cut_short_or_too_long_is_refused(record):
+    data = record.to_bytes()
+    for end in range(len(data)):
+        with pytest.raises(RecordError):
+            TokenRecord.from_bytes(data[:end])
+    with pytest.raises(RecordError, match="header announces"):
+        TokenRecord.from_bytes(data + b"\0")
+
+
+@given(token_records(), st.data())
+def test_a_damaged_row_is_refused_or_still_a_record(record, data):
+    row = bytearray(record.to_bytes())
+    at = data.draw(st.integers(0, len(row) - 1))
+    row[at] ^= data.draw(st.integers(1, 255))
+    try:
+        again = TokenRecord.from_bytes(bytes(row))
+    except RecordError:
+        return
+    again.to_bytes()  # only the payload or a number changed: nothing is left out of step
+
+
+@given(st.binary(max_size=200))
+def test_other_bytes_are_refused(data):
+    with pytest.raises(RecordError, match="not an attnhook record"):
+        TokenRecord.from_bytes(data)
+
+
+def test_another_version_says_what_to_do():
+    row = bytearray(a_record().to_bytes())
+    row[2] = 9
+    with pytest.raises(RecordError, match=r"schema version 9.*upgrade"):
+        TokenRecord.from_bytes(bytes(row))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request_id": "x" * 70000},
+        {"request_id": "\ud800"},  # JSON can say this, UTF-8 cannot
+        {"model": "m" * 70000},
+        {"choice": 70000},
+        {"query_position": 2**31},
+        {"layers": (3, 40000)},
+        {"layers": (3,)},
+        {"span_names": ("doc1",)},
+        {"span_names": ("doc1\x1fdoc2", "prompt")},
+        {"attention_scores": np.zeros((2, 2), np.float32)},
+        {
+            "layers": (),
+            "token_positions": np.zeros((0, 3), np.int32),
+            "attention_scores": np.zeros((0, 3), np.float32),
+            "fingerprints": np.zeros((0, 20), np.float32),
+            "span_mass": np.zeros((0, 2), np.float32),
+        },
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_does_not_fit_a_row_is_refused_when_it_is_made(changes):
+    with pytest.raises(RecordError, match="does not fit the binary row"):
+        a_record(**changes).to_bytes()
+
+
+def test_the_row_is_compact():
+    layers, k = 4, 32
+    record = a_record(
+        layers=(0, 1, 2, 3),
+        token_positions=np.zeros((layers, k), np.int32),
+        attention_scores=np.zeros((layers, k), np.float32),
+        fingerprints=np.zeros((layers, 20), np.float32),
+        span_names=(),
+        span_mass=np.zeros((layers, 0), np.float32),
+    )
+    assert len(record.to_bytes()) <= 64 + layers * (8 * k + 82)
+
+
+def test_what_is_read_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        TokenRecord.from_bytes(a_record().to_bytes()).attention_scores[0, 0] = 1
+
+
+# -- the JSON
+
+
+def test_raw_json():
+    entry = a_record(decode_step=0).to_dict()
+    assert list(entry) == [
+        "schema_version",
+        "mode",
+        "decode_step",
+        "query_position",
+        "think_phase",
+        "layers",
+        "fingerprint",
+        "manifold",
+        "spans",
+    ]
+    assert entry["schema_version"] == 1
+    assert (entry["mode"], entry["decode_step"], entry["query_position"]) == ("raw", 0, 36)
+    assert entry["think_phase"] == "output"
+    assert list(entry["layers"]) == ["3", "29"]
+    assert entry["layers"]["3"]["token_positions"] == [35]  # the two keys that do not exist are left out
+    assert entry["layers"]["3"]["attention_scores"] == [0.9]
+    assert entry["layers"]["29"] == {
+        "token_positions": [0, 35, 12],
+        "attention_scores": [0.61, 0.1, 0.04],
+        "topk_mass": 0.75,
+        "fingerprint": [0.1875, 0.3125, 0.5, 1.0, *[0.0625] * 16],
+    }
+    np.testing.assert_allclose(entry["fingerprint"], FINGERPRINTS.mean(axis=0), atol=1e-7)
+    assert entry["manifold"] == a_record().zone
+    assert entry["spans"] == {"doc1": 0.2, "prompt": 0.375}
+
+
+def test_sketch_json():
+    entry = a_record(mode="sketch", think_phase="think").to_dict()
+    assert entry["mode"] == "sketch"
+    assert entry["think_phase"] == "think"
+    numbers = FINGERPRINTS[0]
+    layer = entry["layers"]["3"]
+    assert list(layer) == [
+        "top_hubs",
+        "hub_scores",
+        "dist_hist",
+        "entropy",
+        "local_mass",
+        "mid_mass",
+        "long_mass",
+    ]
+    assert (layer["top_hubs"], layer["hub_scores"]) == ([35], [0.9])
+    np.testing.assert_allclose(layer["dist_hist"], numbers[4:], atol=1e-7)
+    got = [layer[name] for name in ("local_mass", "mid_mass", "long_mass", "entropy")]
+    np.testing.assert_allclose(got, numbers[:4], atol=1e-7)
+
+
+def test_fingerprint_json():
+    entry = a_record(
+        mode="fingerprint", token_positions=np.zeros((2, 0), np.int32), attention_scores=np.zeros((2, 0), np.float32)
+    ).to_dict()
+    assert "layers" not in entry
+    assert len(entry["fingerprint"]) == 20
+    assert entry["manifold"]
+
+
+def test_without_spans_and_for_prompt_rows():
+    entry = a_record(decode_step=None, span_names=(), span_mass=np.zeros((2, 0), np.float32)).to_dict()
+    assert "spans" not in entry
+    assert entry["decode_step"] is None
+    assert a_record(decode_step=None).is_prompt
+    assert not a_record(decode_step=0).is_prompt
+
+
+@given(token_records())
+def test_the_json_is_valid_finite_and_plain(record):
+    text = json.dumps(record.to_dict(), allow_nan=False)
+    entry = json.loads(text)
+    assert entry == record.to_dict()  # plain numbers, strings and lists only
+    assert ("layers" in entry) == (record.mode != "fingerprint")
+    again = TokenRecord.from_bytes(record.to_bytes())
+    assert again.to_dict() == record.to_dict()
+
+
+# -- reading one record in Python
+
+
+def test_zones_of_many_records_are_those_of_each():
+    rng = np.random.default_rng(0)
+    many = []
+    for _ in range(50):
+        numbers = fp.assemble(rng.dirichlet(np.full(16, 0.1), 2), rng.random(2))
+        many.append([a_record(fingerprints=numbers), a_record(fingerprints=numbers)])
+    fill_zones([])
+    fill_zones([one for one, _ in many])
+    assert [one.zone for one, _ in many] == [other.zone for _, other in many]
+    assert len({one.zone for one, _ in many}) > 1
+    with pytest.raises(RecordError):
+        fill_zones([a_record(), a_record(fingerprints=np.full((2, 20), np.nan, np.float32))])
+
+
+def test_top():
+    record = a_record()
+    assert record.top() == [(0, pytest.approx(0.61)), (35, pytest.approx(0.1)), (12, pytest.approx(0.04))]
+    assert record.top(3) == [(35, pytest.approx(0.9))]
+    with pytest.raises(KeyError, match=r"layer 5 was not captured; captured: \[3, 29\]"):
+        record.top(5)
+
+
+def test_key_mass_and_spans():
+    record = a_record(choice=2)
+    assert record.key == ("cmpl-1", 2, 36)
+    np.testing.assert_allclose(record.topk_mass, [0.9, 0.75], rtol=1e-6)
+    assert record.spans == {"doc1": pytest.approx(0.2), "prompt": pytest.approx(0.375)}
+    assert a_record(span_names=()).spans == {}
+    assert record.fingerprint.dtype == np.float32
+    assert record.fingerprint.shape == (20,)
