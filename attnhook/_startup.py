@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from attnhook.errors import AttnhookError
@@ -12,6 +13,7 @@ try:
     if enabled() and any_engine():
         install()
 except AttnhookError as error:
-    # site.py would print a traceback and go on without us; a wrong setting must not pass for a working one
-    print(f"attnhook: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
+    # a wrong setting must not pass for a working one; site.py prints a traceback of an exception and goes on,
+    # and makes a fatal error of SystemExit
+    print(f"attnhook: {error}", file=sys.stderr, flush=True)
+    os._exit(2)

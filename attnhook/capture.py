@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnhook import fingerprint
-from attnhook.errors import AttnhookError
+from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, RequestOptions
 from attnhook.records import TokenRecord
 
@@ -122,6 +122,7 @@ class StepCapture:
         self.options = options
         self.model = model
         self._results: dict[int, TopK] = {}
+        self._fixed: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
 
     @property
     def missing(self) -> list[int]:
@@ -147,24 +148,32 @@ class StepCapture:
 
         from attnhook.kernels.topk import topk_attention
 
+        if self._fixed is None:
+            self._fixed = self._arguments(q, shift)
+        source, back, arguments = self._fixed
+        if back is not shift:  # layers with different windows count their slots differently
+            arguments = self._arguments(q, shift)[2]
+        result = topk_attention(q, keys, source, row_slot, **arguments, **softmax)
+        offset = shift[source.long()][:, None]
+        positions = torch.where(result.positions >= 0, result.positions - offset, -1).to(torch.int32)
+        self._results[layer] = result._replace(positions=positions)
+
+    def _arguments(self, q: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """What every layer's kernel call shares, on q's device."""
+        import torch
+
         options, device = self.options, q.device
         source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
-        heads = spans = first = None
+        arguments: dict[str, Any] = {"top_k": 1 if options.mode == "fingerprint" else options.top_k}
         if options.heads is not None:
-            heads = torch.zeros(q.shape[1], dtype=torch.bool, device=device)
-            heads[list(options.heads)] = True
+            arguments["head_mask"] = torch.zeros(q.shape[1], dtype=torch.bool, device=device)
+            arguments["head_mask"][list(options.heads)] = True
         if options.spans:
             bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
-            spans = bounds[None] + shift[:, None, None]
+            arguments["spans"] = bounds[None] + shift[:, None, None]
         if options.mask_prefix:
-            first = shift + options.mask_prefix
-        k = 1 if options.mode == "fingerprint" else options.top_k
-        result = topk_attention(
-            q, keys, source, row_slot, top_k=k, head_mask=heads, spans=spans, first_reported=first, **softmax
-        )
-        back = shift[source.long()][:, None]
-        positions = torch.where(result.positions >= 0, result.positions - back, -1).to(torch.int32)
-        self._results[layer] = result._replace(positions=positions)
+            arguments["first_reported"] = shift + options.mask_prefix
+        return source, shift, arguments
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
@@ -261,23 +270,19 @@ def capture(
     OptionError, UnsupportedError, PluginError
     """
     from attnhook import lifecycle
-    from attnhook.delivery import Delivery
-    from attnhook.errors import OptionError
 
     if on_error not in ("raise", "drop"):
         raise OptionError("on_error", f"on_error={on_error!r} must be 'raise' or 'drop'")
     resolved = CaptureOptions.resolve({**options, "sinks": sinks})
     records = Captured()
-    delivery = Delivery.from_urls(resolved.sinks, queue_size=resolved.queue_size) if resolved.sinks else None
+    delivery = lifecycle.open_delivery(resolved)
 
     def deliver(batch: Sequence[TokenRecord]) -> None:
         records.extend(batch)
         if delivery is not None:
             delivery.put(batch)
 
-    session = Session(
-        resolved.request, deliver, strict=on_error == "raise", model=model, dropped=records.dropped
-    )
+    session = Session(resolved.request, deliver, strict=on_error == "raise", model=model, dropped=records.dropped)
     try:
         with lifecycle.hooks(resolved), session:
             yield records

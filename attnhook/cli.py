@@ -186,16 +186,16 @@ def _write_report(path: Path, answer: Any) -> None:
     from attnhook.analysis import zones
     from attnhook.explorer import report
 
-    found = [zones.classify(record.fingerprint) for record in answer.records]
     report.write(
         report.Report(
             title=answer.model,
-            subtitle=f"attnhook {__version__} on Transformers; {len(answer.records)} rows captured",
+            subtitle=f"attnhook {__version__} on Transformers · {len(answer.records)} rows captured · "
+            "zones leave out the attention sink at position 0",
             tokens=answer.tokens,
             prompt_length=answer.prompt_length,
             records=answer.records,
-            zones=[zone.name for zone in found],
-            zone_confidence=[zone.confidence for zone in found],
+            zones=[zone.name for zone in answer.zones],
+            zone_confidence=[zone.confidence for zone in answer.zones],
             zone_legend={name: (zones.COLOURS[name], zones.MEANINGS[name]) for name in zones.ZONE_NAMES},
         ),
         path,
@@ -203,7 +203,10 @@ def _write_report(path: Path, answer: Any) -> None:
 
 
 def _as_json(answer: Any) -> dict[str, Any]:
-    entries = {True: [], False: []}  # type: dict[bool, list[dict[str, Any]]]
+    from attnhook.records import fill_zones
+
+    entries: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    fill_zones(answer.records)
     for record in answer.records:
         entries[record.is_prompt].append(record.to_dict())
     return {

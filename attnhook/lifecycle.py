@@ -25,7 +25,7 @@ class _Process:
 
     def __init__(self, options: CaptureOptions) -> None:
         self.options = options
-        self.delivery = Delivery.from_urls(options.sinks, queue_size=options.queue_size) if options.sinks else None
+        self.delivery = open_delivery(options)
         self.session: Session | None = None
         if self.delivery is not None:
             self.session = Session(options.request, self.delivery.put, strict=False)
@@ -38,11 +38,19 @@ class _Process:
             self.delivery.close()
 
 
+def open_delivery(options: CaptureOptions) -> Delivery | None:
+    """The queue to the options' sinks and the plugins' observers, or None where there are neither."""
+    if options.sinks or plugins.has_observers():
+        return Delivery.from_urls(options.sinks, queue_size=options.queue_size)
+    return None
+
+
 def install(**options: Any) -> dict[str, Installation]:
     """Hook every engine that is installed here, now or when it is imported; return them by name.
 
-    With ``sinks=["jsonl:records.jsonl"]`` (or ``ATTNHOOK_SINKS``) every forward pass is captured into them;
-    without sinks nothing is captured until `capture` asks. The other options are those of `capture`.
+    With ``sinks=["jsonl:records.jsonl"]`` (or ``ATTNHOOK_SINKS``), or with an observer plugin, every forward
+    pass is captured into them; without them nothing is captured until `capture` asks. The other options are
+    those of `capture`.
     Calling it again with the same options changes nothing; with others it switches to them.
 
     Raises

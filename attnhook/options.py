@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -19,7 +20,11 @@ from attnhook.records import MODES, Mode
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 
 TOP_K_MAX = 256
+KERNELS = ("naive", "torch", "triton")
 _AUTO_LAYERS = 4
+_SPANS_MAX = 255
+_SPAN_NAME_MAX = 255
+_SPAN_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,14 @@ class CaptureOptions:
                 raise OptionError(variable, f"unknown environment variable {variable}{_hint(variable, known)}")
         arguments = dict(arguments or {})
         values: dict[str, Any] = {}
-        if environ.get("ATTNHOOK_SINKS", "").strip():
-            values["sinks"] = tuple(url.strip() for url in environ["ATTNHOOK_SINKS"].split(",") if url.strip())
+        urls = [url.strip() for url in environ.get("ATTNHOOK_SINKS", "").split(",") if url.strip()]
+        if urls:
+            values["sinks"] = _check_sinks("ATTNHOOK_SINKS", urls)
+        if environ.get("ATTNHOOK_KERNEL", "") not in ("", *KERNELS):
+            # the kernel reads it at every call; here a wrong one is found before an engine runs
+            raise OptionError(
+                "ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={environ['ATTNHOOK_KERNEL']!r} must be one of {', '.join(KERNELS)}"
+            )
         if "ATTNHOOK_QUEUE_SIZE" in environ:
             size = _parse_int("ATTNHOOK_QUEUE_SIZE", environ["ATTNHOOK_QUEUE_SIZE"])
             values["queue_size"] = _between(1, 10**8)("ATTNHOOK_QUEUE_SIZE", size)
@@ -149,11 +160,30 @@ def _hint(name: str, known: Mapping[str, Any] | set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _parse_int(name: str, text: str) -> int:
+def parse_layers(name: str, text: str) -> LayerSpec:
+    """``"last"``, ``"auto"``, ``"all"`` or comma-separated numbers, as typed by a person."""
+    if text in ("last", "auto", "all"):
+        return text  # type: ignore[return-value]
+    return _parse_ints(name, text, "last, auto, all or layer numbers such as 0,14,-1")
+
+
+def parse_heads(name: str, text: str) -> tuple[int, ...]:
+    """Comma-separated head numbers, as typed by a person."""
+    return _parse_ints(name, text, "head numbers such as 0,3")
+
+
+def _parse_ints(name: str, text: str, wanted: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(name, f"{name}={text!r} must be {wanted}") from None
+
+
+def _parse_int(name: str, text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise OptionError(name, f"{name}={text!r} is not a whole number") from None
+        return text  # the check refuses it, and knows the range
 
 
 def _parse_bool(name: str, text: str) -> bool:
@@ -162,24 +192,10 @@ def _parse_bool(name: str, text: str) -> bool:
     return text == "1"
 
 
-def _parse_ints(name: str, text: str) -> tuple[int, ...]:
-    return tuple(_parse_int(name, part.strip()) for part in text.split(","))
-
-
-def parse_layers(name: str, text: str) -> LayerSpec:
-    """``"last"``, ``"auto"``, ``"all"`` or comma-separated numbers, as typed by a person."""
-    if text in ("last", "auto", "all"):
-        return text  # type: ignore[return-value]
-    try:
-        return _parse_ints(name, text)
-    except OptionError:
-        raise OptionError(name, f"{name}={text!r} must be last, auto, all or layer numbers such as 0,14,-1") from None
-
-
 def _parse_spans(name: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise OptionError(name, f'{name}={text!r} must be JSON such as {{"system": [0, 40]}}') from None
 
 
@@ -199,16 +215,18 @@ def _check_bool(name: str, value: Any) -> bool:
 
 
 def _check_ints(name: str, value: Any, low: int | None = None) -> tuple[int, ...]:
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Sequence)
-        or not value
-        or any(isinstance(item, bool) or not isinstance(item, int) for item in value)
-        or (low is not None and min(value) < low)
-    ):
+    if not _is_ints(value) or not value or (low is not None and min(value) < low):
         wanted = "whole numbers" if low is None else f"whole numbers from {low} up"
         raise OptionError(name, f"{name}={value!r} must be a non-empty list of {wanted}")
     return tuple(dict.fromkeys(value))
+
+
+def _is_ints(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes | bytearray)
+        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    )
 
 
 def _check_layers(name: str, value: Any) -> LayerSpec:
@@ -235,20 +253,19 @@ def _check_mode(name: str, value: Any) -> Mode:
 def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
     if not isinstance(value, Mapping):
         raise OptionError(name, f"{name}={value!r} must map names to [start, end] position ranges")
-    if len(value) > 255:
-        raise OptionError(name, f"{name} has {len(value)} spans; at most 255 are allowed")
+    if len(value) > _SPANS_MAX:
+        raise OptionError(name, f"{name} has {len(value)} spans; at most {_SPANS_MAX} are allowed")
     spans = {}
     for label, bounds in value.items():
-        if (
-            not isinstance(label, str)
-            or not label
-            or not isinstance(bounds, Sequence)
-            or len(bounds) != 2
-            or any(isinstance(b, bool) or not isinstance(b, int) for b in bounds)
-            or not 0 <= bounds[0] < bounds[1] < 2**31
-        ):
+        if not _is_ints(bounds) or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] < 2**31:
             raise OptionError(
-                name, f"{name}: {label!r}: {bounds!r} must be a name with [start, end] positions, 0 <= start < end"
+                name, f"{name}: {label!r}: {bounds!r} must be [start, end] positions, 0 <= start < end < 2**31"
+            )
+        # what the records' binary row can hold
+        if not isinstance(label, str) or not _SPAN_NAME.fullmatch(label) or len(label.encode()) > _SPAN_NAME_MAX:
+            raise OptionError(
+                name,
+                f"{name}: {label!r} must be a name of 1 to {_SPAN_NAME_MAX} bytes of UTF-8 without control characters",
             )
         spans[label] = (bounds[0], bounds[1])
     return spans
@@ -272,7 +289,7 @@ class _Field:
 _FIELDS: dict[str, _Field] = {
     "top_k": _Field("top_k_attention", "ATTNHOOK_TOP_K", _parse_int, _between(1, TOP_K_MAX)),
     "layers": _Field("attention_layers", "ATTNHOOK_LAYERS", parse_layers, _check_layers),
-    "heads": _Field("attention_heads", "ATTNHOOK_HEADS", _parse_ints, _check_heads),
+    "heads": _Field("attention_heads", "ATTNHOOK_HEADS", parse_heads, _check_heads),
     "mode": _Field("attention_mode", "ATTNHOOK_MODE", lambda _, text: text, _check_mode),
     "prompt": _Field("attention_prompt", "ATTNHOOK_PROMPT", _parse_bool, _check_bool),
     "stride": _Field("attention_stride", "ATTNHOOK_STRIDE", _parse_int, _between(1, 10**6)),

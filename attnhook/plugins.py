@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
 from importlib import metadata
 
 import pluggy
@@ -16,7 +17,7 @@ from attnhook.sinks import Sink
 GROUP = "attnhook"
 BUILT_INS = ("attnhook.backends", "attnhook.sinks")
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a plugin may ask for the manager while it is imported
 _manager: pluggy.PluginManager | None = None
 
 
@@ -38,18 +39,17 @@ def manager() -> pluggy.PluginManager:
 
 
 def _load_entry_points(pm: pluggy.PluginManager) -> None:
-    for distribution in metadata.distributions():
-        for entry in distribution.entry_points:
-            if entry.group != GROUP or pm.get_plugin(entry.name) is not None:
-                continue
-            try:
-                pm.register(entry.load(), name=entry.name)
-                pm.check_pending()
-            except Exception as error:
-                raise PluginError(
-                    f"attnhook plugin {entry.name!r} ({entry.value}, from {distribution.metadata['Name']}) cannot be "
-                    f"loaded: {type(error).__name__}: {error}. Mend it or uninstall it."
-                ) from error
+    for entry in metadata.entry_points(group=GROUP):
+        name = f"{entry.name!r} ({entry.value}{f', from {entry.dist.name}' if entry.dist else ''})"
+        if pm.has_plugin(entry.name):
+            raise PluginError(f"attnhook plugin {name}: another plugin has that name. Uninstall or rename one.")
+        try:
+            pm.register(entry.load(), name=entry.name)
+            pm.check_pending()
+        except Exception as error:
+            raise PluginError(
+                f"attnhook plugin {name} cannot be loaded: {type(error).__name__}: {error}. Mend it or uninstall it."
+            ) from error
 
 
 def backends() -> dict[str, Backend]:
@@ -67,9 +67,7 @@ def backends() -> dict[str, Backend]:
             )
         found[backend.name] = backend
 
-    # pluggy calls the last registered first; the order here is that of registration
-    for call in manager().hook.attnhook_register_backends.get_hookimpls():
-        call.function(register)
+    _call_each("attnhook_register_backends", register)
     return found
 
 
@@ -84,9 +82,27 @@ def sink_classes() -> dict[str, type[Sink]]:
             raise PluginError(f"two sinks are called {scheme!r}: {found[scheme]!r} and {sink!r}. Rename one.")
         found[scheme] = sink
 
-    for call in manager().hook.attnhook_register_sinks.get_hookimpls():
-        call.function(register)
+    _call_each("attnhook_register_sinks", register)
     return found
+
+
+def has_observers() -> bool:
+    """Whether a plugin wants to see every record (`attnhook_token`)."""
+    return bool(manager().hook.attnhook_token.get_hookimpls())
+
+
+def _call_each(hook: str, register: Callable[..., None]) -> None:
+    # pluggy calls the last registered first; names are to be listed in the order of registration
+    for implementation in getattr(manager().hook, hook).get_hookimpls():
+        try:
+            implementation.function(*([register] if implementation.argnames else []))
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"attnhook plugin {implementation.plugin_name!r}: {hook} failed: {type(error).__name__}: {error}. "
+                "Mend it or uninstall it."
+            ) from error
 
 
 def open_sink(url: str) -> Sink:

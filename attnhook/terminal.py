@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
     from attnhook.backends.transformers.runner import Answer
     from attnhook.records import TokenRecord
 
+_POSITION, _ZONE, _NUMBER = 4, 16, 7  # columns of the table
+_WIDE = 110  # columns from which the numbers fit too
+_TOKEN = 12  # columns of a token's text
 _SHOWN = 4  # attended tokens per row of the table
 _BAR = 40  # columns of the zone bar
 
 
 def show(answer: Answer, console: Console) -> None:
     """Print the coloured answer, its legend, the table of attended tokens and the zone shares."""
-    records = [record for record in answer.records if not record.is_prompt]
-    names = [zones.classify(record.fingerprint) for record in records]
+    rows = [(r, z) for r, z in zip(answer.records, answer.zones, strict=True) if not r.is_prompt]
     console.print()
-    console.print(_coloured(answer, records, [zone.name for zone in names]))
+    console.print(_coloured(answer, rows))
     console.print()
-    if records:
-        console.print(_table(answer, records, names, console.width))
-        console.print(_shares([zone.name for zone in names]))
+    if rows:
+        console.print(_table(answer, rows, console.width))
+        console.print(_shares([zone.name for _, zone in rows]))
     for reason, count in answer.dropped.items():
         console.print(f"[yellow]{count} rows dropped: {reason}[/yellow]")
 
@@ -38,8 +41,8 @@ def visible(token: str) -> str:
     return token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"
 
 
-def _coloured(answer: Answer, records: list[TokenRecord], names: list[str]) -> Text:
-    zone_of = {record.query_position + 1: name for record, name in zip(records, names, strict=True)}
+def _coloured(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]]) -> Text:
+    zone_of = {record.query_position + 1: zone.name for record, zone in rows}
     text = Text()
     for position in range(answer.prompt_length, len(answer.tokens)):
         name = zone_of.get(position)
@@ -47,42 +50,54 @@ def _coloured(answer: Answer, records: list[TokenRecord], names: list[str]) -> T
     return text
 
 
-def _table(answer: Answer, records: list[TokenRecord], names: list[zones.Zone], width: int) -> Table:
-    layer = records[0].layers[-1]
-    table = Table(title=f"where each token looked, layer {layer}", title_justify="left", box=None, pad_edge=False)
-    table.add_column("pos", justify="right", style="dim")
-    table.add_column("token", no_wrap=True)
-    table.add_column("zone", no_wrap=True)
-    table.add_column("entropy", justify="right")
-    table.add_column("mass", justify="right")
-    table.add_column("attends to (position, probability)", no_wrap=True, overflow="ellipsis")
-    for record, zone in zip(records, names, strict=True):
-        position = record.query_position + 1
-        attended = Text()
-        for target, score in record.top()[:_SHOWN]:
-            # position 0 is the usual attention sink: true, but seldom what one looks for
-            style = "dim" if target == 0 else ""
-            attended.append(f"{visible(answer.tokens[target])}", style=style or "bold")
-            attended.append(f" {target} {score:.3f}   ", style="dim")
-        row = record.layers.index(layer)
+def _table(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]], width: int) -> Table:
+    layer = rows[0][0].layers[-1]
+    wide = width >= _WIDE
+    table = Table(title=f"where each token looked (layer {layer})", title_justify="left", box=None, pad_edge=False)
+    table.add_column("pos", justify="right", style="dim", no_wrap=True, min_width=_POSITION)
+    table.add_column("token", no_wrap=True, min_width=_TOKEN)
+    table.add_column("zone", no_wrap=True, min_width=_ZONE)
+    if wide:
+        table.add_column("entropy", justify="right", no_wrap=True, min_width=_NUMBER)
+        table.add_column("mass", justify="right", no_wrap=True, min_width=_NUMBER)
+    table.add_column("looked at (position, probability)", no_wrap=True)
+    room = width - sum(w + 2 for w in (_POSITION, _TOKEN, _ZONE, *((_NUMBER, _NUMBER) if wide else ())))
+    for record, zone in rows:
+        position, row = record.query_position + 1, record.layers.index(layer)
+        numbers = [f"{record.fingerprints[row][fingerprint.ENTROPY]:.2f}", f"{record.topk_mass[row]:.2f}"]
         table.add_row(
             str(position),
-            visible(answer.tokens[position]) if position < len(answer.tokens) else "",
-            Text(f"{zone.name} {zone.confidence:.0%}", style=zones.COLOURS[zone.name]),
-            f"{record.fingerprints[row][fingerprint.ENTROPY]:.2f}",
-            f"{record.topk_mass[row]:.2f}",
-            attended,
+            Text(visible(answer.tokens[position])[:_TOKEN]),
+            Text(zone.name, style=zones.COLOURS[zone.name]),
+            *(numbers if wide else ()),
+            _attended(answer, record, room),
         )
     return table
 
 
-def _shares(names: list[str]) -> Text:
-    text = Text("\nzones  ")
+def _attended(answer: Answer, record: TokenRecord, room: int) -> Text:
+    """The most-attended tokens, as many as ``room`` columns hold."""
+    text = Text()
+    # position 0 is the usual attention sink: true, but seldom what one looks for, so it comes last
+    for target, score in sorted(record.top()[:_SHOWN], key=lambda pair: pair[0] == 0):
+        token, numbers = visible(answer.tokens[target])[:_TOKEN], f" {target} {score:.3f}"
+        if text and cell_len(text.plain) + cell_len(token) + len(numbers) + 2 > room:
+            break
+        text.append(("  " if text else "") + token, style="dim" if target == 0 else "bold")
+        text.append(numbers, style="dim")
+    return text
+
+
+def _shares(names: list[str]) -> Table:
     counts = {name: names.count(name) for name in zones.ZONE_NAMES}
+    bar = Text()
     for name, count in counts.items():
-        text.append("█" * round(_BAR * count / len(names)), style=zones.COLOURS[name])
+        bar.append("█" * round(_BAR * count / len(names)), style=zones.COLOURS[name])
+    grid = Table.grid(padding=(0, 1))
+    grid.title, grid.title_justify = "\nzones of the answer's tokens, attention sink left out", "left"
+    grid.add_row("", "", bar)
     for name, count in counts.items():
         if count:
-            text.append(f"\n  ■ {name:<17}", style=zones.COLOURS[name])
-            text.append(f"{count / len(names):>4.0%}  {zones.MEANINGS[name]}")
-    return text
+            label = Text(f"■ {name}", style=zones.COLOURS[name])
+            grid.add_row(label, f"{count / len(names):>4.0%}", zones.MEANINGS[name])
+    return grid

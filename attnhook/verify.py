@@ -86,11 +86,16 @@ def _self_check(report: Report, model: str | None) -> None:
         "model": result.model,
         "rows x layers compared": f"{result.rows} x {result.layers}",
         "largest |dP|": f"{result.worst:.1e} (allowed {selfcheck.TOLERANCE:.0e})",
+        "largest |d histogram bin|": f"{result.worst_bin:.1e} (allowed {selfcheck.BIN_TOLERANCE:.0e})",
         "top-k lists equal up to ties": f"{result.same_order:.2%}",
         "answer with capture = without": "yes" if result.same_text else "NO",
     }
-    if result.worst > selfcheck.TOLERANCE:
+    if result.rows != result.expected_rows:
+        report.problems.append(f"{result.rows} of {result.expected_rows} rows were captured")
+    if not result.worst <= selfcheck.TOLERANCE:  # NaN is one too
         report.problems.append(f"probabilities differ from eager attention by {result.worst:.1e}")
+    if not result.worst_bin <= selfcheck.BIN_TOLERANCE:
+        report.problems.append(f"fingerprints differ from eager attention by {result.worst_bin:.1e}")
     if result.same_order < 1:
         report.problems.append(f"only {result.same_order:.2%} of the top-k lists equal those of eager attention")
     if not result.same_text:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
+
+if TYPE_CHECKING:
+    from attnhook.records import TokenRecord
 
 ZONE_NAMES: tuple[str, ...] = ("syntax_floor", "semantic_bridge", "structure_ripple", "long_range", "diffuse")
 SYNTAX_FLOOR, SEMANTIC_BRIDGE, STRUCTURE_RIPPLE, LONG_RANGE, DIFFUSE = range(5)
@@ -174,6 +177,28 @@ def ripple(fingerprints: np.ndarray, *, thresholds: Thresholds = DEFAULTS) -> np
     _check(rows, 0, thresholds.tolerance)
     histogram, _, entropy = _normalised(rows)
     return _ripple(histogram, _nats(histogram, entropy, thresholds), thresholds)
+
+
+def without_sink(records: Sequence[TokenRecord], span: str) -> list[Zone]:
+    """Zones of records as if the key at position 0 were not there.
+
+    ``span`` names the captured span ``(0, 1)``, whose mass is that key's score in each layer. Each layer's
+    fingerprint is freed of it, then averaged and classified. Raises KeyError if a record lacks the span.
+    """
+    if not records:
+        return []
+    means = []
+    for record in records:
+        column = record.span_names.index(span) if span in record.span_names else None
+        if column is None:
+            raise KeyError(f"record {record.key} has no span {span!r}: capture with spans={{{span!r}: (0, 1)}}")
+        p, layers = record.query_position, len(record.layers)
+        freed = record.fingerprints
+        if p > 0:
+            freed = without_key(freed, record.span_mass[:, column], np.full(layers, p), np.full(layers, p + 1))
+        means.append(freed.mean(axis=0, dtype=np.float64))
+    codes, confidence = classify_many(np.stack(means))
+    return [Zone(ZONE_NAMES[code], float(sure)) for code, sure in zip(codes, confidence, strict=True)]
 
 
 def without_key(fingerprints: np.ndarray, scores: np.ndarray, distances: np.ndarray, visible: np.ndarray) -> np.ndarray:

@@ -10,7 +10,9 @@ from attnhook.records import TokenRecord
 
 
 class Sink(ABC):
-    """One destination of records. Only one thread calls a sink, in the order open, write*, close.
+    """One destination of records.
+
+    One thread at a time calls a sink, in the order open, write*, close; open may run in another thread.
 
     Subclasses document their delivery guarantee in their docstring.
     """

@@ -107,9 +107,7 @@ def test_family_equals_eager(family: str, cache: str) -> None:
     for b, pad in enumerate(pads):
         mine = [r for r in records if r.request_id.endswith(f"-{b}")]
         assert [r.query_position for r in mine] == list(range(30 - pad + NEW - 1))
-        worst = oracle.compare(
-            mine, attention, sequence=b, pad=pad, top_k=6, windows=windows, sinks="sinks" in family
-        )
+        worst = oracle.compare(mine, attention, sequence=b, pad=pad, top_k=6, windows=windows, sinks="sinks" in family)
         oracle.check(worst)
     contrast = max(float(r.attention_scores[0, 0]) for r in records if r.query_position > 20)
     assert contrast > 0.1, "attention is nearly uniform, so this test shows little"
@@ -195,7 +193,7 @@ def test_decoding_modes_that_cannot_be_captured_are_refused(options: dict[str, A
     ids = torch.arange(2, 32).repeat(1, 2)
     run = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     plain = model.generate(ids, **run)
-    with pytest.raises(UnsupportedError, match="beam search|speculative"), attnhook.capture():
+    with pytest.raises(UnsupportedError, match=r"beam search|speculative"), attnhook.capture():
         model.generate(ids, **run)
     with attnhook.capture(on_error="drop") as records:
         output = model.generate(ids, **run)

@@ -27,6 +27,7 @@ from tests.kernels.cases import (
     build,
     oracle,
     run,
+    to_device,
 )
 
 KERNELS = ("cpu", "triton")
@@ -155,7 +156,9 @@ def test_by_hand(kernel: str) -> None:
 def test_dense_keys_of_any_strides(kernel: str) -> None:
     k = rand(2, 40, 2, 32)  # [requests, slots, heads, dim] memory, seen heads first
     rows = {"row_request": torch.tensor([0, 1]), "row_position": torch.tensor([39, 17])}
-    case = Case(rand(2, 4, 32, seed=1), PagedKeys.from_dense(k.transpose(1, 2)), **rows, options={"top_k": 8, "scale": 0.3})
+    case = Case(
+        rand(2, 4, 32, seed=1), PagedKeys.from_dense(k.transpose(1, 2)), **rows, options={"top_k": 8, "scale": 0.3}
+    )
     assert_matches(kernel, case)
     shared = k[:1].transpose(1, 2).expand(2, -1, -1, -1)  # one prefix for both requests, page stride 0
     assert_matches(kernel, replace(case, keys=PagedKeys.from_dense(shared)))
@@ -205,7 +208,12 @@ def test_uniform_attention_reports_the_first_positions(kernel: str) -> None:
     assert got.positions[1].tolist() == [*range(3, 12), *[-1] * 7]
     assert got.positions[2].tolist() == [*range(3, 13), *[-1] * 6]
     assert_close("entropy", got.entropy, torch.ones(3), 1e-6)
-    expected = torch.tensor([float(max(min(BIN_STARTS[i + 1] if i < 15 else 140, 140) - start, 0)) / 140 for i, start in enumerate(BIN_STARTS)])
+    expected = torch.tensor(
+        [
+            float(max(min(BIN_STARTS[i + 1] if i < 15 else 140, 140) - start, 0)) / 140
+            for i, start in enumerate(BIN_STARTS)
+        ]
+    )
     assert_close("histogram", got.histogram[0], expected, 1e-6)
 
 
@@ -270,19 +278,27 @@ def test_no_rows(kernel: str) -> None:
 
 @pytest.mark.parametrize("rows", [SCATTERED, PROMPT])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_chunks_of_rows_change_nothing(kernel: str, rows: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_change_nothing(
+    kernel: str, rows: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = build(rows, window=20, **FEATURES)
     whole = run(kernel, case)
-    calls = []
+    calls: list[int] = []
+
+    def recording(function: Any, rows_of: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(rows_of(arguments[0]))
+            return function(*arguments, **options)
+
+        return call
+
     if kernel == "triton":
-        allocate = triton_kernel._allocate
         width = triton_kernel._scratch_keys(case.keys.max_keys, 20)
         monkeypatch.setattr(triton_kernel, "_SCRATCH_BYTES", 2 * triton_kernel._row_bytes(4, width))
-        monkeypatch.setattr(triton_kernel, "_allocate", lambda n, *a: calls.append(n) or allocate(n, *a))
+        monkeypatch.setattr(triton_kernel, "_allocate", recording(triton_kernel._allocate, int))
     else:
-        attention = torch_kernel._attention
         monkeypatch.setattr(torch_kernel, "_SCRATCH_ELEMENTS", 200)
-        monkeypatch.setattr(torch_kernel, "_attention", lambda q, *a, **kw: calls.append(len(q)) or attention(q, *a, **kw))
+        monkeypatch.setattr(torch_kernel, "_attention", recording(torch_kernel._attention, len))
     assert_same(run(kernel, case), whole)
     assert calls and max(calls) <= 2, "the budget did not bound the rows computed at once"
 
@@ -347,10 +363,36 @@ def test_triton_padding_and_misplaced_rows() -> None:
     assert got.entropy[[4, 5, 6]].isnan().all()  # rows that the page table cannot hold
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_in_a_cuda_graph() -> None:
+    case = to_device(build([(0, 40), (1, 130), (0, 0)], **FEATURES), "cuda")
+    other = to_device(build([(0, 39), (1, 77), (0, 25)], seed=1, **FEATURES), "cuda")
+
+    def launch() -> TopK:
+        return triton_kernel.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
+
+    launch()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = launch()
+    case.q.copy_(other.q)
+    case.row_position.copy_(other.row_position)
+    graph.replay()
+    fresh = launch()
+    assert all(torch.equal(a, b) for a, b in zip(got, fresh, strict=True))
+    assert got.positions[2].max() > 0  # the row that had one key before
+
+
 def test_triton_refuses_what_it_does_not_compute() -> None:
-    with pytest.raises(ValueError, match="float64.*ATTNHOOK_KERNEL=torch"):
+    with pytest.raises(ValueError, match=r"float64.*ATTNHOOK_KERNEL=torch"):
         run("triton", build([(0, 3)], dtype=torch.float64))
-    with pytest.raises(ValueError, match="keys are torch.float64"):
+    with pytest.raises(ValueError, match=r"keys are torch\.float64"):
         run("triton", build([(0, 3)], dtype=torch.float64, q_dtype=torch.float32))
     with pytest.raises(ValueError, match="top_k=1025"):
         run("triton", build([(0, 3)], top_k=1025))
@@ -407,7 +449,13 @@ def test_the_dispatcher_picks_the_kernel(name: str | None, monkeypatch: pytest.M
     expected = run("cpu", case)
     module: Any = {"naive": naive, "triton": triton_kernel}.get(name or "", torch_kernel)
     original, called = module.topk_attention, []
-    monkeypatch.setattr(module, "topk_attention", lambda *a, **kw: called.append(kw) or original(*a, **kw))
+
+    def spy(*arguments: Any, **options: Any) -> TopK:
+        called.append(options)
+        result: TopK = original(*arguments, **options)
+        return result
+
+    monkeypatch.setattr(module, "topk_attention", spy)
     if name is None:
         monkeypatch.delenv("ATTNHOOK_KERNEL", raising=False)
     else:

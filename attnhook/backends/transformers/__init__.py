@@ -110,9 +110,7 @@ class TransformersInstallation:
         hooks = import_module("attnhook.backends.transformers.hooks")
         model = self._need(module, "PreTrainedModel")
         interface = self._need(module, "AttentionInterface")
-        self.patches.set(
-            interface, "get_interface", hooks.observing_interface(self._need(interface, "get_interface"))
-        )
+        self.patches.set(interface, "get_interface", hooks.observing_interface(self._need(interface, "get_interface")))
         self.patches.set(model, "__call__", hooks.observing_call(model.__call__))
 
     def _patch_generation(self, module: ModuleType) -> None:

@@ -18,7 +18,7 @@ def cache_dir() -> Path:
     """Where converted models are kept: ``ATTNHOOK_CACHE``, else ``$XDG_CACHE_HOME/attnhook``."""
     chosen = os.environ.get("ATTNHOOK_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnhook"
 
 
@@ -43,9 +43,12 @@ def default_model_path() -> Path:
         _convert(gguf, scratch)
         try:
             scratch.rename(target)
-        except OSError:
+        except OSError as error:
             if not (target / "model.safetensors").is_file():
-                raise
+                raise PluginError(
+                    f"the model folder {target} is there without its weights and cannot be replaced "
+                    f"({error.strerror}): remove it and try again"
+                ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

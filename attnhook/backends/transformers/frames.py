@@ -8,7 +8,6 @@ import threading
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,14 +63,14 @@ class Frame:
         self.run = local.run
         arguments = dict(kwargs)
         if args:
-            arguments.update(_signature(type(model)).bind_partial(model, *args).arguments)
+            arguments.update(inspect.signature(model.forward).bind_partial(*args).arguments)
         self.attention_mask = arguments.get("attention_mask")
         self.position_ids = arguments.get("position_ids")
         self.cache = arguments.get("past_key_values")
         self.past = _cached_tokens(self.cache)
         self.saw_attention = False
         self.steps: dict[Session, StepCapture | None] = {}  # None: refused, or nothing to capture
-        self.visible: dict[Any, Any] = {}  # per distinct mask; see hooks
+        self.plans: dict[Any, Any] = {}  # per session and distinct mask; see hooks
         self._conversation: _Conversation | None = None
         self.q_len = 0
         self._rows: list[tuple[Row, int]] | None = None
@@ -79,6 +78,7 @@ class Frame:
     def rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
         """Every real row of this pass as (row, index among its sequence's queries)."""
         if self._rows is None:
+            self.q_len = q_len
             self._rows = self._find_rows(batch, q_len)
         return self._rows
 
@@ -114,10 +114,10 @@ class Frame:
                 rows.append((row, index - self.past))
         return rows
 
-    def finish_rows(self, q_len: int, output: Any) -> None:
+    def finish_rows(self, output: Any) -> None:
         """Remember how far this pass came, for the next one."""
         if self.run is not None:
-            self.run.next_index = self.past + q_len
+            self.run.next_index = self.past + self.q_len
         elif self._conversation is not None:
             self._conversation.steps += 1
             cache = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
@@ -222,8 +222,3 @@ def _cached_tokens(cache: Any) -> int:
             f"past_key_values is a {type(cache).__name__}, which does not tell its length; pass a Transformers Cache"
         )
     return int(cache.get_seq_length())
-
-
-@lru_cache(maxsize=256)
-def _signature(model_class: type) -> inspect.Signature:
-    return inspect.signature(model_class.forward)  # type: ignore[attr-defined]

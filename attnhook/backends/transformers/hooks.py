@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,11 +16,10 @@ from attnhook.backends.transformers.frames import (
     Run,
     is_causal_attention,
     local,
-    model_name,
 )
-from attnhook.backends.transformers.masks import EAGER, FLASH, SDPA, family, visible
+from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
 from attnhook.backends.transformers.rebuild import check_layer
-from attnhook.capture import Session, sessions
+from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
 
@@ -110,7 +109,7 @@ def refusing_decoding(original: Original, mode: str) -> Original:
     return decode
 
 
-@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]
 def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         frame = Frame(model, args, kwargs)
@@ -126,13 +125,13 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
     if local.frames:
         local.frames[-1].saw_attention |= frame.saw_attention
     elif not frame.saw_attention:
-        error = UnsupportedError(
+        unseen = UnsupportedError(
             f"{type(model).__name__} ran without one call of Transformers' attention interface, so nothing could be "
             "captured; it computes attention in its own code"
         )
         for session in sessions():
             if session.model is None or session.model is model:
-                session.refuse(error, 1)
+                session.refuse(unseen, 1)
     _finish(frame, output)
     return output
 
@@ -140,7 +139,7 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
 def _finish(frame: Frame, output: Any) -> None:
     """Deliver what a pass captured."""
     if frame.steps:
-        frame.finish_rows(frame.q_len, output)
+        frame.finish_rows(output)
     for session, step in frame.steps.items():
         if step is None:
             continue
@@ -157,7 +156,7 @@ def _finish(frame: Frame, output: Any) -> None:
             session.deliver(records)
 
 
-@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]
 def _attend(
     function: Original,
     implementation: str | None,
@@ -201,28 +200,16 @@ def _observe(
     if session in frame.steps and frame.steps[session] is None:
         return  # refused already, or no rows to capture
     batch, heads, q_len, head_dim = query.shape
-    frame.q_len = q_len
     step = frame.step(session, batch, q_len, heads)
     if step is None or module.layer_idx not in step.wanted:
         return
     kind = family(implementation)
     _refuse_arguments(kwargs)
     window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
-    device = query.device
-    source = torch.tensor([row.source for row in step.rows], device=device)
-    index = torch.tensor(frame.query_index(step), device=device)
-
     name = (session, id(mask), key.shape[2], window)
-    if name not in frame.visible:
-        seen = visible(mask, kind, source, index, q_len, key.shape[2], window)
-        position = torch.tensor([row.position for row in step.rows], device=device)
-        if bool((seen.count > position + 1).any()):
-            raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")
-        shift = torch.zeros(batch, dtype=torch.int32, device=device)
-        shift[source] = (seen.last - position).to(torch.int32)
-        # the mask is kept so that its id stays its own
-        frame.visible[name] = seen, shift, mask
-    seen, shift, _ = frame.visible[name]
+    if name not in frame.plans:
+        frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window)
+    plan = frame.plans[name]
 
     softmax: dict[str, Any] = {
         "scale": kwargs["scaling"] if kwargs.get("scaling") is not None else head_dim**-0.5,
@@ -231,14 +218,37 @@ def _observe(
         "sinks": kwargs.get("s_aux") if kind != SDPA else None,
     }
     keys = PagedKeys.from_dense(key.detach())
-    q = query.detach().transpose(1, 2)  # [B, q_len, Hq, D]
-    q = q[0, index[0] : index[-1] + 1] if batch == 1 and _contiguous(index) else q[source, index]
-    check_layer(module, kind, q[-1], key, value, int(source[-1]), seen, softmax, output[source[-1], index[-1]])
-    step.add(module.layer_idx, q, keys, seen.last, shift, window=seen.count, **softmax)
+    q = query.detach().transpose(1, 2)[plan.pick]  # [T, Hq, D]
+    check_layer(module, kind, q[-1], key, value, plan.last[0], plan.seen, softmax, output[plan.last])
+    step.add(module.layer_idx, q, keys, plan.seen.last, plan.shift, window=plan.seen.count, **softmax)
 
 
-def _contiguous(index: torch.Tensor) -> bool:
-    return bool(index[-1] - index[0] + 1 == len(index))
+class _Plan(NamedTuple):
+    """Where the rows of one step are, shared by the layers under one mask."""
+
+    pick: Any  # index of the rows in [B, q_len]: slices where possible, so that q is a view
+    last: tuple[int, int]  # (sequence, query) of the last row
+    seen: Visible
+    shift: torch.Tensor  # int32 [B]: slot minus position
+    mask: Any  # kept so that its id stays its own
+
+
+def _plan(
+    frame: Frame, step: StepCapture, mask: Any, kind: str, query: torch.Tensor, kv_len: int, window: int | None
+) -> _Plan:
+    batch, _, q_len, _ = query.shape
+    device = query.device
+    sources, indices = [row.source for row in step.rows], frame.query_index(step)
+    source, index = torch.tensor(sources, device=device), torch.tensor(indices, device=device)
+    position = torch.tensor([row.position for row in step.rows], device=device)
+    seen = visible(mask, kind, source, index, q_len, kv_len, window)
+    if bool((seen.count > position + 1).any()):
+        raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")
+    shift = torch.zeros(batch, dtype=torch.int32, device=device)
+    shift[source] = (seen.last - position).to(torch.int32)
+    one_run = batch == 1 and indices[-1] - indices[0] + 1 == len(indices)
+    pick = (0, slice(indices[0], indices[-1] + 1)) if one_run else (source, index)
+    return _Plan(pick, (sources[-1], indices[-1]), seen, shift, mask)
 
 
 def _refuse_arguments(kwargs: dict[str, Any]) -> None:

@@ -27,22 +27,23 @@ def check_layer(
     q: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    source: int,
+    sequence: int,
     seen: Visible,
     softmax: dict[str, Any],
     output: torch.Tensor,
 ) -> None:
     """Check one row of ``module`` once per kind of attention function.
 
-    ``q`` [Hq, D] and ``output`` [Hq, Dv] belong to the last row of ``seen``; ``key`` and ``value`` are [B, Hkv, N, D].
+    ``q`` [Hq, D] and ``output`` [Hq, Dv] belong to the last row of ``seen``, a row of sequence ``sequence``;
+    ``key`` and ``value`` are [B, Hkv, N, D].
     Raises UnsupportedError where the engine computes something else than the formula.
     """
     done = _checked.setdefault(module, set())
     if kind in done or module.training:  # dropout
         return
-    last, count = int(seen.last[-1]), int(seen.count[-1])
-    rows = slice(last + 1 - count, last + 1)
-    rebuilt = _rebuild(q, key[source, :, rows], value[source, :, rows], **softmax)
+    slot, count = int(seen.last[-1]), int(seen.count[-1])
+    keys = slice(slot + 1 - count, slot + 1)
+    rebuilt = _rebuild(q, key[sequence, :, keys], value[sequence, :, keys], **softmax)
     if not bool(torch.isfinite(rebuilt).all()):
         return  # the rows with NaN are dropped one by one
     error = float((rebuilt - output.float()).abs().max() / output.float().abs().max().clamp_min(1e-12))

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnhook.analysis import zones
+from attnhook.analysis.zones import Zone
 from attnhook.backends.transformers.default_model import NAME, default_model_path
 from attnhook.capture import capture
-from attnhook.errors import OptionError
+from attnhook.errors import AttnhookError, OptionError
 from attnhook.records import TokenRecord
 
+#: Span of the attention sink, position 0, which most heads give mass to whatever they read.
+SINK = "sink"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -40,6 +44,7 @@ class Answer:
     prompt_length: int
     text: str  # the answer
     records: list[TokenRecord]
+    zones: list[Zone]  # of each record, without the attention sink
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -50,22 +55,28 @@ def load(model: str | None, dtype: str = "auto", device: str | None = None) -> L
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     if dtype not in DTYPES:
         raise OptionError("dtype", f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    place = str(default_model_path()) if model is None else model
+    place = str(default_model_path()) if model is None else os.path.expanduser(model)
+    logging.disable_progress_bar()  # the command line draws its own
     where, extra = place, {}
     if place.endswith(".gguf"):
         where, extra = str(Path(place).parent), {"gguf_file": Path(place).name}
-    if os.path.sep in place and place[0] in "./~" and not os.path.exists(os.path.expanduser(place)):
+    if place.startswith((".", os.path.sep)) and not os.path.exists(place):
         raise OptionError("model", f"model {place!r} does not exist: give a folder, a .gguf file or a hub id")
+    if os.path.isdir(place) and not os.path.isfile(os.path.join(place, "config.json")):
+        raise OptionError("model", f"model {place!r} has no config.json, so it is not a folder in Transformers' format")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
         loaded = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **extra
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        cause = " ".join(str(error).split())
+    except AttnhookError:
+        raise
+    except Exception as error:  # damaged files make Transformers, safetensors and tokenizers raise anything
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError(
             "model",
             f"model {place!r} cannot be loaded: {cause[:300]}; give a folder in Transformers' format, a .gguf file, or "
@@ -92,6 +103,10 @@ def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> l
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise OptionError(
+            "prompt", f"the model's tokenizer makes no token of the prompt {prompt[:40]!r}: give other text"
+        )
     context = loaded.context
     if context is not None and len(ids) + max_new_tokens > context:
         raise OptionError(
@@ -119,12 +134,14 @@ def answer(
     model = loaded.model
     inputs = torch.tensor([ids], device=model.device)
     streamer = _Progress(progress)
-    with capture(model=model, **options) as records:
+    with capture(model=model, spans={SINK: (0, 1)}, **options) as records:
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,  # a model's own settings may ask for more
+            num_return_sequences=1,
             streamer=streamer,
             pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
         )
@@ -136,6 +153,7 @@ def answer(
         prompt_length=len(ids),
         text=loaded.tokenizer.decode(token_ids[len(ids) :], skip_special_tokens=True),
         records=list(records),
+        zones=zones.without_sink(records, SINK),
         dropped=dict(records.dropped),
     )
 

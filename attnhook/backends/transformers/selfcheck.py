@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnhook import lifecycle
+import numpy as np
+
+from attnhook import fingerprint, lifecycle
 from attnhook.backends.transformers import runner
 from attnhook.capture import capture
+from attnhook.options import RequestOptions
 
-TOLERANCE = 2e-5  # float32 against eager float32
+TOLERANCE = 2e-5  # of a probability, float32 against eager float32
+BIN_TOLERANCE = 1e-4  # of a histogram bin, the sum of many
 _PROMPT = "Why is the sky blue? Answer in one sentence."
 _NEW_TOKENS = 12
 _TOP_K = 8
+_OPTIONS = RequestOptions(top_k=_TOP_K, layers="all", prompt=True)  # in full: ATTNHOOK_* must not change the check
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,10 @@ class Comparison:
 
     model: str
     rows: int
+    expected_rows: int
     layers: int
-    worst: float  # largest difference of a probability
+    worst: float  # largest difference of a probability; NaN if a record holds one
+    worst_bin: float  # largest difference of a histogram bin
     same_order: float  # share of top-k lists with the oracle's positions, up to ties
     same_text: bool  # whether capture left the generated tokens as they were
     installations: dict[str, dict[str, str]]
@@ -41,12 +48,17 @@ def compare_with_eager(model: str | None = None) -> Comparison:
 
     def generate() -> torch.Tensor:
         output: torch.Tensor = network.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=_NEW_TOKENS, do_sample=False
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,  # a model's own settings may ask for more
+            num_return_sequences=1,
         )
         return output
 
     plain = generate()
-    with capture(model=network, top_k=_TOP_K, layers="all", prompt=True) as records:
+    with capture(model=network, **vars(_OPTIONS)) as records:
         output = generate()
         installed = {name: found.describe() for name, found in lifecycle.installed().items()}
     used = network.config._attn_implementation
@@ -57,21 +69,28 @@ def compare_with_eager(model: str | None = None) -> Comparison:
     finally:
         network.set_attn_implementation(used)
 
-    worst, same, lists = 0.0, 0, 0
+    differences, bin_differences, same = [0.0], [0.0], []
     for record in records:
+        keys = record.query_position + 1
+        bins = [fingerprint.bin_of(keys - 1 - position) for position in range(keys)]
         for i, layer in enumerate(record.layers):
-            row = attentions[layer][0, :, record.query_position, : record.query_position + 1].mean(0).cpu()
-            kept = [(p, s) for p, s in zip(record.token_positions[i], record.attention_scores[i], strict=True) if p >= 0]
-            worst = max([worst, *(abs(float(row[p]) - float(s)) for p, s in kept)])
-            best = torch.topk(row, len(kept)).values
-            lists += 1
-            same += all(abs(float(row[p]) - float(b)) <= TOLERANCE for (p, _), b in zip(kept, best, strict=True))
+            row = attentions[layer][0, :, keys - 1, :keys].mean(0).cpu().numpy()
+            histogram = np.bincount(bins, weights=row, minlength=fingerprint.BINS)
+            bin_differences.append(np.abs(record.fingerprints[i][fingerprint.HISTOGRAM] - histogram).max())
+            kept = record.token_positions[i] >= 0
+            found = row[record.token_positions[i][kept]]
+            differences += np.abs(found - record.attention_scores[i][kept]).tolist()
+            best = np.sort(row)[::-1][:_TOP_K]
+            best = best[: max(len(found), np.count_nonzero(best))]  # what a window hides is exactly 0
+            same.append(len(found) == len(best) and bool((np.abs(found - best) <= TOLERANCE).all()))
     return Comparison(
         model=loaded.name,
         rows=len(records),
+        expected_rows=output.shape[1] - 1,  # nothing is computed from the last token
         layers=len(records[0].layers) if records else 0,
-        worst=worst,
-        same_order=same / max(lists, 1),
-        same_text=bool(torch.equal(plain, output)) and bool(records),
+        worst=float(np.max(differences)),
+        worst_bin=float(np.max(bin_differences)),
+        same_order=sum(same) / max(len(same), 1),
+        same_text=bool(torch.equal(plain, output)),
         installations=installed,
     )

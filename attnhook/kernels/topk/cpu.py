@@ -18,7 +18,14 @@ from attnhook.kernels.topk.types import PagedKeys, TopK
 
 _SCRATCH_ELEMENTS = 1 << 20  # logits per block of rows: 4 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
-_scratch = threading.local()
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def topk_attention(
@@ -40,13 +47,13 @@ def topk_attention(
     """See `attnhook.kernels.topk.topk_attention`."""
     rows, heads, head_dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    new = {"dtype": dtype, "device": q.device}
+    span_count = 0 if spans is None else spans.shape[1]
     out = TopK(
         torch.full((rows, top_k), -1, dtype=torch.int32, device=q.device),
-        torch.zeros((rows, top_k), **new),
-        torch.zeros((rows, BINS), **new),
-        torch.zeros((rows,), **new),
-        torch.zeros((rows, 0 if spans is None else spans.shape[1]), **new),
+        q.new_zeros((rows, top_k), dtype=dtype),
+        q.new_zeros((rows, BINS), dtype=dtype),
+        q.new_zeros((rows,), dtype=dtype),
+        q.new_zeros((rows, span_count), dtype=dtype),
     )
     requests, positions = row_request.tolist(), row_position.tolist()
     widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
@@ -103,10 +110,9 @@ def _buffer(name: str, size: int, like: torch.Tensor, dtype: torch.dtype) -> tor
     if size > _SCRATCH_ELEMENTS:
         return torch.empty(size, dtype=dtype, device=like.device)
     key = (name, like.device, dtype)
-    cached = _scratch.__dict__.get(key)  # type: ignore[call-overload]
+    cached = _scratch.buffers.get(key)
     if cached is None or cached.numel() < size:
-        cached = torch.empty(size, dtype=dtype, device=like.device)
-        _scratch.__dict__[key] = cached  # type: ignore[index]
+        cached = _scratch.buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
     return cached[:size]
 
 
@@ -236,13 +242,11 @@ def _reduce(
     _select(a, first, position, firsts, report_from, out)
 
 
-def _select(
-    a: torch.Tensor, first: int, position: int, firsts: list[int], report_from: int, out: TopK
-) -> None:
+def _select(a: torch.Tensor, first: int, position: int, firsts: list[int], report_from: int, out: TopK) -> None:
     """Exact top k of each row of ``a``, ties to the lower position."""
     rows, count = a.shape
-    for columns, hidden in _hidden(rows, count, position, first, firsts, a.device):
-        a[:, columns].masked_fill_(hidden, -1.0)  # after the sums: invisible keys must not win a tie at 0
+    for edge, hidden in _hidden(rows, count, position, first, firsts, a.device):
+        a[:, edge].masked_fill_(hidden, -1.0)  # after the sums: invisible keys must not win a tie at 0
     if report_from > first:
         a[:, : report_from - first] = -1.0
     top_k = out.scores.shape[1]

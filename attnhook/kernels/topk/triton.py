@@ -25,6 +25,7 @@ Rows at a negative position are padding: no keys, position -1, zeros. Rows that 
 hold (position or request out of range) read nothing and get a NaN entropy. float64 is refused.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import math
@@ -165,8 +166,7 @@ def _dot_type(q: torch.Tensor, keys: PagedKeys) -> tl.dtype:
             raise ValueError(f"keys are {k_type}, which Triton reads from compute capability 8.9 up, not {capability}")
     exact = _DOT_TYPES[q.dtype] if k_type in (q.dtype, *_FP8) else tl.float32
     # the interpreter multiplies the bit patterns of bfloat16 (triton issue 11584); float32 gives the same products
-    interpreted = not isinstance(_logits_kernel, triton.JITFunction)
-    return tl.float32 if interpreted and exact == tl.bfloat16 else exact
+    return tl.float32 if _INTERPRETED and exact == tl.bfloat16 else exact
 
 
 def _k_scale(keys: PagedKeys, scale: float, device: torch.device) -> tuple[torch.Tensor | None, int, float]:
@@ -185,10 +185,8 @@ def _k_scale(keys: PagedKeys, scale: float, device: torch.device) -> tuple[torch
 
 def _scratch_keys(max_keys: int, window: int | torch.Tensor) -> int:
     """Keys per row that scratch must hold: whole units from the one that holds the first visible key."""
-    if isinstance(window, torch.Tensor) or window < 0:
-        most = max_keys
-    else:
-        most = min(max_keys, window + _UNIT - 1)
+    unbounded = isinstance(window, torch.Tensor) or window < 0
+    most = max_keys if unbounded else min(max_keys, window + _UNIT - 1)
     return max(1, math.ceil(most / _UNIT)) * _UNIT
 
 
@@ -226,9 +224,8 @@ def _bits(n: int) -> int:
 
 def _launch_shape(group: int, head_dim: int, key_bytes: int) -> dict[str, Any]:
     """Block sizes of the logits kernel: the key block in shared memory stays at 32 KiB or less."""
-    if head_dim <= 128:
-        block_d = max(16, triton.next_power_of_2(head_dim))
-    else:
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if head_dim > 128:
         block_d = 128 if head_dim % 128 == 0 else 64  # 576 = 9 x 64
     block_g = max(16, triton.next_power_of_2(group))
     if block_g > 128:
@@ -486,7 +483,7 @@ def _masses_kernel(
             low = tl.where(i == b - 1, end - BIN_STARTS[b], low)
     out = histogram + row * BINS + i
     kept = i < BINS
-    if spans is not None:
+    if spans is not None:  # noqa: SIM102 - decided when the kernel is compiled, unlike the next
         if part > 0:
             n = (part - 1) * RANGES + i
             kept = n < span_count
@@ -579,3 +576,6 @@ def _select_kernel(
     spread = tl.where(count > 1, spread / tl.log(tl.maximum(count, 2).to(tl.float32)), spread * 0)
     spread = tl.where(count > 0, spread, 0)
     tl.store(entropy + row, tl.where(fits, spread, float("nan")))
+
+
+_INTERPRETED = not isinstance(_logits_kernel, triton.JITFunction)
