@@ -13,7 +13,7 @@ model: venv  ## the default model, converted once into the cache
 
 demo: venv  ## a real model's real answer, where each token looked, and an HTML report
 	@mkdir -p demo
-	$(BIN)/attnhook run --layers auto --prompt-rows --html demo/report.html --out demo/records.jsonl
+	$(BIN)/attnhook run --layers auto --top-k 16 --prompt-rows --html demo/report.html --out demo/records.jsonl
 	@echo "Open demo/report.html in a browser."
 
 check: venv  ## the inner loop: lint, format, types, unit tests without the model

@@ -18,7 +18,10 @@ from attnhook import __version__
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import RequestOptions, parse_layers
 
-DEFAULT_PROMPT = "Name the three primary colours, then say which two of them make green."
+DEFAULT_PROMPT = (
+    "The brig Halcyon brought 212 barrels of olive oil from Lisbon. The schooner Marigold took salted cod to Bergen. "
+    "What did the Halcyon bring, and from where?"
+)
 
 app = typer.Typer(
     add_completion=False,

@@ -50,6 +50,8 @@ def run(model: str | None = None) -> Report:
         _self_check(report, model)
     except AttnhookError as error:
         report.problems.append(str(error))
+    except Exception as error:  # a bug of ours or of the engine is what this command is there to report
+        report.problems.append(f"the check broke off: {type(error).__name__}: {error}")
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,14 @@ def tokenizer(smol_path: str) -> Any:
 def long_text() -> str:
     """A few thousand tokens of real English: our own design notes and licence."""
     return (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are several times faster on one thread where the machine has other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

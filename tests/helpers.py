@@ -35,6 +35,18 @@ def tiny_model(**config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+def byte_tokenizer() -> Any:
+    """A tokenizer with one token per UTF-8 byte and no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def generate(model: Any, new: int = NEW) -> list[int]:
     """Token ids of a prompt of PROMPT tokens and its greedy answer."""
     import torch

@@ -19,6 +19,7 @@ from attnhook.capture import sessions
 from attnhook.kernels import topk
 from tests.helpers import LAYERS, NEW, PROMPT, generate, python, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = PROMPT - 1 + NEW  # rows of one `generate`, the prompt's included
 OWNERS = (
     modeling_utils.AttentionInterface,

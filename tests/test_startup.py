@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -187,5 +186,5 @@ def test_every_way_to_start_python_works(tmp_path):
         assert run.stderr == ""
         assert run.stdout
     # without site-packages there is no .pth, and nothing to complain about
-    isolated = subprocess.run([sys.executable, "-S", "-c", "print('ran')"], env={**os.environ, **environ}, check=True)
-    assert isolated.returncode == 0
+    run = python("-S", "-c", "print('ran')", **environ)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "ran\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_family_equals_eager(family: str, cache: str) -> None:
         oracle.check(worst)
     contrast = max(float(r.attention_scores[0, 0]) for r in records if r.query_position > 20)
     assert contrast > 0.1, "attention is nearly uniform, so this test shows little"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention for the CPU with g++")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_flex_attention_equals_eager(family: str) -> None:
+    """flex gives its mask as a function, and it honours Gemma 2's soft-cap and window."""
+    if family == "llama":
+        model = build(transformers.LlamaConfig(**{**TINY, "num_attention_heads": 4}, head_dim=16), "flex_attention")
+        windows = {}
+    else:
+        config = gemma("Gemma2Config", attn_logit_softcapping=2.0, query_pre_attn_scalar=16, num_attention_heads=4)
+        model, windows = build(config, "flex_attention"), {0: WINDOW, 2: WINDOW}
+    ids = torch.randint(2, 290, (1, 40), generator=torch.Generator().manual_seed(1))
+    with attnhook.capture(top_k=6, layers="all", prompt=True) as records, torch.no_grad():
+        model(ids)
+    assert len(records) == 40
+    oracle.check(oracle.compare(records, oracle.eager_attention(model, ids), top_k=6, windows=windows))
 
 
 def test_sdpa_without_the_cap_is_what_is_reported() -> None:

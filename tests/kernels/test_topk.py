@@ -98,6 +98,11 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     ),
     "many spans": ([(0, 90)], {"spans": torch.arange(20)[None, :, None] + torch.tensor([0, 40]), "window": 60}),
     "first_reported": (SCATTERED, {"first_reported": torch.tensor([3, 1000], dtype=torch.int32)}),
+    "more tiles than k": ([(0, 250)], {"top_k": 2, "heads": (2, 1)}),
+    "first_reported above more tiles than k": (
+        [(0, 250)],
+        {"top_k": 2, "heads": (2, 1), "first_reported": torch.tensor([200])},
+    ),
     "first_reported under the window": (SCATTERED, {"first_reported": torch.tensor([2, 125]), "window": 20}),
     "everything": (SCATTERED, {**FEATURES, "window": 70, "k_scale": torch.tensor([0.5, 1.5]), "page_size": 8}),
     "int64 indices": (SCATTERED, {"index_dtype": torch.int64}),

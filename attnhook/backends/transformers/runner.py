@@ -164,15 +164,17 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     A character that several tokens share is shown whole at the last of them; the others are empty.
     """
     out: list[str] = []
-    start = done = 0  # decode from a little before, so that spaces between tokens survive
+    ends = [0]  # where a character ends
     for end in range(1, len(ids) + 1):
+        # from a few characters before, so that spaces between tokens survive
+        start, done = ends[max(0, len(ends) - 4)], ends[-1]
         before = tokenizer.decode(ids[start:done]) if done else ""
         text = tokenizer.decode(ids[start:end])
         if text.endswith("�") and end < len(ids):
             out.append("")
             continue
         out.append(text[len(before) :])
-        start, done = max(0, end - 3), end
+        ends.append(end)
     return out
 
 
