@@ -1,4 +1,4 @@
-# Every target prepares what it needs; a fresh machine needs Python 3.10+ and make, nothing else.
+# Every target prepares what it needs; a fresh machine needs Python 3.11 and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

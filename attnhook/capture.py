@@ -51,6 +51,7 @@ class Session:
         self.strict = strict
         self.model = model
         self.dropped: Counter[str] = Counter() if dropped is None else dropped
+        self.active = False
         self._logged: set[str] = set()
 
     def drop(self, reason: str, rows: int, why: str | Exception) -> None:
@@ -73,12 +74,14 @@ class Session:
         global _sessions
         with _lock:
             _sessions = (*_sessions, self)
+            self.active = True
         return self
 
     def __exit__(self, *_: object) -> None:
         global _sessions
         with _lock:
             _sessions = tuple(s for s in _sessions if s is not self)
+            self.active = False
 
 
 def sessions() -> tuple[Session, ...]:
@@ -122,7 +125,7 @@ class StepCapture:
         self.options = options
         self.model = model
         self._results: dict[int, TopK] = {}
-        self._fixed: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
+        self._shared: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
 
     @property
     def missing(self) -> list[int]:
@@ -148,11 +151,10 @@ class StepCapture:
 
         from attnhook.kernels.topk import topk_attention
 
-        if self._fixed is None:
-            self._fixed = self._arguments(q, shift)
-        source, back, arguments = self._fixed
-        if back is not shift:  # layers with different windows count their slots differently
-            arguments = self._arguments(q, shift)[2]
+        # layers with different windows, or on other devices, come with a shift of their own
+        if self._shared is None or self._shared[1] is not shift:
+            self._shared = self._arguments(q, shift)
+        source, _, arguments = self._shared
         result = topk_attention(q, keys, source, row_slot, **arguments, **softmax)
         offset = shift[source.long()][:, None]
         positions = torch.where(result.positions >= 0, result.positions - offset, -1).to(torch.int32)
@@ -186,7 +188,8 @@ class StepCapture:
         results = [self._results[layer] for layer in layers]
 
         def stacked(name: str) -> np.ndarray:  # [T, L, ...]
-            array: np.ndarray = torch.stack([getattr(r, name) for r in results], dim=1).cpu().numpy()
+            device = results[0].entropy.device
+            array: np.ndarray = torch.stack([getattr(r, name).to(device) for r in results], dim=1).cpu().numpy()
             return array
 
         histogram, entropy = stacked("histogram"), stacked("entropy")
@@ -275,7 +278,7 @@ def capture(
         raise OptionError("on_error", f"on_error={on_error!r} must be 'raise' or 'drop'")
     resolved = CaptureOptions.resolve({**options, "sinks": sinks})
     records = Captured()
-    delivery = lifecycle.open_delivery(resolved)
+    delivery = lifecycle.open_delivery(resolved)  # observers too, unless install() shows them everything
 
     def deliver(batch: Sequence[TokenRecord]) -> None:
         records.extend(batch)

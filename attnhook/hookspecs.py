@@ -45,8 +45,9 @@ def attnhook_register_sinks(register: RegisterSink) -> None:
 
 @hookspec
 def attnhook_token(record: TokenRecord) -> None:
-    """See every token record that is delivered to sinks.
+    """See every token record that is captured, whether or not there are sinks.
 
+    An installed observer makes ``attnhook.install()`` capture everything, as a sink would.
     Runs on the delivery thread, never inside an engine step. An exception is logged and counted; it does
     not keep the record from the sinks.
     """

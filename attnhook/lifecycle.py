@@ -11,7 +11,7 @@ from attnhook import plugins
 from attnhook.backends import Installation
 from attnhook.capture import Session
 from attnhook.delivery import Delivery
-from attnhook.errors import PluginError, UnsupportedError
+from attnhook.errors import PluginError
 from attnhook.options import CaptureOptions
 
 _lock = threading.RLock()
@@ -39,9 +39,13 @@ class _Process:
 
 
 def open_delivery(options: CaptureOptions) -> Delivery | None:
-    """The queue to the options' sinks and the plugins' observers, or None where there are neither."""
-    if options.sinks or plugins.has_observers():
-        return Delivery.from_urls(options.sinks, queue_size=options.queue_size)
+    """The queue to the options' sinks and the plugins' observers, or None where there are neither.
+
+    While `install` shows observers every record, nobody else does, so that they see none twice.
+    """
+    observe = plugins.has_observers() and (_process is None or _process.session is None)
+    if options.sinks or observe:
+        return Delivery.from_urls(options.sinks, queue_size=options.queue_size, observe=observe)
     return None
 
 
@@ -113,6 +117,12 @@ def sink_stats() -> dict[str, Any]:
         return _process.delivery.stats()
 
 
+def dropped() -> dict[str, int]:
+    """Rows that `install`'s capture could not turn into records, by reason (``unsupported``, ``nan``, ...)."""
+    with _lock:
+        return {} if _process is None or _process.session is None else dict(_process.session.dropped)
+
+
 @contextmanager
 def hooks(options: CaptureOptions) -> Iterator[None]:
     """Keep the engines hooked inside the block."""
@@ -138,7 +148,7 @@ def _acquire(options: CaptureOptions) -> None:
         try:
             for name, backend in usable.items():
                 _installations[name] = backend.install(options)
-        except UnsupportedError:
+        except BaseException:
             _remove()
             raise
     _users += 1

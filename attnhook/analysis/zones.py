@@ -193,9 +193,10 @@ def without_sink(records: Sequence[TokenRecord], span: str) -> list[Zone]:
         if column is None:
             raise KeyError(f"record {record.key} has no span {span!r}: capture with spans={{{span!r}: (0, 1)}}")
         p, layers = record.query_position, len(record.layers)
-        freed = record.fingerprints
-        if p > 0:
-            freed = without_key(freed, record.span_mass[:, column], np.full(layers, p), np.full(layers, p + 1))
+        freed, scores = record.fingerprints, record.span_mass[:, column]
+        if p > 0:  # a layer whose window hides position 0 gives it 0 and stays as it is
+            without = without_key(freed, scores, np.full(layers, p), np.full(layers, p + 1))
+            freed = np.where((scores > 0)[:, None], without, freed)
         means.append(freed.mean(axis=0, dtype=np.float64))
     codes, confidence = classify_many(np.stack(means))
     return [Zone(ZONE_NAMES[code], float(sure)) for code, sure in zip(codes, confidence, strict=True)]

@@ -1,7 +1,7 @@
 """A real browser for the tests, headless Chromium driven over the DevTools protocol on two pipes; a large report.
 
 No package is needed, only a Chromium on the machine (``apt-get install chromium``, or its path in
-``ATTNHOOK_CHROMIUM``). Without one the tests that ask for it are skipped, and say so.
+``CHROMIUM``). Without one the tests that ask for it are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class Chromium:
 
 
 def find_chromium() -> str | None:
-    """The Chromium to use: ``ATTNHOOK_CHROMIUM``, else the first known name on the path."""
-    named = os.environ.get("ATTNHOOK_CHROMIUM")
+    """The Chromium to use: ``CHROMIUM``, else the first known name on the path."""
+    named = os.environ.get("CHROMIUM")
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
 
 

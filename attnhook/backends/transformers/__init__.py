@@ -21,7 +21,7 @@ from attnhook.options import CaptureOptions
 
 _lock = threading.RLock()
 _live: set[Any] = set()
-_watched = False
+_watched: set[str] = set()  # modules whose import wrapt reports to us
 
 
 class TransformersBackend:
@@ -42,17 +42,18 @@ class TransformersBackend:
 
     def install(self, options: CaptureOptions) -> TransformersInstallation:
         """Patch Transformers now if it is imported, else when it is. Raises UnsupportedError."""
-        global _watched
         installation = TransformersInstallation(self.version())
         with _lock:
-            _live.add(installation)
-            if not _watched:
-                _watched = True
-                for module in _PATCHERS:
-                    # wrapt keeps such a hook for good; it does nothing once no installation is live
-                    wrapt.register_post_import_hook(_imported, module)
-            else:
+            try:
                 installation.catch_up()
+                _live.add(installation)
+                for module in _PATCHERS.keys() - _watched:
+                    # wrapt keeps such a hook for good; it does nothing once no installation is live
+                    _watched.add(module)
+                    wrapt.register_post_import_hook(_imported, module)
+            except BaseException:
+                installation.uninstall()
+                raise
         return installation
 
 
@@ -112,6 +113,7 @@ class TransformersInstallation:
         interface = self._need(module, "AttentionInterface")
         self.patches.set(interface, "get_interface", hooks.observing_interface(self._need(interface, "get_interface")))
         self.patches.set(model, "__call__", hooks.observing_call(model.__call__))
+        hooks.forget_compiled_code()
 
     def _patch_generation(self, module: ModuleType) -> None:
         hooks = import_module("attnhook.backends.transformers.hooks")

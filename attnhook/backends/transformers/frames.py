@@ -58,8 +58,11 @@ _conversations: weakref.WeakKeyDictionary[Any, _Conversation] = weakref.WeakKeyD
 class Frame:
     """One call of a PreTrainedModel (they nest: LlamaForCausalLM calls LlamaModel)."""
 
-    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], listening: tuple[Session, ...]
+    ) -> None:
         self.model = model
+        self.listening = listening
         self.run = local.run
         arguments = dict(kwargs)
         if args:
@@ -94,7 +97,8 @@ class Frame:
                 done = run.finished.tolist()
         conversation = self._conversation
         if run is None and conversation is None:
-            known = _conversations.get(self.cache) if self.cache is not None else None
+            # an empty cache begins a new sequence, even if it held another one before
+            known = _conversations.get(self.cache) if self.past else None
             conversation = self._conversation = known or _Conversation()
         rows = []
         for b in range(batch):

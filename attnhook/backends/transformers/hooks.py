@@ -5,6 +5,7 @@ Each calls the original with its arguments unchanged; with no session listening 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -24,6 +25,15 @@ from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
 
 Original = Callable[..., Any]
+
+
+def forget_compiled_code() -> None:
+    """Make models that ``torch.compile`` has compiled already be compiled again, with the hooks in place.
+
+    Compiled code does not watch the functions that we replace, so it would run on unobserved.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def observing_interface(original: Original) -> Original:
@@ -111,11 +121,14 @@ def refusing_decoding(original: Original, mode: str) -> Original:
 
 @torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]
 def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # who listens is settled when a pass begins: who joins later would get part of its layers
+    listening = local.frames[0].listening if local.frames else sessions()
     try:
-        frame = Frame(model, args, kwargs)
+        frame = Frame(model, args, kwargs, listening)
     except Exception as error:
-        for session in sessions():
-            session.refuse(error, 1)
+        for session in listening:
+            if _concerns(session, model):
+                session.refuse(error, 1)
         return original(model, *args, **kwargs)
     local.frames.append(frame)
     try:
@@ -129,11 +142,16 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
             f"{type(model).__name__} ran without one call of Transformers' attention interface, so nothing could be "
             "captured; it computes attention in its own code"
         )
-        for session in sessions():
-            if session.model is None or session.model is model:
+        for session in listening:
+            if _concerns(session, model):
                 session.refuse(unseen, 1)
     _finish(frame, output)
     return output
+
+
+def _concerns(session: Session, model: Any) -> bool:
+    wanted = session.model
+    return session.active and (wanted is None or wanted is model or any(f.model is wanted for f in local.frames))
 
 
 def _finish(frame: Frame, output: Any) -> None:
@@ -141,7 +159,7 @@ def _finish(frame: Frame, output: Any) -> None:
     if frame.steps:
         frame.finish_rows(output)
     for session, step in frame.steps.items():
-        if step is None:
+        if step is None or not session.active:
             continue
         try:
             if step.missing:
@@ -174,7 +192,9 @@ def _attend(
     if frame is None or not (is_causal_attention(module) if causal is None else causal):
         return output
     frame.saw_attention = True
-    for session in sessions():
+    for session in frame.listening:
+        if not session.active:
+            continue
         try:
             with torch.no_grad():
                 _observe(frame, session, implementation, module, query, key, value, attention_mask, kwargs, output[0])
@@ -206,7 +226,9 @@ def _observe(
     kind = family(implementation)
     _refuse_arguments(kwargs)
     window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
-    name = (session, id(mask), key.shape[2], window)
+    if kind == FLASH:
+        _refuse_packed(kwargs)
+    name = (session, id(mask), key.shape[2], window, query.device)
     if name not in frame.plans:
         frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window)
     plan = frame.plans[name]
@@ -249,6 +271,19 @@ def _plan(
     one_run = batch == 1 and indices[-1] - indices[0] + 1 == len(indices)
     pick = (0, slice(indices[0], indices[-1] + 1)) if one_run else (source, index)
     return _Plan(pick, (sources[-1], indices[-1]), seen, shift, mask)
+
+
+def _refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Flash attention finds packed sequences in arguments that no mask shows."""
+    position_ids = kwargs.get("position_ids")
+    packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seqlens") is not None
+    if isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        packed = packed or bool((position_ids[0, 1:] != position_ids[0, :-1] + 1).any())
+    if packed:
+        raise UnsupportedError(
+            "flash attention over packed sequences cannot be captured: load the model with sdpa, or pass the sequences "
+            "as a batch"
+        )
 
 
 def _refuse_arguments(kwargs: dict[str, Any]) -> None:

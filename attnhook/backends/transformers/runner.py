@@ -12,7 +12,7 @@ from attnhook.analysis import zones
 from attnhook.analysis.zones import Zone
 from attnhook.backends.transformers.default_model import NAME, default_model_path
 from attnhook.capture import capture
-from attnhook.errors import AttnhookError, OptionError
+from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.records import TokenRecord
 
 #: Span of the attention sink, position 0, which most heads give mass to whatever they read.
@@ -53,9 +53,12 @@ def load(model: str | None, dtype: str = "auto", device: str | None = None) -> L
 
     Raises OptionError where ``model``, ``dtype`` or ``device`` cannot be used; the message says why.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise PluginError(f"Transformers cannot be imported ({error}): pip install 'attnhook[transformers]'") from error
 
     if dtype not in DTYPES:
         raise OptionError("dtype", f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")

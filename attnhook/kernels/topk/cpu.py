@@ -1,8 +1,8 @@
 """Top-k attention as vectorised torch: the path for CPUs and for devices without Triton.
 
-Rows of one request at consecutive positions (a prompt, or one decode row) are computed together. The
-logits of a block of rows are the only scratch, at most `_SCRATCH_ELEMENTS` floats unless one row needs
-more, so memory never grows with rows x keys.
+Rows of one request at consecutive positions (a prompt, or one decode row) are computed together. The only
+scratch is the logits of a block of rows, their probabilities and their mean, each at most
+`_SCRATCH_ELEMENTS` floats unless one row needs more, so memory never grows with rows x keys.
 """
 
 from __future__ import annotations
@@ -145,9 +145,18 @@ def _attention(
         lhs = lhs * (factor.view(-1, 1, 1) if factor.dim() else factor)
     width = count + (sinks is not None)
     z = _buffer("logits", heads * rows * width, q, dtype).view(kv_heads, group * rows, width)
-    step = count if k.dtype == dtype else _KEY_BLOCK
+    # a process that allows TF32 or bfloat16 products means its own, not ours
+    exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    product = dtype if exact else torch.float64
+    lhs = lhs.to(product)
+    step = count if k.dtype == product else _KEY_BLOCK
     for c in range(0, count, step):
-        torch.bmm(lhs, k[c : c + step].to(dtype).permute(1, 2, 0), out=z[:, :, c : min(c + step, count)])
+        part = z[:, :, c : min(c + step, count)]
+        keys = k[c : c + step].to(product).permute(1, 2, 0)
+        if exact:
+            torch.bmm(lhs, keys, out=part)
+        else:
+            part.copy_(torch.bmm(lhs, keys))
     z = z.view(heads, rows, width)  # heads outermost: their mean is a sum of whole blocks
     seen = z[..., :count]
     if alibi_slopes is not None:
@@ -233,7 +242,8 @@ def _reduce(
     entropy = -torch.linalg.vecdot(a, logs)
     if normalise:  # H(a / S) = H(a) / S + ln S
         total = out.histogram.sum(-1)
-        entropy = entropy / total + total.log()
+        # a sink that takes everything leaves no distribution to speak of: entropy 0
+        entropy = torch.where(total == 0, 0.0, entropy / total + total.log())
     # one visible key: ln 1 = 0, so 0 / tiny is 0 and NaN stays NaN
     torch.div(entropy, visible.to(a.dtype).log_().clamp_(min=torch.finfo(a.dtype).tiny), out=out.entropy)
     one = visible == 1

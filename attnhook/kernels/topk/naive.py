@@ -60,7 +60,8 @@ def topk_attention(
         for i, start in enumerate(BIN_STARTS):
             end = BIN_STARTS[i + 1] if i + 1 < BINS else p + 1
             histogram[t, i] = a[(distance >= start) & (distance < end)].sum()
-        normalised = a if sinks is None else a / a.sum()
+        # a sink that takes everything leaves no distribution to speak of: entropy 0
+        normalised = a if sinks is None or a.sum() == 0 else a / a.sum()
         if len(seen) > 1:
             entropy[t] = torch.special.entr(normalised).sum() / math.log(len(seen))
         elif not torch.isfinite(a).all():
