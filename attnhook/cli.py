@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from attnhook import __version__
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.options import RequestOptions, parse_layers
+from attnhook.options import CaptureOptions, parse_heads, parse_layers
 
 DEFAULT_PROMPT = (
     "The brig Halcyon brought 212 barrels of olive oil from Lisbon. The schooner Marigold took salted cod to Bergen. "
     "What did the Halcyon bring, and from where?"
 )
+
+_UsageError: Any = typer.BadParameter.__base__  # Click's, or Typer's own copy of it
 
 app = typer.Typer(
     add_completion=False,
@@ -33,12 +35,22 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: attnhook's own errors become one line and exit status 2."""
+    """Entry point: attnhook's own errors and wrong usage become one line and exit status 2."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except AttnhookError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except _UsageError as error:
+        if len(sys.argv) == 1:
+            error.show()  # the help
+        else:
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except typer.Abort as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
+    raise SystemExit(status)
 
 
 def _show_version(value: bool) -> None:
@@ -80,8 +92,8 @@ def run(
     """Answer a prompt and show where each generated token looked."""
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
     if heads is not None:
-        options["heads"] = parse_layers("--heads", heads)
-    RequestOptions.resolve(arguments=options)  # before anything heavy is loaded
+        options["heads"] = parse_heads("--heads", heads)
+    CaptureOptions.resolve(options)  # before anything heavy is loaded
     if max_new_tokens < 1:
         raise OptionError("max_new_tokens", f"--max-new-tokens {max_new_tokens} must be at least 1")
     text = _prompt(prompt, file)
@@ -89,6 +101,8 @@ def run(
         raise OptionError("prompt", "the prompt is empty: give some text with --prompt or --file")
     for path in (out, html):
         _check_output(path)
+    if out is not None and html is not None and out.resolve() == html.resolve():
+        raise OptionError("html", f"--out and --html both name {html}: name two files")
 
     with _status("loading the model"):
         from attnhook.backends.transformers import runner
@@ -159,6 +173,8 @@ def _check_output(path: Path | None) -> None:
     folder = path.parent
     if path.is_dir():
         problem = "it is a folder: name a file in it"
+    elif path.exists() and not path.is_file():
+        problem = "it is a device or a pipe: name a file"
     elif not folder.is_dir():
         problem = f"the folder {folder} does not exist: create it first"
     elif not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):

@@ -25,10 +25,12 @@ class _Process:
 
     def __init__(self, options: CaptureOptions) -> None:
         self.options = options
-        self.delivery = open_delivery(options)
+        self.delivery = open_delivery(options, process=True)
         self.session: Session | None = None
+
+    def start(self) -> None:
         if self.delivery is not None:
-            self.session = Session(options.request, self.delivery.put, strict=False)
+            self.session = Session(self.options.request, self.delivery.put, strict=False)
             self.session.__enter__()
 
     def close(self) -> None:
@@ -38,12 +40,12 @@ class _Process:
             self.delivery.close()
 
 
-def open_delivery(options: CaptureOptions) -> Delivery | None:
+def open_delivery(options: CaptureOptions, *, process: bool = False) -> Delivery | None:
     """The queue to the options' sinks and the plugins' observers, or None where there are neither.
 
     While `install` shows observers every record, nobody else does, so that they see none twice.
     """
-    observe = plugins.has_observers() and (_process is None or _process.session is None)
+    observe = plugins.has_observers() and (process or _process is None or _process.session is None)
     if options.sinks or observe:
         return Delivery.from_urls(options.sinks, queue_size=options.queue_size, observe=observe)
     return None
@@ -71,17 +73,17 @@ def install(**options: Any) -> dict[str, Installation]:
     with _lock:
         if _process is not None and _process.options == resolved:
             return dict(_installations)
-        first = _process is None
-        if first:
-            _acquire(resolved)
-        else:
-            _process.close()  # type: ignore[union-attr]
+        new = _Process(resolved)  # where a sink cannot be opened, what is on stays on
         try:
-            _process = _Process(resolved)
+            if _process is None:
+                _acquire(resolved)
+            else:
+                _process.close()
         except BaseException:
-            _process = None
-            _release()
+            new.close()
             raise
+        _process = new
+        new.start()
         return dict(_installations)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -20,6 +21,7 @@ _POSITION, _ZONE, _NUMBER = 4, 16, 7  # columns of the table
 _WIDE = 110  # columns from which the numbers fit too
 _TOKEN = 12  # columns of a token's text
 _SHOWN = 4  # attended tokens per row of the table
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences are not the model's to send
 _BAR = 40  # columns of the zone bar
 
 
@@ -38,7 +40,7 @@ def show(answer: Answer, console: Console) -> None:
 
 def visible(token: str) -> str:
     """A token's text with its white space made visible."""
-    return token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"
+    return _CONTROL.sub("�", token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")) or "∅"
 
 
 def _coloured(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]]) -> Text:
@@ -46,7 +48,7 @@ def _coloured(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]]) -> Tex
     text = Text()
     for position in range(answer.prompt_length, len(answer.tokens)):
         name = zone_of.get(position)
-        text.append(answer.tokens[position], style=zones.COLOURS[name] if name else "dim")
+        text.append(_CONTROL.sub("�", answer.tokens[position]), style=zones.COLOURS[name] if name else "dim")
     return text
 
 

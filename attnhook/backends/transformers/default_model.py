@@ -41,6 +41,7 @@ def default_model_path() -> Path:
         ) from error
     try:
         _convert(gguf, scratch)
+        scratch.chmod(0o755)  # mkdtemp's 0700 would keep other users of a shared cache out
         try:
             scratch.rename(target)
         except OSError as error:
