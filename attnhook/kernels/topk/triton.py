@@ -1,4 +1,4 @@
-"""Top-k attention as Triton kernels: the path for GPUs. Needs Triton 3.4 or newer.
+"""Top-k attention as Triton kernels: the path for GPUs. Compiles with Triton 3.4 to 3.7.
 
 Two phases, four launches:
 
