@@ -16,7 +16,7 @@ import torch
 from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk.types import PagedKeys, TopK
 
-_SCRATCH_ELEMENTS = 1 << 20  # logits per block of rows: 4 MiB, about a core's cache
+_SCRATCH_ELEMENTS = 3 << 18  # logits per block of rows: 3 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
 
 
@@ -68,14 +68,15 @@ def topk_attention(
         low, high = min(firsts[start:stop]), positions[stop - 1]
         k = _gather(view, keys, request, low, high + 1)
         mask = None if masks is None else masks[request].bool()
-        block = max(1, _SCRATCH_ELEMENTS // (heads * (high + 1 - low)))
-        for t in range(start, stop, block):
-            end = min(t + block, stop)
+        suspect = _may_hold_infinity(q[start:stop], k)
+        end = start
+        while end < stop:
+            t, end = end, min(end + _block_rows(positions[end] + 1 - firsts[end], heads), stop)
             first = min(firsts[t:end])
             attention, lead = _attention(
                 q[t:end], k[first - low : positions[end - 1] + 1 - low], positions[t], first, firsts[t:end],
                 dtype=dtype, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask,
-                k_scale=keys.k_scale,
+                k_scale=keys.k_scale, suspect=suspect,
             )  # fmt: skip
             _reduce(
                 attention, lead, first, positions[t], firsts[t:end], TopK(*(x[t:end] for x in out)),
@@ -84,6 +85,22 @@ def topk_attention(
                 report_from=0 if report_from is None else report_from[request],
             )  # fmt: skip
     return out
+
+
+def _block_rows(keys: int, heads: int) -> int:
+    """Rows R to compute together, the first of which sees ``keys`` keys: heads * R * (R + keys) fits the scratch."""
+    return max(1, int((math.sqrt(keys * keys + 4 * _SCRATCH_ELEMENTS / heads) - keys) / 2))
+
+
+def _may_hold_infinity(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the logits need a look of their own: where they are few, or q or k is not finite somewhere.
+
+    NaN and +inf show in the probabilities; -inf and what a soft-cap flattens do not.
+    """
+    if q.shape[0] * q.shape[1] <= k.shape[1] * k.shape[2]:
+        return True
+    total = q.sum(dtype=torch.float32) + k.to(torch.float32).sum()
+    return not bool(torch.isfinite(total))
 
 
 def _runs(requests: list[int], positions: list[int]) -> Iterator[tuple[int, int]]:
@@ -130,6 +147,7 @@ def _attention(
     alibi_slopes: torch.Tensor | None,
     mask: torch.Tensor | None,
     k_scale: torch.Tensor | float | None,
+    suspect: bool,
 ) -> tuple[torch.Tensor, int]:
     """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first..; invisible keys hold 0.
 
@@ -164,10 +182,11 @@ def _attention(
         p = torch.arange(position, position + rows, device=q.device, dtype=dtype)
         seen += alibi_slopes.to(dtype).view(heads, 1, 1) * (s - p[:, None])
     hidden_keys = list(_hidden(rows, count, position, first, firsts, q.device))
-    for columns, hidden in hidden_keys:
-        seen[..., columns].masked_fill_(hidden, 0.0)  # poison behind the row's position is not the row's
-    # before the soft-cap and softmax, which would make an infinity look like a number
-    logit_sums = seen.sum(-1)  # [Hq, R]
+    if suspect:
+        for columns, hidden in hidden_keys:
+            seen[..., columns].masked_fill_(hidden, 0.0)  # poison behind the row's position is not the row's
+        # before the soft-cap and softmax, which would make an infinity look like a number
+        finite = torch.isfinite(seen.sum(-1))  # [Hq, R]
     if softcap:
         seen.div_(softcap).tanh_().mul_(softcap)
     if sinks is not None:
@@ -187,10 +206,10 @@ def _attention(
     else:
         torch.sum(p_h[mask], dim=0, out=attention[:, lead:])
         attention[:, lead:] *= 1 / int(mask.sum())
-        logit_sums = logit_sums[mask]
-    broken = ~torch.isfinite(logit_sums).all(0)
-    if bool(broken.any()):
-        attention[broken, lead:] = math.nan
+    if suspect:
+        broken = ~(finite if mask is None else finite[mask]).all(0)
+        if bool(broken.any()):
+            attention[broken, lead:] = math.nan
     return attention, lead
 
 
