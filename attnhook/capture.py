@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from attnhook.kernels.topk import PagedKeys, TopK
 
+    # rows' source, shift it was made from, slots to take off each row's positions, kernel arguments
+    _Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]]
+
 logger = logging.getLogger("attnhook")
 
 _sessions: tuple[Session, ...] = ()  # replaced whole, so that an engine thread reads it without a lock
@@ -125,7 +128,7 @@ class StepCapture:
         self.options = options
         self.model = model
         self._results: dict[int, TopK] = {}
-        self._shared: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
+        self._shared: _Shared | None = None
 
     @property
     def missing(self) -> list[int]:
@@ -154,13 +157,14 @@ class StepCapture:
         # layers with different windows, or on other devices, come with a shift of their own
         if self._shared is None or self._shared[1] is not shift:
             self._shared = self._arguments(q, shift)
-        source, _, arguments = self._shared
+        source, _, offset, arguments = self._shared
         result = topk_attention(q, keys, source, row_slot, **arguments, **softmax)
-        offset = shift[source.long()][:, None]
-        positions = torch.where(result.positions >= 0, result.positions - offset, -1).to(torch.int32)
-        self._results[layer] = result._replace(positions=positions)
+        if offset is not None:
+            positions = torch.where(result.positions >= 0, result.positions - offset, -1)
+            result = result._replace(positions=positions)
+        self._results[layer] = result
 
-    def _arguments(self, q: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def _arguments(self, q: torch.Tensor, shift: torch.Tensor) -> _Shared:
         """What every layer's kernel call shares, on q's device."""
         import torch
 
@@ -175,7 +179,8 @@ class StepCapture:
             arguments["spans"] = bounds[None] + shift[:, None, None]
         if options.mask_prefix:
             arguments["first_reported"] = shift + options.mask_prefix
-        return source, shift, arguments
+        offset = shift[source.long()][:, None] if bool(shift.any()) else None
+        return source, shift, offset, arguments
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""

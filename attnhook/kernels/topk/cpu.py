@@ -87,6 +87,11 @@ def topk_attention(
     return out
 
 
+def _product_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to multiply matrices in: a process that allows TF32 or bfloat16 products means its own, not ours."""
+    return dtype if torch.get_float32_matmul_precision() == "highest" else torch.float64
+
+
 def _block_rows(keys: int, heads: int) -> int:
     """Rows R to compute together, the first of which sees ``keys`` keys: heads * R * (R + keys) fits the scratch."""
     return max(1, int((math.sqrt(keys * keys + 4 * _SCRATCH_ELEMENTS / heads) - keys) / 2))
@@ -163,15 +168,13 @@ def _attention(
         lhs = lhs * (factor.view(-1, 1, 1) if factor.dim() else factor)
     width = count + (sinks is not None)
     z = _buffer("logits", heads * rows * width, q, dtype).view(kv_heads, group * rows, width)
-    # a process that allows TF32 or bfloat16 products means its own, not ours
-    exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    product = dtype if exact else torch.float64
+    product = _product_type(dtype)
     lhs = lhs.to(product)
     step = count if k.dtype == product else _KEY_BLOCK
     for c in range(0, count, step):
         part = z[:, :, c : min(c + step, count)]
         keys = k[c : c + step].to(product).permute(1, 2, 0)
-        if exact:
+        if product == dtype:
             torch.bmm(lhs, keys, out=part)
         else:
             part.copy_(torch.bmm(lhs, keys))
@@ -200,12 +203,7 @@ def _attention(
     lead = rows - 1
     attention = _buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
     attention[:, :lead] = 0
-    if mask is None:
-        torch.sum(p_h, dim=0, out=attention[:, lead:])
-        attention[:, lead:] *= 1 / heads
-    else:
-        torch.sum(p_h[mask], dim=0, out=attention[:, lead:])
-        attention[:, lead:] *= 1 / int(mask.sum())
+    torch.mean(p_h if mask is None else p_h[mask], dim=0, out=attention[:, lead:])
     if suspect:
         broken = ~(finite if mask is None else finite[mask]).all(0)
         if bool(broken.any()):
@@ -256,37 +254,41 @@ def _reduce(
         if low < high:
             torch.sum(a[:, low:high], dim=-1, out=out.span_mass[:, n])
 
-    visible = torch.arange(position + 1, position + 1 + rows, device=a.device) - torch.tensor(firsts, device=a.device)
     logs = torch.clamp(a, min=torch.finfo(a.dtype).tiny).log_()
     entropy = -torch.linalg.vecdot(a, logs)
     if normalise:  # H(a / S) = H(a) / S + ln S
         total = out.histogram.sum(-1)
         # a sink that takes everything leaves no distribution to speak of: entropy 0
         entropy = torch.where(total == 0, 0.0, entropy / total + total.log())
-    # one visible key: ln 1 = 0, so 0 / tiny is 0 and NaN stays NaN
-    torch.div(entropy, visible.to(a.dtype).log_().clamp_(min=torch.finfo(a.dtype).tiny), out=out.entropy)
-    one = visible == 1
-    if bool(one.any()):
-        out.entropy[one] = torch.where(torch.isfinite(a[one].sum(-1)), 0.0, math.nan).to(a.dtype)
+    visible = [position + r + 1 - f for r, f in enumerate(firsts)]
+    most = [math.log(n) if n > 1 else 1.0 for n in visible]
+    torch.div(entropy, torch.tensor(most, dtype=a.dtype, device=a.device), out=out.entropy)
+    if 1 in visible:  # 0 by definition; NaN and infinity stay
+        single = torch.tensor([n == 1 for n in visible], device=a.device)
+        out.entropy.masked_fill_(single & torch.isfinite(out.entropy), 0.0)
     _select(a, first, position, firsts, report_from, out)
 
 
 def _select(a: torch.Tensor, first: int, position: int, firsts: list[int], report_from: int, out: TopK) -> None:
     """Exact top k of each row of ``a``, ties to the lower position."""
-    rows, count = a.shape
-    for edge, hidden in _hidden(rows, count, position, first, firsts, a.device):
-        a[:, edge].masked_fill_(hidden, -1.0)  # after the sums: invisible keys must not win a tie at 0
+    count = a.shape[1]
     if report_from > first:
         a[:, : report_from - first] = -1.0
     top_k = out.scores.shape[1]
     k = min(top_k + 1, count)  # one more than asked shows a tie across the cut
     values, columns = torch.topk(a, k, dim=-1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1)
-    if bool(tied.any()):
-        ordered = torch.sort(a[tied], dim=-1, descending=True, stable=True)
-        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    # hidden keys hold 0, so they matter only where a row's best k reach down to 0
+    doubtful = (values[:, 1:] == values[:, :-1]).any(-1) | (values[:, -1] <= 0)
+    if bool(doubtful.any()):
+        rows = torch.nonzero(doubtful)[:, 0]
+        s = torch.arange(first, first + count, device=a.device)
+        own = (position + rows)[:, None]
+        start = torch.tensor(firsts, device=a.device)[rows][:, None]
+        seen = a[rows].masked_fill_((s > own) | (s < start), -1.0)
+        ordered = torch.sort(seen, dim=-1, descending=True, stable=True)
+        values[rows], columns[rows] = ordered.values[:, :k], ordered.indices[:, :k]
     k = min(k, top_k)
     values, columns = values[:, :k], columns[:, :k]
     reported = values >= 0
     out.scores[:, :k] = torch.where(reported, values, 0.0)
-    out.positions[:, :k] = torch.where(reported, columns + first, -1).int()
+    out.positions[:, :k] = torch.where(reported, columns + first, -1)
