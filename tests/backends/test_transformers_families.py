@@ -72,6 +72,12 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str, dict[int, int]]] = {
         {0: WINDOW, 2: WINDOW},
     ),
     "gemma3-window": (lambda: gemma("Gemma3TextConfig", query_pre_attn_scalar=16), "sdpa", {0: WINDOW, 2: WINDOW}),
+    # Transformers 5.19 reads this cap and hands it to no attention function: eager and sdpa agree without it
+    "gemma3-cap-window": (
+        lambda: gemma("Gemma3TextConfig", attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+        "sdpa",
+        {0: WINDOW, 2: WINDOW},
+    ),
     "gpt-oss-sinks": (
         lambda: gemma("GptOssConfig", num_local_experts=4, num_experts_per_tok=2), "eager", {0: WINDOW, 2: WINDOW}
     ),
