@@ -82,6 +82,7 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     "prompt, everything": (PROMPT, FEATURES),
     "sinks": (SCATTERED, {"sinks": FEATURES["sinks"]}),
     "heavy sinks": (SCATTERED, {"sinks": 8 + rand(4)}),
+    "sinks that take everything": (SCATTERED, {"sinks": 1e4 + rand(4)}),
     "softcap": (SCATTERED, {"softcap": 2.0}),
     "wide softcap": (SCATTERED, {"softcap": 50.0, "spread": 8.0}),
     "alibi": (SCATTERED, {"alibi_slopes": FEATURES["alibi_slopes"]}),

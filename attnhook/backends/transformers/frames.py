@@ -155,7 +155,7 @@ class Frame:
         """This session's capture of this pass, made on first use."""
         if session not in self.steps:
             self.steps[session] = None  # stays so if what follows raises
-            if session.model is None or any(frame.model is session.model for frame in local.frames):
+            if concerns(session, self.model):
                 self.steps[session] = self._start(session, batch, q_len, heads)
         return self.steps[session]
 
@@ -179,6 +179,12 @@ class Frame:
         """Index among its sequence's queries of each row of ``step``."""
         index = {id(row): i for row, i in self._rows or ()}
         return [index[id(row)] for row in step.rows]
+
+
+def concerns(session: Session, model: Any) -> bool:
+    """Whether a session wants passes of ``model``, or of a model that is calling it now."""
+    wanted = session.model
+    return wanted is None or wanted is model or any(frame.model is wanted for frame in local.frames)
 
 
 def attention_layers(model: Any) -> list[int]:

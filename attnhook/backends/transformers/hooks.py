@@ -15,6 +15,7 @@ import torch
 from attnhook.backends.transformers.frames import (
     Frame,
     Run,
+    concerns,
     is_causal_attention,
     local,
 )
@@ -127,7 +128,7 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
         frame = Frame(model, args, kwargs, listening)
     except Exception as error:
         for session in listening:
-            if _concerns(session, model):
+            if session.active and concerns(session, model):
                 session.refuse(error, 1)
         return original(model, *args, **kwargs)
     local.frames.append(frame)
@@ -143,15 +144,10 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
             "captured; it computes attention in its own code"
         )
         for session in listening:
-            if _concerns(session, model):
+            if session.active and concerns(session, model):
                 session.refuse(unseen, 1)
     _finish(frame, output)
     return output
-
-
-def _concerns(session: Session, model: Any) -> bool:
-    wanted = session.model
-    return session.active and (wanted is None or wanted is model or any(f.model is wanted for f in local.frames))
 
 
 def _finish(frame: Frame, output: Any) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnhook.analysis import zones
 from attnhook.analysis.zones import Zone
@@ -14,6 +14,9 @@ from attnhook.backends.transformers.default_model import NAME, default_model_pat
 from attnhook.capture import capture
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.records import TokenRecord
+
+if TYPE_CHECKING:
+    import torch
 
 #: Span of the attention sink, position 0, which most heads give mass to whatever they read.
 SINK = "sink"
@@ -132,22 +135,8 @@ def answer(
 
     Raises OptionError or UnsupportedError as `attnhook.capture` does.
     """
-    import torch
-
-    model = loaded.model
-    inputs = torch.tensor([ids], device=model.device)
-    streamer = _Progress(progress)
-    with capture(model=model, spans={SINK: (0, 1)}, **options) as records:
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,  # a model's own settings may ask for more
-            num_return_sequences=1,
-            streamer=streamer,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
-        )
+    with capture(model=loaded.model, spans={SINK: (0, 1)}, **options) as records:
+        output = generate(loaded, ids, max_new_tokens, streamer=_Progress(progress))
     token_ids = output[0].tolist()
     return Answer(
         model=loaded.name,
@@ -159,6 +148,24 @@ def answer(
         zones=zones.without_sink(records, SINK),
         dropped=dict(records.dropped),
     )
+
+
+def generate(loaded: Loaded, ids: list[int], max_new_tokens: int, **settings: Any) -> torch.Tensor:
+    """Token ids int64 ``[1, n]`` of the prompt and its greedy continuation; ``settings`` go to ``generate``."""
+    import torch
+
+    inputs = torch.tensor([ids], device=loaded.model.device)
+    output: torch.Tensor = loaded.model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,  # a model's own settings may ask for more
+        num_return_sequences=1,
+        pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+        **settings,
+    )
+    return output
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:

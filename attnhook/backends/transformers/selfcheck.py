@@ -46,22 +46,9 @@ def compare_with_eager(model: str | None = None) -> Comparison:
     if getattr(network.config.get_text_config(), "attn_logit_softcapping", None):
         network.set_attn_implementation("eager")  # sdpa leaves the cap out, so it is no match for the oracle
     ids = runner.encode(loaded, _PROMPT, chat=True, max_new_tokens=_NEW_TOKENS)
-    inputs = torch.tensor([ids], device=network.device)
-
-    def generate() -> torch.Tensor:
-        output: torch.Tensor = network.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,  # a model's own settings may ask for more
-            num_return_sequences=1,
-        )
-        return output
-
-    plain = generate()
+    plain = runner.generate(loaded, ids, _NEW_TOKENS)
     with capture(model=network, **vars(_OPTIONS)) as records:
-        output = generate()
+        output = runner.generate(loaded, ids, _NEW_TOKENS)
         installed = {name: found.describe() for name, found in lifecycle.installed().items()}
     used = network.config._attn_implementation
     network.set_attn_implementation("eager")

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 from attnhook.errors import OptionError
 from attnhook.kernels.topk.types import PagedKeys, TopK, check_inputs
+from attnhook.options import KERNELS
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["PagedKeys", "TopK", "topk_attention"]
-
-_NAMES = ("naive", "torch", "triton")
 
 
 def topk_attention(
@@ -91,8 +90,8 @@ def topk_attention(
         q, keys, row_request, row_position, top_k, window, sinks, alibi_slopes, head_mask, spans, first_reported
     )
     forced = os.environ.get("ATTNHOOK_KERNEL")
-    if forced and forced not in _NAMES:
-        raise OptionError("ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={forced!r} is not one of {', '.join(_NAMES)}")
+    if forced and forced not in KERNELS:
+        raise OptionError("ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={forced!r} is not one of {', '.join(KERNELS)}")
     name = forced or ("triton" if q.device.type in ("cuda", "xpu") and _has_triton() else "torch")
     if name == "triton":
         from attnhook.kernels.topk import triton as impl

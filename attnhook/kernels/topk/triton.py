@@ -571,7 +571,8 @@ def _select_kernel(
     spread = tl.sum(entropies)
     if RENORMALISE:  # H(a / S) = H(a) / S + ln S
         mass = tl.sum(masses)
-        spread = spread / mass + tl.log(mass)
+        # a sink that takes everything leaves no distribution to speak of: entropy 0
+        spread = tl.where(mass == 0, 0, spread / mass + tl.log(mass))
     # one visible key: 0, or NaN if it is broken
     spread = tl.where(count > 1, spread / tl.log(tl.maximum(count, 2).to(tl.float32)), spread * 0)
     spread = tl.where(count > 0, spread, 0)
