@@ -22,10 +22,7 @@ from attnhook.records import TokenRecord
 if TYPE_CHECKING:
     import torch
 
-    from attnhook.kernels.topk import PagedKeys, TopK
-
-    # rows' source, shift it was made from, slots to take off each row's positions, kernel arguments
-    _Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]]
+    from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
 
 logger = logging.getLogger("attnhook")
 
@@ -127,13 +124,16 @@ class StepCapture:
         self.wanted = frozenset(layers)
         self.options = options
         self.model = model
-        self._results: dict[int, TopK] = {}
-        self._shared: _Shared | None = None
+        self._order = sorted(self.wanted)
+        self._results: TopK | None = None  # [L, T, ...] of all wanted layers, in one piece
+        self._done: set[int] = set()
+        # by the identity of the shift, which is kept with it
+        self._shared: dict[int, tuple[torch.Tensor, TopKStep, torch.Tensor | None]] = {}
 
     @property
     def missing(self) -> list[int]:
         """Layers that were wanted and have not been added."""
-        return sorted(self.wanted - self._results.keys())
+        return sorted(self.wanted - self._done)
 
     def add(
         self,
@@ -150,23 +150,41 @@ class StepCapture:
         request's positions lie behind its slots there (left padding, evicted keys). ``softmax`` goes to
         `topk_attention`: scale, softcap, window, sinks, alibi_slopes.
         """
-        import torch
+        from attnhook.kernels.topk import LayerRows
 
-        from attnhook.kernels.topk import topk_attention
+        self.add_layers([layer], [LayerRows(q, keys, row_slot, **softmax)], shift)
+
+    def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor) -> None:
+        """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
+        import torch
 
         # layers with different windows, or on other devices, come with a shift of their own
-        if self._shared is None or self._shared[1] is not shift:
-            self._shared = self._arguments(q, shift)
-        source, _, offset, arguments = self._shared
-        result = topk_attention(q, keys, source, row_slot, **arguments, **softmax)
-        if offset is not None:
-            positions = torch.where(result.positions >= 0, result.positions - offset, -1)
-            result = result._replace(positions=positions)
-        self._results[layer] = result
+        known = self._shared.get(id(shift))
+        if known is None:
+            known = self._shared[id(shift)] = self._start(rows[0].q, shift)
+        _, step, offset = known
+        for layer, result in zip(layers, step(rows), strict=True):
+            if offset is not None:
+                positions = torch.where(result.positions >= 0, result.positions - offset, -1)
+                result = result._replace(positions=positions)
+            self._keep(layer, result)
 
-    def _arguments(self, q: torch.Tensor, shift: torch.Tensor) -> _Shared:
-        """What every layer's kernel call shares, on q's device."""
+    def _keep(self, layer: int, result: TopK) -> None:
         import torch
+
+        if self._results is None:
+            # at once: small results between the model's own allocations fragment the heap
+            whole = [torch.empty((len(self._order), *x.shape), dtype=x.dtype, device=x.device) for x in result]
+            self._results = type(result)(*whole)
+        for kept, x in zip(self._results, result, strict=True):
+            kept[self._order.index(layer)].copy_(x)
+        self._done.add(layer)
+
+    def _start(self, q: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, TopKStep, torch.Tensor | None]:
+        """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
+        import torch
+
+        from attnhook.kernels.topk import TopKStep
 
         options, device = self.options, q.device
         source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
@@ -180,22 +198,21 @@ class StepCapture:
         if options.mask_prefix:
             arguments["first_reported"] = shift + options.mask_prefix
         offset = shift[source.long()][:, None] if bool(shift.any()) else None
-        return source, shift, offset, arguments
+        return shift, TopKStep(source, **arguments), offset
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
         import numpy as np
-        import torch
 
-        if not self._results or not self.rows:
+        results = self._results
+        if results is None or not self.rows:
             return []
-        layers = tuple(sorted(self._results))
-        results = [self._results[layer] for layer in layers]
+        layers = tuple(layer for layer in self._order if layer in self._done)
+        places = [self._order.index(layer) for layer in layers]
 
         def stacked(name: str) -> np.ndarray:  # [T, L, ...]
-            device = results[0].entropy.device
-            array: np.ndarray = torch.stack([getattr(r, name).to(device) for r in results], dim=1).cpu().numpy()
-            return array
+            array: np.ndarray = getattr(results, name).cpu().numpy()
+            return np.ascontiguousarray(np.moveaxis(array if len(places) == len(array) else array[places], 0, 1))
 
         histogram, entropy = stacked("histogram"), stacked("entropy")
         finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)

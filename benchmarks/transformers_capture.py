@@ -1,8 +1,9 @@
 """What capture costs in Transformers, against plain sdpa and against ``output_attentions=True``.
 
 One run of a real model: a prompt of 2,048 tokens and 32 new ones, prompt rows captured too. Time is
-measured in one process with the modes in turn, memory in one fresh process per mode. Prints a table of
-ratios; absolute seconds depend on the machine and its other users.
+measured in one process with the modes in turn, memory in a fresh process per mode and round, because one
+process differs from the next by a tenth. Prints a table of ratios; absolute seconds depend on the
+machine and its other users.
 
     python -m benchmarks.transformers_capture
 """
@@ -45,7 +46,8 @@ def main() -> None:
 def report(options: argparse.Namespace) -> None:
     """Spawn the measuring processes and print the table in Markdown."""
     times = run_child("time")
-    memory = {mode: run_child(mode) for mode in MODES}
+    rounds = [{mode: run_child(mode) for mode in MODES} for _ in range(options.repeats)]
+    memory = {mode: statistics.median(found[mode] for found in rounds) for mode in MODES}
     import torch
     import transformers
 

@@ -273,7 +273,7 @@ EARLY: dict[str, tuple[list[str], list[str]]] = {
 EARLY_VARIABLES: dict[str, tuple[dict[str, str], list[str]]] = {
     "bad variable": ({"ATTNHOOK_TOP_K": "0"}, ["ATTNHOOK_TOP_K=0", "1 to 256"]),
     "unknown variable": ({"ATTNHOOK_LAYER": "0"}, ["ATTNHOOK_LAYER", "did you mean"]),
-    "kernel": ({"ATTNHOOK_KERNEL": "cuda"}, ["ATTNHOOK_KERNEL='cuda'", "naive, torch, triton"]),
+    "kernel": ({"ATTNHOOK_KERNEL": "cuda"}, ["ATTNHOOK_KERNEL='cuda'", "compiled, naive, torch, triton"]),
 }
 
 EARLY_CODE = """
@@ -635,8 +635,8 @@ def _nan_rows(result: topk.TopK) -> topk.TopK:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_verify_finds_a_broken_kernel(attnhook_cli, tiny, monkeypatch, breaks, problem):
-    original = topk.topk_attention
-    monkeypatch.setattr(topk, "topk_attention", lambda *args, **kwargs: breaks(original(*args, **kwargs)))
+    original = topk.TopKStep.__call__
+    monkeypatch.setattr(topk.TopKStep, "__call__", lambda *args: [breaks(result) for result in original(*args)])
     ran = attnhook_cli("verify", "--model", tiny)
     assert ran.code == 1
     assert re.search(rf"verdict\n(  FAILED: .*\n)*  FAILED: .*{re.escape(problem)}", ran.out)
@@ -652,7 +652,7 @@ def test_verify_reports_what_raises(attnhook_cli, tiny, monkeypatch, error, prob
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(topk, "topk_attention", broken)
+    monkeypatch.setattr(topk.TopKStep, "__call__", broken)
     ran = attnhook_cli("verify", "--model", tiny)
     assert ran.code == 1
     assert f"FAILED: {problem}" in ran.out or f"FAILED: the check {problem}" in ran.out
@@ -662,14 +662,15 @@ def test_verify_reports_what_raises(attnhook_cli, tiny, monkeypatch, error, prob
 
 
 def test_verify_sees_that_capture_changes_the_answer(attnhook_cli, tiny, monkeypatch):
-    original = topk.topk_attention
+    original = topk.TopKStep.__call__
 
-    def meddling(q: torch.Tensor, keys: topk.PagedKeys, *args: Any, **kwargs: Any) -> topk.TopK:
-        result = original(q, keys, *args, **kwargs)
-        keys.cache.neg_()
-        return result
+    def meddling(step: topk.TopKStep, layers: list[topk.LayerRows]) -> list[topk.TopK]:
+        results = original(step, layers)
+        for layer in layers:
+            layer.keys.cache.neg_()
+        return results
 
-    monkeypatch.setattr(topk, "topk_attention", meddling)
+    monkeypatch.setattr(topk.TopKStep, "__call__", meddling)
     ran = attnhook_cli("verify", "--model", tiny)
     assert ran.code == 1
     assert "FAILED: the model's answer changes when capture is on" in ran.out

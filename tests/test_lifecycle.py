@@ -65,7 +65,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_install_twice_changes_nothing_and_uninstall_takes_it_back():
     first = attnhook.install()
-    assert list(first) == ["transformers"]
+    assert "transformers" in first and set(first) <= {"transformers", "vllm"}
     assert first["transformers"].active
     hooks = first["transformers"].describe()
     assert set(hooks.values()) == {"patched"}
@@ -115,7 +115,7 @@ def test_install_without_sinks_captures_nothing(model):
 def test_a_returned_dict_is_a_copy():
     attnhook.install().clear()
     lifecycle.installed().clear()
-    assert list(lifecycle.installed()) == ["transformers"]
+    assert "transformers" in lifecycle.installed()
 
 
 def test_the_same_options_keep_the_sink_and_others_switch(model, tmp_path):
@@ -356,14 +356,14 @@ def test_threads_that_install_capture_and_uninstall_at_once(model):
 
 def breaking(monkeypatch: pytest.MonkeyPatch, error: Exception, calls: range) -> None:
     """Make the kernel raise at these calls of it."""
-    original, count = topk.topk_attention, iter(range(10**6))
+    original, count = topk.TopKStep.__call__, iter(range(10**6))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if next(count) in calls:
             raise error
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(topk, "topk_attention", kernel)
+    monkeypatch.setattr(topk.TopKStep, "__call__", kernel)
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,7 @@ class Backend(Protocol):
 @hookimpl
 def attnhook_register_backends(register: RegisterBackend) -> None:
     from attnhook.backends.transformers import TransformersBackend
+    from attnhook.backends.vllm import VllmBackend
 
     register(TransformersBackend())
+    register(VllmBackend())

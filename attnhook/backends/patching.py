@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
+
+import wrapt
+
+from attnhook.errors import UnsupportedError
 
 _ABSENT = object()
 
@@ -32,3 +40,91 @@ class Patches:
     def names(self) -> list[str]:
         """``Owner.attribute`` of each patch in place."""
         return [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name, _, _ in self._saved]
+
+
+class EngineInstallation:
+    """Patches of one engine's modules, put in place when each module is imported, or now where it is already.
+
+    ``patchers`` maps a module's name to a function that takes this installation and the module.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        version: str | None,
+        patchers: Mapping[str, Callable[[EngineInstallation, ModuleType], None]],
+        wanted: str,
+    ) -> None:
+        self.engine, self.version = engine, version
+        self.patches = Patches()
+        self._patchers, self._wanted = patchers, wanted
+        self._patched: set[str] = set()
+
+    def start(self) -> None:
+        """Patch what is imported and watch for the rest; undone again where something is missing.
+
+        Raises UnsupportedError.
+        """
+        with _lock:
+            try:
+                for module in self._patchers:
+                    if module in sys.modules:
+                        self.patch(sys.modules[module])
+                _live.add(self)
+                for module in self._patchers.keys() - _watched:
+                    # wrapt keeps such a hook for good; it does nothing once no installation is live
+                    _watched.add(module)
+                    wrapt.register_post_import_hook(_imported, module)
+            except BaseException:
+                self.uninstall()
+                raise
+
+    @property
+    def active(self) -> bool:
+        """Whether a module of the engine has been imported and patched."""
+        return bool(self._patched)
+
+    def describe(self) -> dict[str, str]:
+        """Hook point -> state."""
+        if not self.active:
+            return {module: "waits for the import" for module in self._patchers}
+        return dict.fromkeys(self.patches.names(), "patched")
+
+    def uninstall(self) -> None:
+        """Undo every patch."""
+        with _lock:
+            _live.discard(self)
+            self.patches.undo()
+            self._patched.clear()
+
+    def patch(self, module: ModuleType) -> None:
+        """Patch one module of the engine, once."""
+        name = module.__name__
+        if name in self._patchers and name not in self._patched:
+            self._patchers[name](self, module)
+            self._patched.add(name)
+
+    def need(self, owner: Any, name: str) -> Any:
+        """``owner.name``; raises UnsupportedError naming the engine and its version where it is missing."""
+        if not hasattr(owner, name):
+            where = getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
+            raise UnsupportedError(
+                f"{self.engine} {self.version}: {where}.{name} was not found, so its attention cannot be captured; "
+                f"attnhook needs {self._wanted}"
+            )
+        return getattr(owner, name)
+
+    def wrap(self, owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+        """Replace ``owner.name`` by ``wrapper(owner.name)``."""
+        self.patches.set(owner, name, wrapper(self.need(owner, name)))
+
+
+_lock = threading.RLock()
+_live: set[EngineInstallation] = set()
+_watched: set[str] = set()  # modules whose import wrapt reports to us
+
+
+def _imported(module: ModuleType) -> None:
+    with _lock:
+        for installation in list(_live):
+            installation.patch(module)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -38,11 +40,16 @@ class Case:
 
 
 def run(kernel: str, case: Case) -> TopK:
-    """Call one implementation; the Triton kernel on the GPU where there is one."""
-    module = importlib.import_module(f"attnhook.kernels.topk.{kernel}")
-    if kernel == "triton" and torch.cuda.is_available():
+    """Call one implementation; the Triton kernel on the GPU where there is one.
+
+    "compiled, products" is the compiled kernel with every row computed as a prompt's.
+    """
+    name, _, products = kernel.partition(", ")
+    module = importlib.import_module(f"attnhook.kernels.topk.{name}")
+    if name == "triton" and torch.cuda.is_available():
         case = to_device(case, "cuda")
-    out = module.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
+    with mock.patch.object(module, "_PROMPT_ROWS", 1) if products else nullcontext():
+        out = module.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
     return TopK(*(x.cpu() for x in out))
 
 

@@ -12,8 +12,8 @@ import torch
 from attnhook.errors import OptionError
 from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels import topk
+from attnhook.kernels.topk import compiled, naive
 from attnhook.kernels.topk import cpu as torch_kernel
-from attnhook.kernels.topk import naive
 from attnhook.kernels.topk import triton as triton_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
 from tests.kernels.cases import (
@@ -30,7 +30,7 @@ from tests.kernels.cases import (
     to_device,
 )
 
-KERNELS = ("cpu", "triton")
+KERNELS = ("compiled", "compiled, products", "cpu", "triton")
 SCATTERED = [(0, 40), (1, 130), (0, 0)]
 PROMPT = [(0, 15), (0, 16), (0, 17), (1, 31), (1, 32)]
 
@@ -78,6 +78,11 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     ),
     "window per row in a prompt": (PROMPT, {"window": torch.tensor([3, -1, 9, 32, 2], dtype=torch.int32)}),
     "prompt": (PROMPT, {}),
+    "long prompts between single rows": (
+        [(1, 90), *((0, p) for p in range(30, 61)), (1, 12), (1, 7), *((1, p) for p in range(131, 140)), (0, 2)],
+        {"window": 50, **FEATURES},
+    ),
+    "1,200 keys and many rows": ([(0, p) for p in range(1150, 1200)], {"top_k": 32, "heads": (9, 3), "head_dim": 64}),
     "prompt with a window": (PROMPT, {"window": 5, "page_size": 4}),
     "prompt, everything": (PROMPT, FEATURES),
     "sinks": (SCATTERED, {"sinks": FEATURES["sinks"]}),
@@ -302,12 +307,24 @@ def test_chunks_of_rows_change_nothing(
         monkeypatch.setattr(triton_kernel, "_allocate", recording(triton_kernel._allocate, lambda rows, _: rows))
     else:
         budget = 200  # of which one row may take more
-        monkeypatch.setattr(torch_kernel, "_SCRATCH_ELEMENTS", budget)
 
-        def excess(q: torch.Tensor, k: torch.Tensor) -> int:
-            return 0 if len(q) == 1 or q.shape[0] * q.shape[1] * len(k) <= budget else 3
+        def excess(rows: int, logits: int) -> int:
+            return 0 if rows == 1 or logits <= budget else 3
 
-        monkeypatch.setattr(torch_kernel, "_attention", recording(torch_kernel._attention, excess))
+        if kernel == "cpu":
+            monkeypatch.setattr(torch_kernel, "_SCRATCH_ELEMENTS", budget)
+            rows_of = lambda q, k: excess(q.shape[1], q.shape[0] * q.shape[1] * len(k))  # noqa: E731
+            monkeypatch.setattr(torch_kernel, "_attention", recording(torch_kernel._attention, rows_of))
+        else:
+            for name in ("_SINGLE_ELEMENTS", "_BLOCK_ELEMENTS"):
+                monkeypatch.setattr(compiled, name, budget)
+            whole = compiled._Call.reduction
+
+            def reduction(call: Any, z: torch.Tensor, table: Any) -> Any:
+                calls.append(excess(table.shape[1], z.numel()))
+                return whole(call, z, table)
+
+            monkeypatch.setattr(compiled._Call, "reduction", reduction)
     assert_matches(kernel, case)
     assert calls and max(calls) <= 2, "the budget did not bound what is computed at once"
 
@@ -450,13 +467,13 @@ def test_a_flat_page_table_is_refused() -> None:
         call(case, keys=flat)
 
 
-@pytest.mark.parametrize("name", ["naive", "torch", "triton", None])
+@pytest.mark.parametrize("name", ["compiled", "naive", "torch", "triton", None])
 def test_the_dispatcher_picks_the_kernel(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "triton" and torch.cuda.is_available():
         pytest.skip("the Triton kernel needs CUDA tensors here")
     case = build([(0, 3), (1, 20)])
     expected = run("cpu", case)
-    module: Any = {"naive": naive, "triton": triton_kernel}.get(name or "", torch_kernel)
+    module: Any = {"naive": naive, "torch": torch_kernel, "triton": triton_kernel}.get(name or "", compiled)
     original, called = module.topk_attention, []
 
     def spy(*arguments: Any, **options: Any) -> TopK:
@@ -475,5 +492,5 @@ def test_the_dispatcher_picks_the_kernel(name: str | None, monkeypatch: pytest.M
 
 def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNHOOK_KERNEL", "cuda")
-    with pytest.raises(OptionError, match="ATTNHOOK_KERNEL='cuda' is not one of naive, torch, triton"):
+    with pytest.raises(OptionError, match="ATTNHOOK_KERNEL='cuda' is not one of compiled, naive, torch, triton"):
         call(build([(0, 3)]))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import (
     Frame,
     Run,
@@ -20,7 +21,6 @@ from attnhook.backends.transformers.frames import (
     local,
 )
 from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
-from attnhook.backends.transformers.rebuild import check_layer
 from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
@@ -170,8 +170,19 @@ def _finish(frame: Frame, output: Any) -> None:
             session.deliver(records)
 
 
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    # the wrapper of torch.compiler.disable is slow for something that runs per layer and token
+    if torch.compiler.is_dynamo_compiling():
+        return _attend_uncompiled(*args, **kwargs)
+    return _attend_observed(*args, **kwargs)
+
+
 @torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]
-def _attend(
+def _attend_uncompiled(*args: Any, **kwargs: Any) -> Any:
+    return _attend_observed(*args, **kwargs)
+
+
+def _attend_observed(
     function: Original,
     implementation: str | None,
     module: Any,
@@ -235,7 +246,7 @@ def _observe(
         "softcap": (kwargs.get("softcap") or 0.0) if kind != SDPA else 0.0,
         "sinks": kwargs.get("s_aux") if kind != SDPA else None,
     }
-    keys = PagedKeys.from_dense(key.detach())
+    keys = PagedKeys.from_dense(key)
     q = query.detach().transpose(1, 2)[plan.pick]  # [T, Hq, D]
     check_layer(module, kind, q[-1], key, value, plan.last[0], plan.seen, softmax, output[plan.last])
     step.add(module.layer_idx, q, keys, plan.seen.last, plan.shift, window=plan.seen.count, **softmax)

@@ -1,23 +1,26 @@
 """Exact top-k attention and full-distribution features of query rows over paged keys.
 
-`topk_attention` picks the implementation by device: Triton on GPUs, the vectorised torch path
-elsewhere. ``ATTNHOOK_KERNEL=naive|torch|triton`` forces one, which is how they are compared.
+`topk_attention` picks the implementation by device: Triton on GPUs, loops compiled by numba on CPUs, the
+vectorised torch path elsewhere and where numba is not installed.
+``ATTNHOOK_KERNEL=compiled|naive|torch|triton`` forces one, which is how they are compared.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
 
 from attnhook.errors import OptionError
-from attnhook.kernels.topk.types import PagedKeys, TopK, check_inputs
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK, check_inputs
 from attnhook.options import KERNELS
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["PagedKeys", "TopK", "topk_attention"]
+__all__ = ["LayerRows", "PagedKeys", "TopK", "TopKStep", "topk_attention"]
 
 
 def topk_attention(
@@ -89,17 +92,7 @@ def topk_attention(
     check_inputs(
         q, keys, row_request, row_position, top_k, window, sinks, alibi_slopes, head_mask, spans, first_reported
     )
-    forced = os.environ.get("ATTNHOOK_KERNEL")
-    if forced and forced not in KERNELS:
-        raise OptionError("ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={forced!r} is not one of {', '.join(KERNELS)}")
-    name = forced or ("triton" if q.device.type in ("cuda", "xpu") and _has_triton() else "torch")
-    if name == "triton":
-        from attnhook.kernels.topk import triton as impl
-    elif name == "naive":
-        from attnhook.kernels.topk import naive as impl  # type: ignore[no-redef]
-    else:
-        from attnhook.kernels.topk import cpu as impl  # type: ignore[no-redef]
-    return impl.topk_attention(
+    result: TopK = _implementation(q.device.type).topk_attention(
         q,
         keys,
         row_request,
@@ -114,7 +107,69 @@ def topk_attention(
         spans=spans,
         first_reported=first_reported,
     )
+    return result
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+class TopKStep:
+    """`topk_attention` of the same rows in several layers: what the layers share is looked at once.
+
+    Arguments and errors are those of `topk_attention`. They must not change while the step lasts.
+    """
+
+    def __init__(
+        self,
+        row_request: torch.Tensor,
+        *,
+        top_k: int,
+        head_mask: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
+        first_reported: torch.Tensor | None = None,
+    ) -> None:
+        self._request = row_request
+        self._shared: dict[str, Any] = {
+            "top_k": top_k, "head_mask": head_mask, "spans": spans, "first_reported": first_reported
+        }  # fmt: skip
+        self._impl = _implementation(row_request.device.type)
+        self._step = self._impl.Step(row_request, **self._shared) if hasattr(self._impl, "Step") else None
+
+    def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
+        """One result per layer; computed in one call where the implementation can and the layers are alike."""
+        found: list[TopK | None] = [None] * len(layers)
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for n, layer in enumerate(layers):
+            check_inputs(
+                layer.q, layer.keys, self._request, layer.row_position, window=layer.window, sinks=layer.sinks,
+                alibi_slopes=layer.alibi_slopes, **self._shared,
+            )  # fmt: skip
+            if self._step is not None and torch.float64 not in (layer.q.dtype, layer.keys.cache.dtype):
+                kind = layer.q.shape[1:], layer.keys.num_kv_heads, layer.keys.page_table.shape[0]
+                alike.setdefault(kind, []).append(n)
+            else:
+                found[n] = self._impl.topk_attention(
+                    layer.q, layer.keys, self._request, layer.row_position, scale=layer.scale, softcap=layer.softcap,
+                    window=layer.window, sinks=layer.sinks, alibi_slopes=layer.alibi_slopes, **self._shared,
+                )  # fmt: skip
+        for numbers in alike.values():
+            assert self._step is not None
+            for n, result in zip(numbers, self._step([layers[n] for n in numbers]), strict=True):
+                found[n] = result
+        return [result for result in found if result is not None]
+
+
+def _implementation(device: str) -> Any:
+    """The module that computes on a kind of device. Raises OptionError where ATTNHOOK_KERNEL names none."""
+    forced = os.environ.get("ATTNHOOK_KERNEL")
+    if forced and forced not in KERNELS:
+        raise OptionError("ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={forced!r} is not one of {', '.join(KERNELS)}")
+    name = forced or _kernel_for(device)
+    return importlib.import_module(f"attnhook.kernels.topk.{'cpu' if name == 'torch' else name}")
+
+
+@cache
+def _kernel_for(device: str) -> str:
+    """The fastest kernel for a kind of device among those whose library is installed."""
+    if device in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    if device == "cpu" and importlib.util.find_spec("numba") is not None:
+        return "compiled"
+    return "torch"

@@ -1,4 +1,4 @@
-"""Top-k attention as vectorised torch: the path for CPUs and for devices without Triton.
+"""Top-k attention as vectorised torch: the path for devices without Triton, and for CPUs without numba.
 
 Rows of one request at consecutive positions (a prompt, or one decode row) are computed together. The only
 scratch is the logits of a block of rows, their probabilities and their mean, each at most
@@ -47,14 +47,7 @@ def topk_attention(
     """See `attnhook.kernels.topk.topk_attention`."""
     rows, heads, head_dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    span_count = 0 if spans is None else spans.shape[1]
-    out = TopK(
-        torch.full((rows, top_k), -1, dtype=torch.int32, device=q.device),
-        q.new_zeros((rows, top_k), dtype=dtype),
-        q.new_zeros((rows, BINS), dtype=dtype),
-        q.new_zeros((rows,), dtype=dtype),
-        q.new_zeros((rows, span_count), dtype=dtype),
-    )
+    out = empty_result(rows, top_k, 0 if spans is None else spans.shape[1], q.device, dtype)
     requests, positions = row_request.tolist(), row_position.tolist()
     widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
     firsts = [0 if w < 0 else max(0, p - w + 1) for p, w in zip(positions, widths, strict=True)]
@@ -62,21 +55,22 @@ def topk_attention(
     masks = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], heads)
     report_from = None if first_reported is None else first_reported.tolist()
     view = keys.pages(head_dim)
+    scaled = queries(q, keys, scale, dtype)
 
-    for start, stop in _runs(requests, positions):
+    for start, stop in runs(requests, positions):
         request = requests[start]
         low, high = min(firsts[start:stop]), positions[stop - 1]
-        k = _gather(view, keys, request, low, high + 1)
+        k = gather(view, keys, request, low, high + 1)
         mask = None if masks is None else masks[request].bool()
         suspect = _may_hold_infinity(q[start:stop], k)
         end = start
         while end < stop:
-            t, end = end, min(end + _block_rows(positions[end] + 1 - firsts[end], heads), stop)
+            t, end = end, min(end + block_rows(positions[end] + 1 - firsts[end], heads, _SCRATCH_ELEMENTS), stop)
             first = min(firsts[t:end])
             attention, lead = _attention(
-                q[t:end], k[first - low : positions[end - 1] + 1 - low], positions[t], first, firsts[t:end],
-                dtype=dtype, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask,
-                k_scale=keys.k_scale, suspect=suspect,
+                scaled[t:end].transpose(0, 1), k[first - low : positions[end - 1] + 1 - low],
+                positions[t], first, firsts[t:end],
+                softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask, suspect=suspect,
             )  # fmt: skip
             _reduce(
                 attention, lead, first, positions[t], firsts[t:end], TopK(*(x[t:end] for x in out)),
@@ -87,14 +81,35 @@ def topk_attention(
     return out
 
 
+def empty_result(rows: int, top_k: int, spans: int, device: torch.device, dtype: torch.dtype = torch.float32) -> TopK:
+    """Results of rows before anything is computed: no positions, masses of 0."""
+    return TopK(
+        torch.full((rows, top_k), -1, dtype=torch.int32, device=device),
+        torch.zeros((rows, top_k), dtype=dtype, device=device),
+        torch.zeros((rows, BINS), dtype=dtype, device=device),
+        torch.zeros((rows,), dtype=dtype, device=device),
+        torch.zeros((rows, spans), dtype=dtype, device=device),
+    )
+
+
+def queries(q: torch.Tensor, keys: PagedKeys, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """q ``[T, Hq, D]`` times the scale and the keys' own scales."""
+    scaled = q.to(dtype) * scale
+    if keys.k_scale is None:
+        return scaled
+    factor = torch.as_tensor(keys.k_scale, dtype=dtype, device=q.device)
+    per_head = factor.expand(keys.num_kv_heads).repeat_interleave(q.shape[1] // keys.num_kv_heads)
+    return scaled * per_head[:, None]
+
+
 def _product_type(dtype: torch.dtype) -> torch.dtype:
     """The type to multiply matrices in: a process that allows TF32 or bfloat16 products means its own, not ours."""
     return dtype if torch.get_float32_matmul_precision() == "highest" else torch.float64
 
 
-def _block_rows(keys: int, heads: int) -> int:
-    """Rows R to compute together, the first of which sees ``keys`` keys: heads * R * (R + keys) fits the scratch."""
-    return max(1, int((math.sqrt(keys * keys + 4 * _SCRATCH_ELEMENTS / heads) - keys) / 2))
+def block_rows(keys: int, heads: int, elements: int) -> int:
+    """Rows R to compute together, the first of which sees ``keys``: heads * R * (R + keys) <= elements."""
+    return max(1, int((math.sqrt(keys * keys + 4 * elements / heads) - keys) / 2))
 
 
 def _may_hold_infinity(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -108,7 +123,7 @@ def _may_hold_infinity(q: torch.Tensor, k: torch.Tensor) -> bool:
     return not bool(torch.isfinite(total))
 
 
-def _runs(requests: list[int], positions: list[int]) -> Iterator[tuple[int, int]]:
+def runs(requests: list[int], positions: list[int]) -> Iterator[tuple[int, int]]:
     """Slices of rows that belong to one request and stand at consecutive positions."""
     start = 0
     for t in range(1, len(requests) + 1):
@@ -117,7 +132,7 @@ def _runs(requests: list[int], positions: list[int]) -> Iterator[tuple[int, int]
             start = t
 
 
-def _gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: int) -> torch.Tensor:
+def gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: int) -> torch.Tensor:
     """Stored keys ``[high - low, Hkv, D]`` of positions low..high-1: a view where one page holds them."""
     first, last = low // keys.page_size, (high - 1) // keys.page_size
     offset = low - first * keys.page_size
@@ -127,15 +142,40 @@ def _gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: i
     return view[pages].flatten(0, 1)[offset : offset + high - low]
 
 
-def _buffer(name: str, size: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def buffer(name: str, size: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A flat scratch tensor, kept per thread so that a step faults no fresh memory in."""
     if size > _SCRATCH_ELEMENTS:
         return torch.empty(size, dtype=dtype, device=like.device)
     key = (name, like.device, dtype)
     cached = _scratch.buffers.get(key)
     if cached is None or cached.numel() < size:
-        cached = _scratch.buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
+        # a decode step needs a little more than the last one: not a new buffer each time
+        room = min(1 << (size - 1).bit_length(), _SCRATCH_ELEMENTS) if size else 0
+        cached = _scratch.buffers[key] = torch.empty(room, dtype=dtype, device=like.device)
     return cached[:size]
+
+
+def logits(q: torch.Tensor, k: torch.Tensor, spare: int = 0) -> torch.Tensor:
+    """Products ``[Hq, R, N + spare]`` of scaled queries ``[Hq, R, D]`` and keys ``[N, Hkv, D]``.
+
+    Heads outermost, in scratch that the next call on this thread overwrites; ``spare`` columns are left
+    unset behind each row.
+    """
+    heads, rows, head_dim = q.shape
+    count, kv_heads, _ = k.shape
+    dtype, product = q.dtype, _product_type(q.dtype)
+    # [Hkv, G * R, D]: a kv head's queries of all rows meet its keys in one product
+    lhs = q.reshape(kv_heads, -1, head_dim).to(product)
+    z = buffer("logits", heads * rows * (count + spare), q, dtype).view(kv_heads, -1, count + spare)
+    step = count if k.dtype == product else _KEY_BLOCK
+    for c in range(0, count, step):
+        part = z[:, :, c : min(c + step, count)]
+        keys = k[c : c + step].to(product).permute(1, 2, 0)
+        if product == dtype:
+            torch.bmm(lhs, keys, out=part)
+        else:
+            part.copy_(torch.bmm(lhs, keys))
+    return z.view(heads, rows, count + spare)
 
 
 def _attention(
@@ -145,40 +185,19 @@ def _attention(
     first: int,
     firsts: list[int],
     *,
-    dtype: torch.dtype,
-    scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     mask: torch.Tensor | None,
-    k_scale: torch.Tensor | float | None,
     suspect: bool,
 ) -> tuple[torch.Tensor, int]:
     """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first..; invisible keys hold 0.
 
-    The R - 1 leading zeros let `_reduce` read the rows along equal distances.
+    ``q`` is scaled, [Hq, R, D]. The R - 1 leading zeros let `_reduce` read the rows along equal distances.
     """
-    rows, heads, head_dim = q.shape
-    count, kv_heads, _ = k.shape
-    group = heads // kv_heads
-    # [Hkv, G * R, D]: a kv head's queries of all rows meet its keys in one product
-    lhs = (q.to(dtype) * scale).transpose(0, 1).reshape(kv_heads, group * rows, head_dim)
-    if k_scale is not None:
-        factor = torch.as_tensor(k_scale, dtype=dtype, device=q.device)
-        lhs = lhs * (factor.view(-1, 1, 1) if factor.dim() else factor)
-    width = count + (sinks is not None)
-    z = _buffer("logits", heads * rows * width, q, dtype).view(kv_heads, group * rows, width)
-    product = _product_type(dtype)
-    lhs = lhs.to(product)
-    step = count if k.dtype == product else _KEY_BLOCK
-    for c in range(0, count, step):
-        part = z[:, :, c : min(c + step, count)]
-        keys = k[c : c + step].to(product).permute(1, 2, 0)
-        if product == dtype:
-            torch.bmm(lhs, keys, out=part)
-        else:
-            part.copy_(torch.bmm(lhs, keys))
-    z = z.view(heads, rows, width)  # heads outermost: their mean is a sum of whole blocks
+    heads, rows, _ = q.shape
+    count, dtype = k.shape[0], q.dtype
+    z = logits(q, k, spare=0 if sinks is None else 1)
     seen = z[..., :count]
     if alibi_slopes is not None:
         s = torch.arange(first, first + count, device=q.device, dtype=dtype)
@@ -197,11 +216,11 @@ def _attention(
     for columns, hidden in hidden_keys:
         seen[..., columns].masked_fill_(hidden, -math.inf)
 
-    p_h = _buffer("probabilities", z.numel(), q, dtype).view(z.shape)
+    p_h = buffer("probabilities", z.numel(), q, dtype).view(z.shape)
     torch.softmax(z, dim=-1, out=p_h)
     p_h = p_h[..., :count]
     lead = rows - 1
-    attention = _buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
+    attention = buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
     attention[:, :lead] = 0
     torch.mean(p_h if mask is None else p_h[mask], dim=0, out=attention[:, lead:])
     if suspect:

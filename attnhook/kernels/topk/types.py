@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class PagedKeys:
     def from_dense(cls, k: torch.Tensor, k_scale: torch.Tensor | float | None = None) -> PagedKeys:
         """One page per request for keys ``[R, Hkv, N, D]`` (any strides), as Transformers caches them."""
         requests, heads, slots, _ = k.shape
-        table = torch.arange(requests, dtype=torch.int32, device=k.device).view(requests, 1)
+        table = _one_page_each(requests, k.device)
         strides = (k.stride(0), k.stride(2), k.stride(1), k.stride(3))
         return cls(k, table, slots, strides, heads, k_scale)
 
@@ -59,6 +60,24 @@ class PagedKeys:
         # a stride of 0 makes every page number the same page
         count = 2**31 - 1 if page == 0 else max((room - 1) // page + 1, 0)
         return self.cache.as_strided((count, self.page_size, self.num_kv_heads, head_dim), self.strides)
+
+
+@lru_cache(maxsize=64)
+def _one_page_each(requests: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(requests, dtype=torch.int32, device=device).view(requests, 1)
+
+
+class LayerRows(NamedTuple):
+    """What one layer brings to `TopKStep`; see `topk_attention` for shapes and meaning."""
+
+    q: torch.Tensor
+    keys: PagedKeys
+    row_position: torch.Tensor
+    scale: float
+    softcap: float = 0.0
+    window: int | torch.Tensor = -1
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
 
 
 def check_inputs(

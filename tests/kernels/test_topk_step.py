@@ -1,0 +1,85 @@
+"""Several layers of one step give what each of them gives alone, whether they come together or in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from attnhook.kernels import topk
+from attnhook.kernels.topk import LayerRows, TopK, TopKStep, compiled
+from tests.kernels.cases import Case, assert_same, build
+
+ROWS = [(0, 40), (1, 130), (0, 0)]
+PROMPT = [(0, p) for p in range(20, 40)]
+SHARED: dict[str, Any] = {
+    "top_k": 6,
+    "spans": torch.tensor([[[0, 10], [5, 41]], [[100, 200], [7, 7]]]),
+    "first_reported": torch.tensor([2, 50]),
+    "head_mask": torch.tensor([True, False, True, True]),
+}
+
+
+def cases(rows: list[tuple[int, int]], **shared: Any) -> list[Case]:
+    """Layers that differ in their keys, and some in what else a layer may have of its own."""
+    own: list[dict[str, Any]] = [
+        {}, {"scale": 0.4}, {"softcap": 3.0}, {"window": 7}, {"sinks": torch.linspace(-1, 1, 4)},
+        {"alibi_slopes": torch.linspace(0.01, 0.5, 4)}, {"k_scale": torch.tensor([0.5, 1.5])},
+        {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"page_size": 8}, {"layout": "k_transposed"},
+        {"heads": (8, 2)} if "head_mask" not in shared else {}, {},
+    ]  # fmt: skip
+    return [build(rows, seed=n, **{**shared, **options}) for n, options in enumerate(own)]
+
+
+def layer(case: Case) -> LayerRows:
+    names = ("scale", "softcap", "window", "sinks", "alibi_slopes")
+    own = {name: case.options[name] for name in names if name in case.options}
+    return LayerRows(case.q, case.keys, case.row_position, **own)
+
+
+def alone(case: Case) -> TopK:
+    return topk.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("shared", [{}, SHARED])
+@pytest.mark.parametrize("kernel", ["compiled", "torch", "naive"])
+@pytest.mark.parametrize("rows", [ROWS, PROMPT, ROWS + PROMPT])
+def test_layers_of_a_step(
+    rows: list[tuple[int, int]], kernel: str, shared: dict[str, Any], together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNHOOK_KERNEL", kernel)
+    if rows is PROMPT:  # one request
+        shared = {name: x[:1] if name in ("spans", "first_reported") else x for name, x in shared.items()}
+    layers = cases(rows, **shared)
+    step = TopKStep(layers[0].row_request, **{"top_k": 8, **shared})
+    if together:
+        got = step([layer(case) for case in layers])
+    else:
+        got = [result for case in layers for result in step([layer(case)])]
+    for case, result in zip(layers, got, strict=True):
+        assert_same(result, alone(case), 2e-6)
+
+
+def test_a_decoding_step_prepares_its_jobs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNHOOK_KERNEL", "compiled")
+    made: list[int] = []
+    whole = compiled._Call.reduction
+
+    def reduction(call: Any, z: torch.Tensor, table: Any) -> Any:
+        made.append(table.shape[1])
+        return whole(call, z, table)
+
+    first = build(ROWS, seed=1)
+    # layers of a model: other keys and queries, the same positions, windows and page table
+    layers = [replace(first, q=build(ROWS, seed=n).q) for n in range(4)]
+    layers = [replace(case, keys=replace(case.keys, cache=case.keys.cache + 0.01 * n)) for n, case in enumerate(layers)]
+    step = TopKStep(first.row_request, top_k=8)
+    monkeypatch.setattr(compiled._Call, "reduction", reduction)
+    got = [step([layer(case)])[0] for case in layers]
+    assert made == [len(ROWS)]
+    monkeypatch.setattr(compiled._Call, "reduction", whole)
+    for case, result in zip(layers, got, strict=True):
+        assert_same(result, alone(case), 1e-7)
