@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from attnhook.capture import Session
 from attnhook.delivery import Delivery
 from attnhook.errors import PluginError
 from attnhook.options import CaptureOptions
+from attnhook.records import TokenRecord
 
 _lock = threading.RLock()
 _installations: dict[str, Installation] = {}
@@ -117,6 +118,19 @@ def sink_stats() -> dict[str, Any]:
         if _process is None or _process.delivery is None:
             return {}
         return _process.delivery.stats()
+
+
+def publish(records: Sequence[TokenRecord]) -> None:
+    """Hand records that an engine has captured for a reply to the process's sinks and observers too."""
+    process = _process
+    if process is not None and process.delivery is not None:
+        process.delivery.put(records)
+
+
+def flush(timeout: float) -> bool:
+    """Wait until the process's sinks have what was handed to them; False if ``timeout`` seconds were too few."""
+    process = _process
+    return process is None or process.delivery is None or process.delivery.flush(timeout)
 
 
 def dropped() -> dict[str, int]:

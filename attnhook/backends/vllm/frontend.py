@@ -1,0 +1,296 @@
+"""In vLLM's front end: requests that ask, and records on their way into outputs and replies."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from functools import cache, wraps
+from typing import Any
+
+from attnhook.errors import OptionError
+from attnhook.options import RequestOptions, check_heads, resolve_layers
+from attnhook.records import TokenRecord
+from attnhook.serving.policy import Policy
+from attnhook.serving.replies import Attention, Stream
+from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, named, pack_options
+
+Original = Callable[..., Any]
+
+
+@cache
+def policy() -> Policy:
+    """This process's guard rails; read when the first request comes, after the server's flags have been."""
+    return Policy.from_environ()
+
+
+_model: Any = None  # ModelConfig of the engine that this front end feeds, once it is known
+
+
+def knowing_the_model(original: Original) -> Original:
+    """``InputProcessor.__init__``: remember the model, whose layers and heads a request may name."""
+
+    @wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        global _model
+        original(self, vllm_config, *args, **kwargs)
+        _model = vllm_config.model_config
+
+    return __init__
+
+
+def model_shape() -> tuple[str, list[int] | None, int | None]:
+    """Name, layers and query heads of the model; None where only the workers know."""
+    config = getattr(_model, "hf_text_config", None)
+    layers = None if getattr(_model, "is_hybrid", False) else getattr(config, "num_hidden_layers", None)
+    name = getattr(_model, "served_model_name", None) or getattr(_model, "model", "")
+    return (
+        str(name[0] if isinstance(name, list) else name),
+        None if layers is None else list(range(layers)),
+        getattr(config, "num_attention_heads", None),
+    )
+
+
+def check_model(options: RequestOptions) -> None:
+    """Raise OptionError for a layer or head that the model does not have."""
+    _, layers, heads = model_shape()
+    if layers:
+        resolve_layers(options.layers, layers, "attention_layers")
+    if heads:
+        check_heads(options.heads, heads, "attention_heads")
+
+
+def options_of(request: Any) -> RequestOptions | None:
+    """What an OpenAI request asks for; None where it does not ask. Raises OptionError."""
+    options = _options(request.model_extra)
+    if options is not None and getattr(request, "use_beam_search", False):
+        raise OptionError(ASK, f"{ASK}=true with use_beam_search=true: beam search cannot be captured; drop one")
+    return options
+
+
+def asking(original: Original) -> Original:
+    """``to_sampling_params`` of a chat or completion request: its fields become ours, or a clean HTTP 400."""
+
+    @wraps(original)
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options = options_of(self)
+        params = original(self, *args, **kwargs)
+        if options is not None:
+            mark(params, options)
+        return params
+
+    return to_sampling_params
+
+
+def refusing_capture(original: Original) -> Original:
+    """``to_sampling_params`` of a request whose reply has no place for records: a clean HTTP 400."""
+
+    @wraps(original)
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.model_extra or {}).get(ASK):
+            raise OptionError(
+                ASK, f"{ASK}=true: {type(self).__name__} cannot carry attention; use /v1/chat/completions"
+            )
+        return original(self, *args, **kwargs)
+
+    return to_sampling_params
+
+
+def _options(extra: dict[str, Any] | None) -> RequestOptions | None:
+    if not extra or ASK not in extra:
+        return None
+    options = asked(extra)
+    if options is not None:
+        check_model(options)
+    return options
+
+
+def mark(params: Any, options: RequestOptions, *, reply: bool = True) -> None:
+    """Ask for capture in SamplingParams; without ``reply`` for the sinks only."""
+    params.extra_args = {**(params.extra_args or {}), KEY: pack_options(options, reply=reply)}
+    if options.prompt:
+        params.skip_reading_prefix_cache = True  # a cached row is not computed, so it could not be captured
+
+
+def admitting(original: Original) -> Original:
+    """``InputProcessor.process_inputs``: offline requests ask through ``SamplingParams.extra_args``."""
+
+    @wraps(original)
+    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        extra = getattr(params, "extra_args", None) or {}
+        if ASK in extra:
+            options = _options(extra)
+            params = params.clone()
+            params.extra_args = {name: value for name, value in extra.items() if name not in FIELDS}
+            if options is not None:
+                mark(params, options)
+        elif KEY not in extra and hasattr(params, "extra_args") and policy().capture_all:
+            params = params.clone()
+            mark(params, RequestOptions.resolve(arguments={"mode": "fingerprint"}), reply=False)
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    return process_inputs
+
+
+def receiving(original: Original) -> Original:
+    """``OutputProcessor.process_outputs``: take the records out of the engine's outputs."""
+
+    @wraps(original)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            transfer = output.kv_transfer_params
+            if transfer and KEY in transfer:
+                share = Share.unpack(transfer[KEY])
+                output.kv_transfer_params = {k: v for k, v in transfer.items() if k != KEY} or None
+                state = self.request_states.get(output.request_id)
+                if state is not None:
+                    _attention_of(state).extend(_decode(share, state))
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def _attention_of(state: Any) -> Attention:
+    return state.__dict__.setdefault("_attnhook", Attention())  # type: ignore[no-any-return]
+
+
+def _decode(share: Share, state: Any) -> Attention:
+    parent = state.parent_req
+    request = state.external_req_id if parent is None else parent.external_req_id
+
+    def records(rows: list[bytes]) -> list[TokenRecord]:
+        return [named(TokenRecord.from_bytes(row), request, state.request_index) for row in rows]
+
+    return Attention(records(share.generated), records(share.prompt), share.error)
+
+
+def completing(original: Original) -> Original:
+    """``RequestState._new_completion_output``: an output brings the records of its tokens."""
+
+    @wraps(original)
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        attention = self.__dict__.get("_attnhook")
+        if attention is not None:
+            delta = self.output_kind.name == "DELTA"
+            _put(output, attention.take() if delta else attention.copy())
+        return output
+
+    return _new_completion_output
+
+
+def _put(output: Any, attention: Attention) -> None:
+    output.attention_tokens = attention.generated
+    output.prompt_attention_tokens = attention.prompt
+    output.attention_error = attention.error
+
+
+def _of(output: Any) -> Attention:
+    return Attention(
+        getattr(output, "attention_tokens", []),
+        getattr(output, "prompt_attention_tokens", []),
+        getattr(output, "attention_error", None),
+    )
+
+
+def merging(original: Original) -> Original:
+    """``RequestOutput.add``: outputs that a slow reader gets in one piece bring all their records."""
+
+    @wraps(original)
+    def add(self: Any, next_output: Any, aggregate: bool) -> Any:
+        before = {output.index: _of(output) for output in self.outputs}
+        result = original(self, next_output, aggregate)
+        if aggregate:
+            later = {output.index: _of(output) for output in next_output.outputs}
+            for output in self.outputs:
+                if output.index in later and output.index in before and (before[output.index] or later[output.index]):
+                    whole = Attention()
+                    whole.extend(before[output.index])
+                    whole.extend(later[output.index])
+                    _put(output, whole)
+        return result
+
+    return add
+
+
+def chat_reply(original: Original) -> Original:
+    """``OpenAIServingChat.chat_completion_full_generator``."""
+
+    @wraps(original)
+    async def chat_completion_full_generator(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _asks(request):
+            return await original(self, request, results, *args, **kwargs)
+        last: list[Any] = []
+
+        async def watched() -> AsyncIterator[Any]:
+            async for result in results:
+                last[:] = [result]
+                yield result
+
+        response = await original(self, request, watched(), *args, **kwargs)
+        if last and hasattr(response, "choices"):
+            found = {output.index: _of(output) for output in last[0].outputs}
+            for choice in response.choices:
+                _fill(choice, found.get(choice.index, Attention()))
+        return response
+
+    return chat_completion_full_generator
+
+
+def completion_reply(original: Original) -> Original:
+    """``OpenAIServingCompletion.request_output_to_completion_response``."""
+
+    @wraps(original)
+    def request_output_to_completion_response(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        response = original(self, results, request, *args, **kwargs)
+        if _asks(request):
+            outputs = [output for result in results for output in result.outputs]
+            for choice, output in zip(response.choices, outputs, strict=True):
+                _fill(choice, _of(output))
+        return response
+
+    return request_output_to_completion_response
+
+
+def _fill(choice: Any, attention: Attention) -> None:
+    for name, value in attention.fields().items():
+        setattr(choice, name, value)
+
+
+def chat_stream(original: Original) -> Original:
+    """``OpenAIServingChat.chat_completion_stream_generator``."""
+
+    @wraps(original)
+    async def chat_completion_stream_generator(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _asks(request):
+            async for line in original(self, request, results, *args, **kwargs):
+                yield line
+            return
+        stream = Stream(lambda result: [(output.index, _of(output)) for output in result.outputs])
+        async for line in original(self, request, stream.watch(results), *args, **kwargs):
+            yield stream.line(line)
+
+    return chat_completion_stream_generator
+
+
+def completion_stream(original: Original) -> Original:
+    """``OpenAIServingCompletion.completion_stream_generator``."""
+
+    @wraps(original)
+    async def completion_stream_generator(
+        self: Any, request: Any, engine_inputs: Any, results: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not _asks(request):
+            async for line in original(self, request, engine_inputs, results, *args, **kwargs):
+                yield line
+            return
+        choices = request.n or 1
+        stream = Stream(
+            lambda result: [(output.index + result[0] * choices, _of(output)) for output in result[1].outputs]
+        )
+        async for line in original(self, request, engine_inputs, stream.watch(results), *args, **kwargs):
+            yield stream.line(line)
+
+    return completion_stream_generator
+
+
+def _asks(request: Any) -> bool:
+    return bool((request.model_extra or {}).get(ASK))

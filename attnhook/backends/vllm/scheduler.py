@@ -1,0 +1,69 @@
+"""In vLLM's engine core: a step's records join the outputs of the tokens that were really accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from attnhook import lifecycle
+from attnhook.records import TokenRecord
+from attnhook.serving.wire import KEY, Share
+
+logger = logging.getLogger("attnhook")
+
+_FLUSH_SECONDS = 5.0  # vLLM's front end waits about as long for its engine
+
+
+def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Scheduler.update_from_output``: put each request's share into its output."""
+
+    @wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        shares = getattr(model_runner_output, "attnhook", None)
+        if shares or self.__dict__.get("_attnhook_waiting"):
+            try:
+                _forward(self, shares or {}, outputs)
+            except Exception:
+                logger.exception("attention records of this step are lost")
+        return outputs
+
+    return update_from_output
+
+
+def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.shutdown``: the process may be ended right after it, past Python's own end."""
+
+    @wraps(original)
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lifecycle.flush(_FLUSH_SECONDS)
+        return original(self, *args, **kwargs)
+
+    return shutdown
+
+
+def _forward(scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any]) -> None:
+    # a prompt that is computed in chunks has records before it has an output
+    waiting: dict[str, Share] = scheduler.__dict__.setdefault("_attnhook_waiting", {})
+    now: dict[str, list[bytes]] = {}
+    for request, packed in shares.items():
+        share = Share.unpack(packed)
+        now[request], share.generated = share.generated, []
+        kept = waiting.setdefault(request, Share(reply=share.reply))
+        kept.prompt += share.prompt
+        kept.error = kept.error or share.error
+    for client in outputs.values():
+        for output in client.outputs:
+            if output.request_id not in waiting:
+                continue
+            kept = waiting.pop(output.request_id)
+            # of speculated tokens only those that were accepted, of stopped ones only those before the stop
+            accepted = now.get(output.request_id, [])[: len(output.new_token_ids)]
+            kept.generated = [row for row in accepted if row]
+            if kept.reply and (kept.generated or kept.prompt or kept.error):
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
+            lifecycle.publish([TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)])
+    for request in [r for r in waiting if r not in scheduler.requests]:
+        del waiting[request]

@@ -1,0 +1,33 @@
+"""What ``GET /v1/attention/capabilities`` answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnhook.fingerprint import BIN_STARTS, NAMES
+from attnhook.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
+from attnhook.options import TOP_K_MAX, RequestOptions
+from attnhook.records import MODES, SCHEMA_VERSION
+from attnhook.serving.policy import Policy
+
+
+def capabilities(
+    engine: str, version: str | None, model: str, layers: list[int] | None, heads: int | None, policy: Policy
+) -> dict[str, Any]:
+    """The answer, with plain JSON values; ``layers`` and ``heads`` are None where the front end can't tell."""
+    import attnhook
+
+    defaults = RequestOptions.resolve()
+    return {
+        "attnhook": attnhook.__version__,
+        "engine": {"name": engine, "version": version},
+        "model": model,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": {"schema_version": FINGERPRINT_VERSION, "names": list(NAMES), "bin_starts": list(BIN_STARTS)},
+        "modes": ["fingerprint"] if policy.fingerprint_only else list(MODES),
+        "layers": layers,
+        "query_heads": heads,
+        "top_k": {"default": defaults.top_k, "max": TOP_K_MAX},
+        "default_layers": defaults.layers if isinstance(defaults.layers, str) else list(defaults.layers),
+        "limits": policy.capabilities(),
+    }

@@ -1,0 +1,93 @@
+"""Records in OpenAI-compatible replies: fields of a choice, and of the chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from attnhook.records import TokenRecord, fill_zones
+
+T = TypeVar("T")
+
+
+@dataclass
+class Attention:
+    """What was captured for one choice, so far or since it was last sent."""
+
+    generated: list[TokenRecord] = field(default_factory=list)
+    prompt: list[TokenRecord] = field(default_factory=list)
+    error: str | None = None
+
+    def extend(self, other: Attention) -> None:
+        """Append what came later."""
+        self.generated += other.generated
+        self.prompt += other.prompt
+        self.error = self.error or other.error
+
+    def take(self) -> Attention:
+        """What is here now; nothing is left."""
+        taken = Attention(self.generated, self.prompt, self.error)
+        self.generated, self.prompt, self.error = [], [], None
+        return taken
+
+    def copy(self) -> Attention:
+        """The same records in lists of their own."""
+        return Attention([*self.generated], [*self.prompt], self.error)
+
+    def __bool__(self) -> bool:
+        return bool(self.generated or self.prompt or self.error)
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON fields of a choice; ``attention_tokens`` is always there, the others where they hold something."""
+        fill_zones([*self.generated, *self.prompt])
+        fields: dict[str, Any] = {"attention_tokens": [record.to_dict() for record in self.generated]}
+        if self.prompt:
+            fields["prompt_attention_tokens"] = [record.to_dict() for record in self.prompt]
+        if self.error:
+            fields["attention_error"] = self.error
+        return fields
+
+
+class Stream:
+    """Puts records into the chunks of one streamed reply.
+
+    ``choices`` tells the (choice index, records) pairs that one result of the engine brings. Records wait for
+    the next chunk of their choice that carries tokens; a chunk that only names the role does not.
+    """
+
+    def __init__(self, choices: Callable[[Any], list[tuple[int, Attention]]]) -> None:
+        self._choices = choices
+        self._waiting: dict[int, Attention] = {}
+
+    async def watch(self, results: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The engine's results, looked at as they pass."""
+        async for result in results:
+            for index, attention in self._choices(result):
+                self._waiting.setdefault(index, Attention()).extend(attention)
+            yield result
+
+    def line(self, text: str) -> str:
+        """One server-sent event, with the fields of the records that it is due."""
+        head, data = text[: len("data: ")], text[len("data: ") :].strip()
+        if head != "data: " or not data.startswith("{") or not any(self._waiting.values()):
+            return text
+        chunk = json.loads(data)
+        changed = False
+        for choice in chunk.get("choices") or ():
+            waiting = self._waiting.get(choice.get("index", 0))
+            if waiting and not _only_role(choice):
+                choice.update(waiting.take().fields())
+                changed = True
+        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n" if changed else text
+
+
+def _only_role(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta")
+    return bool(
+        isinstance(delta, dict)
+        and delta.get("role")
+        and not any(value for name, value in delta.items() if name != "role")
+        and choice.get("finish_reason") is None
+    )

@@ -1,0 +1,80 @@
+"""Options on their way to an engine's workers, records on their way back, as text and bytes.
+
+Engines move requests and outputs between processes with pickle, msgpack or JSON: whatever they use carries these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from attnhook.errors import AttnhookError, OptionError
+from attnhook.options import REQUEST_FIELDS, RequestOptions
+from attnhook.records import TokenRecord
+
+#: The request field that asks for capture.
+ASK = "return_attention_tokens"
+#: All request fields that are ours.
+FIELDS = frozenset({ASK, *REQUEST_FIELDS})
+#: Where an engine's own dictionaries keep what is ours.
+KEY = "attnhook"
+
+
+def asked(fields: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> RequestOptions | None:
+    """The options that a request body's fields ask for; None where it does not ask.
+
+    Raises OptionError for an unknown or bad field, also where capture is not asked for: what a client
+    misspells must not be ignored.
+    """
+    options = RequestOptions.resolve(request={k: v for k, v in fields.items() if k != ASK}, environ=environ)
+    wanted = fields.get(ASK, False)
+    if not isinstance(wanted, bool):
+        raise OptionError(ASK, f"{ASK}={wanted!r} must be true or false")
+    return options if wanted else None
+
+
+def pack_options(options: RequestOptions, *, reply: bool = True) -> str:
+    """Options as text, the same for equal options; without ``reply`` the records go to the sinks only."""
+    return json.dumps({**asdict(options), "reply": reply}, sort_keys=True)
+
+
+def unpack_options(text: str) -> tuple[RequestOptions, bool]:
+    """What `pack_options` was given."""
+    values = json.loads(text)
+    reply = values.pop("reply")
+    for name in ("layers", "heads"):
+        if isinstance(values[name], list):
+            values[name] = tuple(values[name])
+    values["spans"] = {label: (start, end) for label, (start, end) in values["spans"].items()}
+    return RequestOptions(**values), reply
+
+
+@dataclass
+class Share:
+    """One request's records of one engine step, or why there are none."""
+
+    generated: list[bytes] = field(default_factory=list)  # rows that tokens were or could be sampled from, in order
+    prompt: list[bytes] = field(default_factory=list)
+    error: str | None = None
+    reply: bool = True  # false: for the sinks only
+
+    def pack(self) -> dict[str, Any]:
+        """Plain values, which any serialiser takes."""
+        return {"generated": self.generated, "prompt": self.prompt, "error": self.error, "reply": self.reply}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> Share:
+        """What `pack` made."""
+        return cls(list(packed["generated"]), list(packed["prompt"]), packed["error"], packed["reply"])
+
+
+def reason(error: Exception) -> str:
+    """An exception as ``attention_error`` tells it."""
+    return str(error) if isinstance(error, AttnhookError) else f"{type(error).__name__}: {error}"
+
+
+def named(record: TokenRecord, request_id: str, choice: int) -> TokenRecord:
+    """The record under the names that the client knows."""
+    return replace(record, request_id=request_id, choice=choice)

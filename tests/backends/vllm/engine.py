@@ -1,0 +1,190 @@
+"""Real vLLM for tests: offline in a process of its own, or a server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnhook import TokenRecord
+from tests import oracle
+from tests.helpers import ROOT, environment
+
+#: Everything on, so that a request shows every layer and row.
+ALL = {"return_attention_tokens": True, "attention_layers": "all", "top_k_attention": 8, "attention_prompt": True}
+
+
+def engine_environment(**environ: str) -> dict[str, str]:
+    return environment(
+        **{
+            "ATTNHOOK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": "2",
+            **environ,
+        }
+    )
+
+
+def offline(
+    tmp_path: Path,
+    model: str,
+    requests: Sequence[dict[str, Any]],
+    *,
+    together: bool = True,
+    environ: Any = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """Run requests through ``vllm.LLM`` in a process of its own."""
+    job = {
+        "engine": {
+            "model": model,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "seed": 0,
+            **engine,
+        },
+        "requests": [{"sampling": {}, "fields": {}, **request} for request in requests],
+        "together": together,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.backends.vllm.offline",
+        str(tmp_path / "job.json"),
+        str(tmp_path / "out.json"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=engine_environment(**settings), capture_output=True, text=True, timeout=570
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    return result
+
+
+def records(rows: Sequence[str]) -> list[TokenRecord]:
+    return [TokenRecord.from_bytes(bytes.fromhex(row)) for row in rows]
+
+
+def from_entry(entry: dict[str, Any], **names: Any) -> TokenRecord:
+    """The record that an entry of the reply (raw mode) tells of."""
+    layers = tuple(int(layer) for layer in entry["layers"])
+    k = 32  # short rows end in -1, as the record's own do
+
+    def padded(name: str, fill: float, dtype: Any) -> np.ndarray:
+        rows = [layer[name] + [fill] * (k - len(layer[name])) for layer in entry["layers"].values()]
+        return np.array(rows, dtype)
+
+    return TokenRecord(
+        request_id=names.get("request_id", ""),
+        query_position=entry["query_position"],
+        layers=layers,
+        token_positions=padded("token_positions", -1, np.int32),
+        attention_scores=padded("attention_scores", 0, np.float32),
+        fingerprints=np.array([layer["fingerprint"] for layer in entry["layers"].values()], np.float32),
+        decode_step=entry["decode_step"],
+        span_mass=np.zeros((len(layers), 0), np.float32),
+    )
+
+
+def check(
+    smol: Any, prompt: Sequence[int], output: Sequence[int], generated: Sequence[TokenRecord],
+    prompt_rows: Sequence[TokenRecord] | None = None, *, top_k: int = 8, layers: int = 30,
+) -> oracle.Worst:  # fmt: skip
+    """Every row of one request against Transformers' eager attention on the same token ids."""
+    ids = torch.tensor([[*prompt, *output][:-1]])
+    attention = oracle.eager_attention(smol, ids)
+    assert [r.query_position for r in generated] == list(range(len(prompt) - 1, len(prompt) + len(output) - 1))
+    assert [r.decode_step for r in generated] == list(range(len(output)))
+    rows = list(generated)
+    if prompt_rows is not None:
+        assert [r.query_position for r in prompt_rows] == list(range(len(prompt) - 1))
+        assert all(r.decode_step is None for r in prompt_rows)
+        rows = [*prompt_rows, *rows]
+    assert all(len(r.layers) == layers for r in rows)
+    worst = oracle.compare(rows, attention, top_k=top_k)
+    assert worst.rows == layers * len(rows)
+    oracle.check(worst)
+    return worst
+
+
+class Server:
+    """A running ``vllm serve``."""
+
+    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+        self.url, self.log, self.process = url, log, process
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+            return json.loads(reply.read() or b"null")
+
+    def post(self, path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
+        """Status and JSON of a reply that need not be a success."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
+    """``vllm serve MODEL`` on a free port of the loopback interface, ended with everything that it started."""
+    port, log = free_port(), folder / "server.log"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "smol", "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", *arguments,
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=engine_environment(**environ), stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        server = Server(f"http://127.0.0.1:{port}", log, process)
+        until = time.monotonic() + 300
+        while True:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
+            with contextlib.suppress(OSError):
+                server.get("/health")
+                break
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()  # it ends what it has started
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

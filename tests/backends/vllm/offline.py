@@ -1,0 +1,62 @@
+"""Runs vLLM offline in this process and writes what it captured: `python -m tests.backends.vllm.offline JOB OUT`.
+
+JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``), ``together`` (one
+generate call for all, or one each). OUT gets JSON: token ids, and records in hexadecimal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted: list[str] = []
+    whole = scheduler._preempt_request
+
+    def preempt(request: Any, *arguments: Any, **options: Any) -> Any:
+        preempted.append(request.request_id)
+        return whole(request, *arguments, **options)
+
+    scheduler._preempt_request = preempt
+    replies: list[dict[str, Any]] = []
+    requests = job["requests"]
+    batches = [requests] if job.get("together", True) else [[request] for request in requests]
+    for batch in batches:
+        prompts = [{"prompt_token_ids": request["ids"]} for request in batch]
+        params = [
+            SamplingParams(**{"temperature": 0.0, **request["sampling"]}, extra_args=request["fields"] or None)
+            for request in batch
+        ]
+        for result in llm.generate(prompts, params, use_tqdm=False):
+            replies.append(
+                {
+                    "cached": result.num_cached_tokens,
+                    "choices": [choice(output) for output in result.outputs],
+                }
+            )
+    return {"replies": replies, "preempted": preempted}
+
+
+def choice(output: Any) -> dict[str, Any]:
+    return {
+        "ids": list(output.token_ids),
+        "logprobs": None if output.logprobs is None else [
+            {str(token): value.logprob for token, value in step.items()} for step in output.logprobs
+        ],
+        "asked": hasattr(output, "attention_tokens"),
+        "generated": [record.to_bytes().hex() for record in getattr(output, "attention_tokens", [])],
+        "prompt": [record.to_bytes().hex() for record in getattr(output, "prompt_attention_tokens", [])],
+        "error": getattr(output, "attention_error", None),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    result = main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

