@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv model demo test check format clean
+.PHONY: venv model demo demo-vllm test check format clean
 
 venv:  ## .venv with attnhook, Transformers and the test tools; reused while its lock hash matches
 	@PYTHON="$(PYTHON)" bash tools/venv.sh $(VENV)
@@ -15,6 +15,9 @@ demo: venv  ## a real model's real answer, where each token looked, and an HTML 
 	@mkdir -p demo
 	$(BIN)/attnhook run --layers auto --top-k 16 --prompt-rows --html demo/report.html --out demo/records.jsonl
 	@echo "Open demo/report.html in a browser."
+
+demo-vllm: venv  ## the same from a vLLM server, which is started and stopped
+	@$(BIN)/python tools/demo_vllm.py demo
 
 check: venv  ## the inner loop: lint, format, types, unit tests without the model
 	$(BIN)/ruff check .

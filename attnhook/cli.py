@@ -71,7 +71,11 @@ def _root(
 @app.command()
 def run(
     model: Annotated[
-        str | None, typer.Option(help="Folder, .gguf file or hub id. Default: SmolLM2-135M-Instruct.")
+        str | None,
+        typer.Option(help="Folder, .gguf file or hub id (default: SmolLM2-135M-Instruct); with --url, a served name."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this server, such as http://127.0.0.1:8000/v1, in place of a local model.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[str | None, typer.Option(help="Read the prompt from this file; - is standard input.")] = None,
@@ -85,6 +89,10 @@ def run(
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
+    attention_key: Annotated[
+        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the records to this file, one JSON object a line.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an interactive report to this one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the coloured answer.")] = False,
@@ -104,18 +112,32 @@ def run(
     if out is not None and html is not None and out.resolve() == html.resolve():
         raise OptionError("html", f"--out and --html both name {html}: name two files")
 
-    with _status("loading the model"):
-        from attnhook.backends.transformers import runner
+    local = {"dtype": None if dtype == "auto" else dtype, "device": device}
+    remote = {"api-key": api_key, "attention-key": attention_key}
+    for name, value in (remote if url is None else local).items():
+        if value is not None:
+            where = "is for --url only" if url is None else "cannot be used with --url: the server has its own"
+            raise OptionError(name, f"--{name} {where}; drop one")
+    answer: Any
+    if url is None:
+        with _status("loading the model"):
+            from attnhook.backends.transformers import runner
 
-        loaded = runner.load(model, dtype, device)
-    ids = runner.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
-    with _progress("generating", max_new_tokens) as advance:
-        answer = runner.answer(loaded, ids, max_new_tokens=max_new_tokens, progress=advance, **options)
+            loaded = runner.load(model, dtype, device)
+        ids = runner.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
+        with _progress("generating", max_new_tokens) as advance:
+            answer = runner.answer(loaded, ids, max_new_tokens=max_new_tokens, progress=advance, **options)
+    else:
+        from attnhook.client import Client
+
+        client = Client(url, api_key=api_key, attention_key=attention_key)
+        with _status("asking the server"):
+            answer = client.ask(text, model=model, max_new_tokens=max_new_tokens, chat=chat, **options)
 
     if out is not None:
         _write_records(out, answer.records)
     if html is not None:
-        _write_report(html, answer)
+        _write_report(html, answer, "Transformers" if url is None else answer.engine)
     if as_json:
         print(json.dumps(_as_json(answer)))
         return
@@ -201,14 +223,14 @@ def _write_records(path: Path, records: list[Any]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _write_report(path: Path, answer: Any) -> None:
+def _write_report(path: Path, answer: Any, engine: str) -> None:
     from attnhook.analysis import zones
     from attnhook.explorer import report
 
     report.write(
         report.Report(
             title=answer.model,
-            subtitle=f"attnhook {__version__} on Transformers · {len(answer.records)} rows captured · "
+            subtitle=f"attnhook {__version__} on {engine} · {len(answer.records)} rows captured · "
             "zones leave out the attention sink at position 0",
             tokens=answer.tokens,
             prompt_length=answer.prompt_length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -34,7 +34,8 @@ class TokenRecord:
     """Attention of one query row over the captured layers.
 
     L >= 1 captured layers, k entries, n spans. Rows with fewer than k reportable keys end in position -1 and
-    score 0. `to_dict` is the JSON of the HTTP interface; `to_bytes` a compact binary row.
+    score 0. `to_dict` and `from_dict` are the JSON of the HTTP interface, `to_bytes` and `from_bytes` a compact
+    binary row.
     """
 
     request_id: str
@@ -141,6 +142,73 @@ class TokenRecord:
             "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
             "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
         }
+
+    @classmethod
+    def from_dict(
+        cls, entry: Mapping[str, Any], *, request_id: str = "", choice: int = 0, model: str = ""
+    ) -> TokenRecord:
+        """Read one raw-mode entry of ``choices[i].attention_tokens``, or one line of a JSONL sink.
+
+        The JSON has 7 decimals, so numbers come back within 1e-7. It has only the mean of each span's mass
+        over the layers: every layer gets that mean. Raises RecordError if ``entry`` is not such an entry.
+        """
+        if not isinstance(entry, Mapping):
+            raise RecordError(f"entry {str(entry)[:80]!r} is not a JSON object: give one of attention_tokens")
+        version = entry.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RecordError(
+                f"entry of schema_version {version!r}; this attnhook reads {SCHEMA_VERSION}: use the same attnhook on "
+                "both sides"
+            )
+        if entry.get("mode") != "raw":
+            raise RecordError(
+                f"entry of mode {entry.get('mode')!r}: only raw entries hold a whole record; ask for "
+                "attention_mode 'raw'"
+            )
+        wanted = ("decode_step", "query_position", "think_phase", "layers")
+        missing = [name for name in wanted if name not in entry]
+        if missing:
+            raise RecordError(f"entry without {', '.join(missing)}; it has {', '.join(map(str, entry))}: pass it whole")
+        step, position, phase = entry["decode_step"], entry["query_position"], entry["think_phase"]
+        spans = entry.get("spans", {})
+        if not _is_count(position) or not (step is None or _is_count(step)) or phase not in PHASES:
+            raise RecordError(
+                f"damaged entry: query_position {position!r}, decode_step {step!r}, think_phase {phase!r}; expected "
+                f"whole numbers from 0 up (decode_step may be null) and one of {', '.join(PHASES)}"
+            )
+        try:
+            layers = sorted((int(layer), values) for layer, values in entry["layers"].items())
+            k = max(len(values["token_positions"]) for _, values in layers)
+            positions = np.full((len(layers), k), -1, np.int32)
+            scores = np.zeros((len(layers), k), np.float32)
+            for i, (_, values) in enumerate(layers):
+                count = len(values["token_positions"])
+                if not all(map(_is_count, values["token_positions"])):
+                    raise ValueError(f"token_positions {values['token_positions']}")
+                positions[i, :count] = values["token_positions"]
+                scores[i, :count] = np.array(values["attention_scores"], np.float32).reshape(count)
+            numbers = [np.array(values["fingerprint"], np.float32).reshape(fp.SIZE) for _, values in layers]
+            mass = np.array(list(spans.values()), np.float32).reshape(len(spans))
+            if not all(np.isfinite(array).all() for array in (scores, mass, *numbers)):
+                raise ValueError("a number that is not finite")
+        except KeyError as error:
+            raise RecordError(f"damaged entry at query position {position}: a layer lacks {error}") from error
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise RecordError(f"damaged entry at query position {position}: {error}; pass it as it came") from error
+        return cls(
+            request_id=request_id,
+            query_position=position,
+            layers=tuple(layer for layer, _ in layers),
+            token_positions=positions,
+            attention_scores=scores,
+            fingerprints=np.stack(numbers),
+            decode_step=step,
+            choice=choice,
+            think_phase=phase,
+            model=model,
+            span_names=tuple(spans),
+            span_mass=np.tile(mass, (len(layers), 1)),
+        )
 
     def to_bytes(self) -> bytes:
         """A self-contained binary row, about ``64 + L * (8 k + 4 n + 82)`` bytes, little-endian.
@@ -267,6 +335,10 @@ def _split(names: str, count: int) -> tuple[str, ...] | None:
     """The ``count`` joined names, or None where there are more or fewer."""
     parts = tuple(names.split(_NAME_SEPARATOR)) if count or names else ()
     return parts if len(parts) == count else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _rounded(array: np.ndarray) -> list[float]:

@@ -250,6 +250,69 @@ def test_the_json_is_valid_finite_and_plain(record):
     assert again.to_dict() == record.to_dict()
 
 
+@given(token_records())
+def test_raw_json_is_read_back(record):
+    layers, k = record.token_positions.shape
+    some = np.arange(k) < np.arange(1, layers + 1)[:, None]  # rows of different lengths, as at a sequence's start
+    record = dataclasses.replace(
+        record,
+        mode="raw",
+        token_positions=np.where(some, np.maximum(record.token_positions, 0), -1).astype(np.int32),
+        attention_scores=np.where(some, record.attention_scores, 0).astype(np.float32),
+    )
+    entry = json.loads(json.dumps(record.to_dict()))
+    again = TokenRecord.from_dict(entry, request_id=record.request_id, choice=record.choice, model=record.model)
+    for name in ("key", "decode_step", "mode", "think_phase", "model", "layers", "span_names"):
+        assert getattr(again, name) == getattr(record, name)
+    width = min(k, layers)  # that of the widest row
+    np.testing.assert_array_equal(again.token_positions, record.token_positions[:, :width])
+    np.testing.assert_allclose(again.attention_scores, record.attention_scores[:, :width], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(again.fingerprints, record.fingerprints, rtol=0, atol=1e-7)
+    assert again.spans == pytest.approx(record.spans, rel=0, abs=1e-7)
+    assert again.span_mass.shape == record.span_mass.shape
+    assert_same(TokenRecord.from_bytes(again.to_bytes()), again)  # its arrays agree
+
+
+def changed(**changes: object) -> dict:
+    return {**a_record().to_dict(), **changes}
+
+
+def layer_changed(**changes: object) -> dict:
+    entry = a_record().to_dict()
+    entry["layers"]["3"] = {**entry["layers"]["3"], **changes}
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("text", "not a JSON object"),
+        ({}, "schema_version None"),
+        (changed(schema_version=2), r"schema_version 2; this attnhook reads 1.*same attnhook"),
+        (a_record(mode="sketch").to_dict(), "mode 'sketch'.*attention_mode 'raw'"),
+        (a_record(mode="fingerprint").to_dict(), "mode 'fingerprint'"),
+        ({"schema_version": 1, "mode": "raw", "layers": {}}, "without decode_step, query_position, think_phase;"),
+        (changed(query_position=-1), "query_position -1"),
+        (changed(decode_step=True), "decode_step True"),
+        (changed(think_phase="sleep"), "think_phase 'sleep'"),
+        (changed(layers={}), "damaged entry at query position 36"),
+        (changed(layers=[1]), "damaged entry"),
+        (changed(layers={"three": {}}), "three"),
+        (changed(layers={"3": {"token_positions": [1]}}), "a layer lacks 'attention_scores'"),
+        (changed(spans=[1]), "damaged entry"),
+        (changed(spans={"a": "b"}), "damaged entry"),
+        (layer_changed(attention_scores=[0.5, 0.25]), "damaged entry"),
+        (layer_changed(attention_scores=[float("nan")]), "not finite"),
+        (layer_changed(token_positions=[-1]), r"token_positions \[-1\]"),
+        (layer_changed(token_positions=[2**31]), "token_positions"),
+        (layer_changed(fingerprint=[0.5] * 19), "damaged entry"),
+    ],
+)
+def test_json_that_is_no_raw_entry_is_refused(entry, message):
+    with pytest.raises(RecordError, match=message):
+        TokenRecord.from_dict(entry)
+
+
 # -- reading one record in Python
 
 

@@ -11,6 +11,8 @@ from attnhook.records import TokenRecord, fill_zones
 
 T = TypeVar("T")
 
+NOTHING_CAME = "the engine sent no records for this request; the server's log may say why"
+
 
 @dataclass
 class Attention:
@@ -39,6 +41,12 @@ class Attention:
     def __bool__(self) -> bool:
         return bool(self.generated or self.prompt or self.error)
 
+    def checked(self, tokens: int) -> Attention:
+        """Itself; with an error where ``tokens`` were generated and nothing at all was captured."""
+        if tokens and not self:
+            return Attention(error=NOTHING_CAME)
+        return self
+
     def fields(self) -> dict[str, Any]:
         """The JSON fields of a choice; ``attention_tokens`` is always there, the others where they hold something."""
         fill_zones([*self.generated, *self.prompt])
@@ -60,6 +68,7 @@ class Stream:
     def __init__(self, choices: Callable[[Any], list[tuple[int, Attention]]]) -> None:
         self._choices = choices
         self._waiting: dict[int, Attention] = {}
+        self._served: set[int] = set()  # choices that have got something
 
     async def watch(self, results: AsyncIterator[T]) -> AsyncIterator[T]:
         """The engine's results, looked at as they pass."""
@@ -71,14 +80,18 @@ class Stream:
     def line(self, text: str) -> str:
         """One server-sent event, with the fields of the records that it is due."""
         head, data = text[: len("data: ")], text[len("data: ") :].strip()
-        if head != "data: " or not data.startswith("{") or not any(self._waiting.values()):
+        if head != "data: " or not data.startswith("{"):
             return text
         chunk = json.loads(data)
         changed = False
         for choice in chunk.get("choices") or ():
-            waiting = self._waiting.get(choice.get("index", 0))
+            index = choice.get("index", 0)
+            waiting = self._waiting.get(index, Attention())
+            if choice.get("finish_reason") is not None and index not in self._served:
+                waiting = waiting.checked(1)
             if waiting and not _only_role(choice):
                 choice.update(waiting.take().fields())
+                self._served.add(index)
                 changed = True
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n" if changed else text
 

@@ -64,6 +64,11 @@ def _patch_runner(installation: EngineInstallation, module: ModuleType) -> None:
     installation.wrap(runner, "sample_tokens", worker.answering)
 
 
+def _patch_runner_v2(installation: EngineInstallation, module: ModuleType) -> None:
+    worker = import_module("attnhook.backends.vllm.worker")
+    installation.wrap(installation.need(module, "GPUModelRunner"), "__init__", worker.refusing_runner)
+
+
 def _patch_scheduler(installation: EngineInstallation, module: ModuleType) -> None:
     scheduler = import_module("attnhook.backends.vllm.scheduler")
     installation.wrap(installation.need(module, "Scheduler"), "update_from_output", scheduler.forwarding)
@@ -143,6 +148,7 @@ def _patch_completion(installation: EngineInstallation, module: ModuleType) -> N
 
 _PATCHERS = {
     "vllm.v1.worker.gpu_model_runner": _patch_runner,
+    "vllm.v1.worker.gpu.model_runner": _patch_runner_v2,
     "vllm.v1.core.sched.scheduler": _patch_scheduler,
     "vllm.v1.engine.core": _patch_core,
     "vllm.v1.engine.output_processor": _patch_outputs,

@@ -227,7 +227,7 @@ def chat_reply(original: Original) -> Original:
 
         response = await original(self, request, watched(), *args, **kwargs)
         if last and hasattr(response, "choices"):
-            found = {output.index: _of(output) for output in last[0].outputs}
+            found = {output.index: _of(output).checked(len(output.token_ids)) for output in last[0].outputs}
             for choice in response.choices:
                 _fill(choice, found.get(choice.index, Attention()))
         return response
@@ -244,7 +244,7 @@ def completion_reply(original: Original) -> Original:
         if _asks(request):
             outputs = [output for result in results for output in result.outputs]
             for choice, output in zip(response.choices, outputs, strict=True):
-                _fill(choice, _of(output))
+                _fill(choice, _of(output).checked(len(output.token_ids)))
         return response
 
     return request_output_to_completion_response

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,6 +93,19 @@ def initialising_cache(original: Original) -> Original:
     return initialize_kv_cache
 
 
+def refusing_runner(original: Original) -> Original:
+    """``__init__`` of the V2 model runner, whose rows are not read yet: better no server than empty replies."""
+
+    @wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            "vLLM's model runner V2 cannot be captured yet: start with VLLM_USE_V2_MODEL_RUNNER=0, or without "
+            "ATTNHOOK=1"
+        )
+
+    return __init__
+
+
 def _refuse_parallel(config: Any) -> None:
     parallel = config.parallel_config
     for name, size, flag in (
@@ -117,8 +131,9 @@ def _hook_layers(runner: Any) -> None:
         impl = getattr(layer, "impl", None)
         if impl is None or not hasattr(impl, "scale"):
             continue  # a state-space layer: no attention to report
-        cache.reader(impl)
         number = extract_layer_index(name)
+        # a cache that cannot be read is refused now; its view needs no requests
+        cache.view(layer, impl, layer.kv_cache, SimpleNamespace(block_table=torch.zeros(0, 0, dtype=torch.int32)))
         layers[number] = layer
         if "_attnhook" not in impl.__dict__:
             impl._attnhook = True

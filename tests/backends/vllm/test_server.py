@@ -278,6 +278,21 @@ def test_a_server_that_forbids(smol_path: str, tmp_path: Path) -> None:
     assert len(lines) == 6 and all(line["mode"] == "fingerprint" for line in lines)
 
 
+def test_two_api_servers_and_compiled_code(smol: Any, smol_path: str, tmp_path: Path) -> None:
+    """Everything that starts later than the flags: more front ends; the hook is below what inductor compiles."""
+    import openai
+
+    with serve(tmp_path, smol_path, "--api-server-count", "2", "--no-enforce-eager") as running:
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+        for n in range(6):  # the kernel deals connections out to both
+            client.close()
+            client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+            reply = chat(client, f"Say {n}.", **ALL)
+            choice = reply.choices[0]
+            generated, prompt = rows(choice.attention_tokens), rows(choice.prompt_attention_tokens)
+            check(smol, reply.prompt_token_ids, choice.token_ids, generated, prompt)
+
+
 def test_tensor_parallelism_is_refused_by_name(smol_path: str, tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="tensor parallelism over 3 ranks cannot be captured"),

@@ -1,0 +1,282 @@
+"""One answer with its attention from a server that has attnhook: what ``attnhook run --url`` does.
+
+Needs no engine and no HTTP library: the server (``ATTNHOOK=1 vllm serve MODEL``) runs the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from typing import Any, TypeGuard
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from attnhook import fingerprint as fp
+from attnhook.analysis import zones
+from attnhook.backends.transformers.runner import SINK, Answer, pieces
+from attnhook.errors import AttnhookError, OptionError
+from attnhook.options import _FIELDS
+from attnhook.records import TokenRecord
+
+_TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
+_AT_ONCE = 4  # requests for the text of tokens
+_ROUNDING = 1e-6  # well above what the JSON's 7 decimals lose in a mean over layers
+
+
+class ServerError(AttnhookError, RuntimeError):
+    """A server cannot be reached, refuses a request or answers what attnhook cannot use."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status  # of the HTTP reply, where there was one
+
+
+@dataclass(frozen=True)
+class Reply(Answer):
+    """A server's answer and its records."""
+
+    engine: str = ""  # for example "vllm 0.32.0"
+
+
+class Client:
+    """Asks one server. ``url`` is its OpenAI-compatible address, such as ``http://127.0.0.1:8000/v1``.
+
+    ``api_key`` (default: ``OPENAI_API_KEY``) is sent as the bearer token and ``attention_key`` (default:
+    ``ATTNHOOK_API_KEY``) in the header X-Attention-Key. Raises OptionError for a bad address or key.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, attention_key: str | None = None) -> None:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not parts.query
+        except ValueError:
+            good = False
+        if not good or not url.isascii() or not url.isprintable() or " " in url:
+            raise OptionError("url", f"url={url!r} must be an address such as http://127.0.0.1:8000/v1")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        for name, header, prefix, variable, key in (
+            ("api_key", "Authorization", "Bearer ", "OPENAI_API_KEY", api_key),
+            ("attention_key", "X-Attention-Key", "", "ATTNHOOK_API_KEY", attention_key),
+        ):
+            key = os.environ.get(variable) if key is None else key
+            if key and not (key.isascii() and key.isprintable()):
+                raise OptionError(name, f"{name} (or {variable}) must be printable ASCII, as HTTP headers are")
+            if key:
+                self._headers[header] = prefix + key
+        self._opener = urllib.request.build_opener(_NoRedirects)  # a key must not travel to another host
+
+    def capabilities(self) -> dict[str, Any]:
+        """What the server can capture. Raises ServerError, also where it has no attnhook."""
+        try:
+            return self._send("/v1/attention/capabilities")
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            raise ServerError(
+                f"{self.url} has no attnhook: GET /v1/attention/capabilities gives HTTP 404; install attnhook there "
+                "and start it with ATTNHOOK=1 vllm serve MODEL",
+                404,
+            ) from error
+
+    def model(self, wanted: str | None = None) -> str:
+        """The name of the model to ask: ``wanted`` if it is served, by default the first one served."""
+        names = [str(entry.get("id")) for entry in _entries(self._send("/v1/models"), "data")]
+        if not names or (wanted is not None and wanted not in names):
+            raise OptionError(
+                "model",
+                f"model {wanted!r} is not served by {self.url}, which serves {', '.join(names) or 'none'}: with --url, "
+                "give one of these names or leave --model out",
+            )
+        return names[0] if wanted is None else wanted
+
+    def ask(
+        self, text: str, *, model: str | None = None, max_new_tokens: int = 64, chat: bool = True, **options: Any
+    ) -> Reply:
+        """Answer ``text`` greedily with capture on; ``options`` are those of a capture (layers, top_k, ...).
+
+        A model without a chat template gets the bare text, as with ``chat=False``. What no option says, the
+        server decides. Raises OptionError, ServerError or RecordError.
+        """
+        engine = self.capabilities().get("engine")
+        name = self.model(model)
+        fields = {_FIELDS[option].json: value for option, value in options.items()}
+        body = {
+            "model": name,
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            "return_attention_tokens": True,
+            "attention_mode": "raw",
+            "attention_spans": {SINK: [0, 1]},
+            **fields,
+        }
+        reply = self._complete(body, text, chat)
+        choice, *_ = [*_entries(reply, "choices"), {}]
+        entries = choice.get("attention_tokens")
+        if choice.get("attention_error"):
+            raise ServerError(f"{self.url} could not capture: {choice['attention_error']}; the server's log says more")
+        if entries is None:
+            raise ServerError(
+                f"{self.url} answered without attention_tokens (it gave {', '.join(choice) or 'no choice'}): is there "
+                "a proxy that drops unknown fields? Ask the server itself"
+            )
+        prompt_ids = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        new_ids = choice.get("token_ids")
+        if not _are_ids(prompt_ids) or not _are_ids(new_ids):
+            raise ServerError(f"{self.url} answered without token ids: upgrade the server to one with return_token_ids")
+        ids = [*prompt_ids, *new_ids]
+        request = str(reply.get("id", ""))
+        records = [
+            _with_sinks(TokenRecord.from_dict(entry, request_id=request, model=name))
+            for entry in [*(choice.get("prompt_attention_tokens") or []), *entries]
+        ]
+        for record in records:
+            if record.query_position + 1 >= len(ids) or record.token_positions.max(initial=0) >= len(ids):
+                raise ServerError(
+                    f"{self.url} gave a record of query position {record.query_position} for {len(ids)} tokens: use "
+                    "the same attnhook on both sides"
+                )
+        message = choice.get("message") or {}
+        return Reply(
+            model=name,
+            token_ids=ids,
+            tokens=self.pieces(name, ids),
+            prompt_length=len(prompt_ids),
+            text=str(message.get("content") or choice.get("text") or ""),
+            records=records,
+            zones=zones.without_sink(records, SINK),
+            engine=" ".join(str(part) for part in engine.values() if part) if isinstance(engine, dict) else "",
+        )
+
+    def pieces(self, model: str, ids: list[int]) -> list[str]:
+        """Text of each token such that the pieces, joined, are the decoded text; see `runner.pieces`."""
+        server = _Tokenizer(self, model)
+        # nearly all that pieces() asks for, asked for at once: one by one, a long prompt takes long
+        windows = {tuple(ids[max(0, end - 3) : end + more]) for end in range(len(ids)) for more in (0, 1)}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(server.decode, windows - {()}))
+        return pieces(server, ids)
+
+    def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+        text = self._send("/detokenize", {"model": model, "tokens": list(ids)}).get("prompt")
+        if not isinstance(text, str):
+            raise ServerError(f"{self.url}/detokenize answered without the text: upgrade the server")
+        return text
+
+    def _complete(self, body: dict[str, Any], prompt: str, chat: bool) -> dict[str, Any]:
+        if chat:
+            try:
+                message = {"role": "user", "content": prompt}
+                return self._send("/v1/chat/completions", {**body, "messages": [message]})
+            except ServerError as error:
+                if error.status != 400 or "chat template" not in str(error):
+                    raise
+        return self._send("/v1/completions", {**body, "prompt": prompt})
+
+    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self._headers)
+        try:
+            with self._opener.open(request, timeout=_TIMEOUT) as reply:
+                answer = json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise ServerError(
+                    f"{self.url}{path} gives HTTP {error.code}: {_reason(error.read())}; {_remedy(error.code)}",
+                    error.code,
+                ) from error
+        except ValueError as error:
+            raise ServerError(
+                f"{self.url}{path} does not answer in JSON: is this an OpenAI-compatible server?"
+            ) from error
+        except (OSError, HTTPException) as error:
+            cause = getattr(error, "reason", None) or error
+            raise ServerError(
+                f"{self.url} cannot be reached: {cause}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
+            ) from error
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self.url}{path} answers {str(answer)[:80]!r}: is this an OpenAI-compatible server?")
+        return answer
+
+
+class _Tokenizer:
+    """The server's tokenizer, as far as `pieces` needs it; remembers what it was asked."""
+
+    def __init__(self, client: Client, model: str) -> None:
+        self._client, self._model = client, model
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        key = tuple(ids)
+        if key not in self._known:
+            self._known[key] = self._client.detokenize(self._model, key)
+        return self._known[key]
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow none: the redirect becomes an HTTPError."""
+
+
+def _with_sinks(record: TokenRecord) -> TokenRecord:
+    """The record with each layer's own mass of position 0, of which the JSON has the mean over layers.
+
+    A layer that reports position 0 tells it. The other layers share what is then left of the mean evenly,
+    each at most its least reported score and what its fingerprint has at that distance.
+    """
+    if SINK not in record.span_names:
+        return record
+    column, layers = record.span_names.index(SINK), len(record.layers)
+    at_sink = record.token_positions == 0
+    told = at_sink.any(axis=1)
+    mass = np.where(at_sink, record.attention_scores, 0).sum(axis=1)
+    left = float(record.span_mass[:, column].sum(dtype=np.float64) - mass.sum(dtype=np.float64))
+    if not told.all() and left > _ROUNDING * layers:
+        kept = record.token_positions >= 0
+        least = np.where(kept, record.attention_scores, 1).min(axis=1, initial=1)
+        most = np.minimum(least, record.fingerprints[:, fp.HISTOGRAM][:, fp.bin_of(record.query_position)])
+        mass = np.where(told, mass, np.minimum(left / (layers - told.sum()), most))
+    spans = record.span_mass.copy()
+    spans[:, column] = mass
+    return replace(record, span_mass=spans)
+
+
+def _entries(reply: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    entries = reply.get(name)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _are_ids(ids: Any) -> TypeGuard[list[int]]:
+    return isinstance(ids, list) and bool(ids) and all(isinstance(number, int) for number in ids)
+
+
+def _reason(body: bytes) -> str:
+    """The message of an error reply, on one line."""
+    text = body.decode(errors="replace")
+    try:
+        reply = json.loads(text)
+        inner = reply.get("error", reply)
+        text = str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else str(inner)
+    except (ValueError, AttributeError):
+        pass
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:400] or "no message"
+
+
+def _remedy(status: int) -> str:
+    remedies = {
+        400: "change what is asked for",
+        401: "give the server's key with --api-key or OPENAI_API_KEY",
+        403: "ask for what this server allows, with its key (--attention-key or ATTNHOOK_API_KEY)",
+        404: "check --url",
+        429: "try again later",
+    }
+    return remedies.get(status, "the server's log says more")

@@ -1,0 +1,128 @@
+"""Records in replies and streams, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnhook import OptionError, TokenRecord
+from attnhook.options import RequestOptions
+from attnhook.serving.policy import Gate, Policy, Refusal
+from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
+from attnhook.serving.wire import Share, asked, pack_options, unpack_options
+
+
+def record(position: int) -> TokenRecord:
+    fingerprint = np.zeros((1, 20), np.float32)
+    fingerprint[0, [0, 4]] = 1
+    return TokenRecord("r", position, (0,), np.array([[0]], np.int32), np.array([[1.0]], np.float32), fingerprint)
+
+
+async def results(*found: list[tuple[int, Attention]]) -> AsyncIterator[list[tuple[int, Attention]]]:
+    for result in found:
+        yield result
+
+
+def chunk(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> str:
+    body = {"choices": [{"index": index, "delta": delta, "finish_reason": finish}]}
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def run(stream: Stream, found: list[list[tuple[int, Attention]]], lines: list[list[str]]) -> list[dict[str, Any]]:
+    """Choices of the chunks, where each result is followed by some lines."""
+
+    async def go() -> list[str]:
+        out, pending = [], iter(lines)
+        async for _ in stream.watch(results(*found)):
+            out += [stream.line(line) for line in next(pending)]
+        return out
+
+    return [json.loads(line[6:])["choices"][0] for line in asyncio.run(go())]
+
+
+def test_records_wait_for_a_chunk_that_carries_tokens() -> None:
+    stream = Stream(lambda result: result)
+    role, text = chunk({"role": "assistant", "content": ""}), chunk({"content": "a"})
+    found = run(
+        stream,
+        [[(0, Attention([record(3)], [record(1)]))], [(0, Attention([record(4)]))], [(0, Attention([record(5)]))]],
+        [[role, text], [], [chunk({"content": "bc"}, "stop")]],
+    )
+    assert "attention_tokens" not in found[0]
+    assert [entry["query_position"] for entry in found[1]["attention_tokens"]] == [3]
+    assert [entry["query_position"] for entry in found[1]["prompt_attention_tokens"]] == [1]
+    # the parser held one chunk back: its records come with the next
+    assert [entry["query_position"] for entry in found[2]["attention_tokens"]] == [4, 5]
+
+
+def test_a_stream_without_records_says_so() -> None:
+    found = run(Stream(lambda result: result), [[], []], [[chunk({"content": "a"})], [chunk({}, "stop")]])
+    assert "attention_tokens" not in found[0]
+    assert found[1]["attention_tokens"] == [] and found[1]["attention_error"] == NOTHING_CAME
+
+
+@pytest.mark.parametrize("line", ["data: [DONE]\n\n", ": keep-alive\n\n", 'data: {"error": {}}\n\n'])
+def test_other_lines_pass(line: str) -> None:
+    assert Stream(lambda result: result).line(line) == line
+
+
+def test_an_empty_reply_says_why() -> None:
+    assert Attention().checked(3).fields() == {"attention_tokens": [], "attention_error": NOTHING_CAME}
+    assert Attention().checked(0).fields() == {"attention_tokens": []}
+
+
+@pytest.mark.parametrize("reply", [True, False])
+def test_options_survive_the_wire(reply: bool) -> None:
+    options = RequestOptions.resolve(
+        arguments={"layers": [3, -1], "heads": [0], "spans": {"a": (1, 4)}, "top_k": 5, "prompt": True}, environ={}
+    )
+    assert unpack_options(pack_options(options, reply=reply)) == (options, reply)
+    share = Share([b"a", b""], [b"b"], "why", reply)
+    assert Share.unpack(share.pack()) == share
+
+
+def test_asking() -> None:
+    assert asked({"return_attention_tokens": False, "top_k_attention": 3}, {}) is None
+    assert asked({"return_attention_tokens": True, "top_k_attention": 3, "seed": 1}, {}) == RequestOptions(top_k=3)
+    with pytest.raises(OptionError, match="true or false"):
+        asked({"return_attention_tokens": 1}, {})
+    with pytest.raises(OptionError, match="from 1 to 256"):
+        asked({"return_attention_tokens": False, "top_k_attention": 0}, {})
+
+
+def test_guard_rails() -> None:
+    policy = Policy.from_environ({"ATTNHOOK_API_KEY": "s\u00e9same", "ATTNHOOK_FINGERPRINT_ONLY": "1"})
+    fingerprint = RequestOptions(mode="fingerprint")
+    policy.check(fingerprint, {"x-attention-key": "s\u00e9same"})
+    for options, headers in ((fingerprint, {}), (RequestOptions(), {"x-attention-key": "s\u00e9same"})):
+        with pytest.raises(Refusal) as caught:
+            policy.check(options, headers)
+        assert caught.value.status == 403
+    with pytest.raises(Refusal, match="forbids capture"):
+        Policy.from_environ({"ATTNHOOK_RETURN_ATTENTION_TOKENS": "0"}).check(RequestOptions(), {})
+    gate = Gate()
+    gate.enter(1)
+    with pytest.raises(Refusal) as caught:
+        gate.enter(1)
+    assert caught.value.status == 429
+    gate.leave()
+    gate.enter(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ATTNHOOK_MAX_CONCURRENT", "0"),
+        ("ATTNHOOK_MAX_CONCURRENT", "many"),
+        ("ATTNHOOK_FINGERPRINT_ONLY", "yes"),
+        ("ATTNHOOK_CAPTURE_ALL", "raw"),
+    ],
+)
+def test_bad_guard_rails_are_named(name: str, value: str) -> None:
+    with pytest.raises(OptionError, match=f"{name}='{value}'"):
+        Policy.from_environ({name: value})
