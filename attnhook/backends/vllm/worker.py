@@ -7,11 +7,11 @@ the requests that asked and never reaches the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from attnhook.serving.wire import KEY, Share, reason, unpack_options
 logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,12 +61,16 @@ class _Pass:
         self.reply: dict[str, bool] = {}
         self.sampled: dict[str, list[int]] = {}  # request id -> positions of the rows that are sampled from
 
-    def fail(self, error: Exception) -> None:
-        """Tell every asking request why there are no records; the first reason stands."""
+    def fail(self, error: Exception, requests: Iterable[str]) -> None:
+        """Tell these requests why there are no records; the first reason stands."""
         known = isinstance(error, AttnhookError)
         logger.warning("attention capture failed in this step: %s", error, exc_info=not known)
-        for request in self.sampled:
+        for request in requests:
             self.errors.setdefault(request, reason(error))
+
+    def give_up(self, error: Exception) -> None:
+        """Capture nothing more in this pass."""
+        self.fail(error, self.sampled)
         self.groups.clear()
         self.wanted = frozenset()
 
@@ -115,7 +120,7 @@ def _refuse_parallel(config: Any) -> None:
         if size > 1:
             raise UnsupportedError(
                 f"vLLM with {name} parallelism over {size} ranks cannot be captured yet: each rank sees a part of the "
-                f"model only. Start with {flag} (data parallelism works), or without ATTNHOOK=1"
+                f"model only. Start with {flag}, or without ATTNHOOK=1"
             )
 
 
@@ -172,7 +177,7 @@ def _observed(original: Original, number: int) -> Original:
             try:
                 _take(step, number, layer, query, kv_cache, attn_metadata, output)
             except Exception as error:
-                step.fail(error)
+                step.give_up(error)
         return output
 
     return forward
@@ -214,10 +219,6 @@ def scheduled(original: Original) -> Original:
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._attnhook_scheduled = scheduler_output
-        seen = self.__dict__.get("_attnhook_prompt_rows")
-        if seen:
-            for request in scheduler_output.finished_req_ids:
-                seen.pop(request, None)
         return original(self, scheduler_output, *args, **kwargs)
 
     return execute_model
@@ -229,7 +230,7 @@ def capturing(original: Original) -> Original:
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _current
-        step = _plan(self, kwargs.get("positions"))
+        step = _safely(_plan, self, kwargs.get("positions"))
         if step is None:
             return original(self, *args, **kwargs)
         _current = step
@@ -237,7 +238,7 @@ def capturing(original: Original) -> Original:
             output = original(self, *args, **kwargs)
         finally:
             _current = None
-        self._attnhook_shares = _finish(step)
+        self._attnhook_shares = _safely(_finish, step)
         return output
 
     return _model_forward
@@ -268,11 +269,24 @@ def answering(original: Original) -> Original:
     return sample_tokens
 
 
+def _safely(function: Callable[..., T], *arguments: Any) -> T | None:
+    """The result, or None: nothing of ours may end the engine. Who asked is told that no records came."""
+    try:
+        return function(*arguments)
+    except Exception:
+        logger.exception("attention capture failed in this step")
+        return None
+
+
 def _plan(runner: Any, positions: torch.Tensor | None) -> _Pass | None:
     """Which rows of this pass are captured; None where nobody asks."""
     scheduled = runner.__dict__.get("_attnhook_scheduled")
     if scheduled is None:
         return None
+    seen = runner.__dict__.setdefault("_attnhook_prompt_rows", {})
+    if seen:
+        for request in scheduled.finished_req_ids:
+            seen.pop(request, None)
     asking: list[tuple[int, str, str]] = []
     for i, request in enumerate(runner.input_batch.req_ids):
         params = runner.requests[request].sampling_params
@@ -283,15 +297,14 @@ def _plan(runner: Any, positions: torch.Tensor | None) -> _Pass | None:
         return None
     step = _Pass(runner)
     step.sampled = {request: [] for _, request, _ in asking}
-    try:
-        for i, request, packed in asking:
+    for i, request, packed in asking:
+        try:
             _plan_request(step, i, request, packed, scheduled, positions)
-        step.index = torch.tensor(
-            [place for group in step.groups.values() for place in group.places], device=runner.device
-        )
-        step.wanted = frozenset(layer for group in step.groups.values() for layer in group.layers)
-    except Exception as error:
-        step.fail(error)
+        except Exception as error:
+            step.fail(error, [request])
+    places = [place for group in step.groups.values() for place in group.places]
+    step.index = torch.tensor(places, dtype=torch.int64, device=runner.device)
+    step.wanted = frozenset(layer for group in step.groups.values() for layer in group.layers)
     return step
 
 
@@ -309,7 +322,7 @@ def _plan_request(
     sampled = 0 if bool(runner.discard_request_mask.np[i]) else 1 + drafts
     rows: list[tuple[int, int | None]] = []  # offset among the request's rows, decode step
     if options.prompt:
-        seen = runner.__dict__.setdefault("_attnhook_prompt_rows", {})
+        seen = runner._attnhook_prompt_rows
         known = max(seen.get(request, 0), first)
         rows += [(p - first, None) for p in range(known, min(first + count, prompt_end))]
         seen[request] = max(known, min(first + count, prompt_end))
@@ -333,15 +346,16 @@ def _plan_request(
 def _finish(step: _Pass) -> dict[str, dict[str, Any]]:
     """The shares of all asking requests, packed."""
     shares = {request: Share() for request in step.sampled}
-    try:
-        start = 0
-        for group in step.groups.values():
-            stop = start + len(group.places)
+    start = 0
+    for group in step.groups.values():
+        stop = start + len(group.places)
+        try:
             _reduce(step, group, slice(start, stop), shares)
-            start = stop
-    except Exception as error:
-        step.fail(error)
-        shares = {request: Share() for request in step.sampled}
+        except Exception as error:
+            requests = {row.request_id for row in group.rows}
+            step.fail(error, requests)
+            shares.update({request: Share() for request in requests})
+        start = stop
     for request, why in step.errors.items():
         shares[request].error = why
     for request, share in shares.items():

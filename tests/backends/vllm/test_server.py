@@ -182,11 +182,12 @@ def test_a_fault_stays_in_its_request(client: Any) -> None:
     good = chat(client, **ALL)
     with ThreadPoolExecutor(2) as pool:
         bad = pool.submit(chat, client, **{**ALL, "top_k_attention": FAULT})
-        other = pool.submit(chat, client, "Say hello.")
+        other = pool.submit(chat, client, "Say hello.", **ALL)
     choice = bad.result().choices[0]
     assert choice.attention_tokens == [] and "injected" in choice.attention_error
     assert choice.token_ids == good.choices[0].token_ids
-    assert other.result().choices[0].token_ids
+    assert len(other.result().choices[0].attention_tokens) == 8
+    assert not hasattr(other.result().choices[0], "attention_error")
     again = chat(client, **ALL)
     assert again.choices[0].attention_tokens == good.choices[0].attention_tokens
     assert not hasattr(again.choices[0], "attention_error")
