@@ -22,7 +22,7 @@ from attnhook import fingerprint as fp
 from attnhook.analysis import zones
 from attnhook.backends.transformers.runner import SINK, Answer, pieces
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.options import _FIELDS
+from attnhook.options import REQUEST_FIELDS
 from attnhook.records import TokenRecord
 
 _TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
@@ -107,7 +107,7 @@ class Client:
         """
         engine = self.capabilities().get("engine")
         name = self.model(model)
-        fields = {_FIELDS[option].json: value for option, value in options.items()}
+        fields = {REQUEST_FIELDS[option]: value for option, value in options.items()}
         body = {
             "model": name,
             "max_tokens": max_new_tokens,

@@ -298,8 +298,8 @@ _FIELDS: dict[str, _Field] = {
     "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
 }
 
-#: Names of a request's fields in an HTTP body.
-REQUEST_FIELDS = tuple(spec.json for spec in _FIELDS.values())
+#: Options of a request and their names in an HTTP body.
+REQUEST_FIELDS: Mapping[str, str] = {name: spec.json for name, spec in _FIELDS.items()}
 
 _PROCESS_VARIABLES = {
     "ATTNHOOK_SINKS",

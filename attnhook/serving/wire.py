@@ -17,7 +17,7 @@ from attnhook.records import TokenRecord
 #: The request field that asks for capture.
 ASK = "return_attention_tokens"
 #: All request fields that are ours.
-FIELDS = frozenset({ASK, *REQUEST_FIELDS})
+FIELDS = frozenset({ASK, *REQUEST_FIELDS.values()})
 #: Where an engine's own dictionaries keep what is ours.
 KEY = "attnhook"
 
