@@ -115,8 +115,10 @@ class EngineInstallation:
         return getattr(owner, name)
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-        """Replace ``owner.name`` by ``wrapper(owner.name)``."""
-        self.patches.set(owner, name, wrapper(self.need(owner, name)))
+        """Replace ``owner.name`` by ``wrapper(owner.name)``; a static method stays one."""
+        wrapped = wrapper(self.need(owner, name))
+        static = isinstance(owner.__dict__.get(name), staticmethod)
+        self.patches.set(owner, name, staticmethod(wrapped) if static else wrapped)
 
 
 _lock = threading.RLock()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions
-from attnhook.records import TokenRecord
 
 #: The request field that asks for capture.
 ASK = "return_attention_tokens"
@@ -73,8 +72,3 @@ class Share:
 def reason(error: Exception) -> str:
     """An exception as ``attention_error`` tells it."""
     return str(error) if isinstance(error, AttnhookError) else f"{type(error).__name__}: {error}"
-
-
-def named(record: TokenRecord, request_id: str, choice: int) -> TokenRecord:
-    """The record under the names that the client knows."""
-    return replace(record, request_id=request_id, choice=choice)

@@ -55,110 +55,52 @@ def load() -> None:
         install()
 
 
-def _patch_runner(installation: EngineInstallation, module: ModuleType) -> None:
-    worker = import_module("attnhook.backends.vllm.worker")
-    runner = installation.need(module, "GPUModelRunner")
-    installation.wrap(runner, "initialize_kv_cache", worker.initialising_cache)
-    installation.wrap(runner, "execute_model", worker.scheduled)
-    installation.wrap(runner, "_model_forward", worker.capturing)
-    installation.wrap(runner, "sample_tokens", worker.answering)
+def _patch(installation: EngineInstallation, module: ModuleType) -> None:
+    """Put the hooks of one of vLLM's modules in place; ours is imported now, when vLLM's is."""
+    for owner, name, wrapper in _HOOKS[module.__name__]:
+        file, function = wrapper.split(".")
+        hook = getattr(import_module(f"{__name__}.{file}"), function)
+        installation.wrap(installation.need(module, owner) if owner else module, name, hook)
 
 
-def _patch_runner_v2(installation: EngineInstallation, module: ModuleType) -> None:
-    worker = import_module("attnhook.backends.vllm.worker")
-    installation.wrap(installation.need(module, "GPUModelRunner"), "__init__", worker.refusing_runner)
-
-
-def _patch_scheduler(installation: EngineInstallation, module: ModuleType) -> None:
-    scheduler = import_module("attnhook.backends.vllm.scheduler")
-    installation.wrap(installation.need(module, "Scheduler"), "update_from_output", scheduler.forwarding)
-
-
-def _patch_core(installation: EngineInstallation, module: ModuleType) -> None:
-    scheduler = import_module("attnhook.backends.vllm.scheduler")
-    installation.wrap(installation.need(module, "EngineCore"), "shutdown", scheduler.flushing)
-
-
-def _patch_outputs(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    installation.wrap(installation.need(module, "OutputProcessor"), "process_outputs", frontend.receiving)
-    installation.wrap(installation.need(module, "RequestState"), "_new_completion_output", frontend.completing)
-
-
-def _patch_request_output(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    installation.wrap(installation.need(module, "RequestOutput"), "add", frontend.merging)
-
-
-def _patch_input(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    processor = installation.need(module, "InputProcessor")
-    installation.wrap(processor, "__init__", frontend.knowing_the_model)
-    installation.wrap(processor, "process_inputs", frontend.admitting)
-
-
-def _patch_chat_request(installation: EngineInstallation, module: ModuleType) -> None:
-    _patch_request(installation, installation.need(module, "ChatCompletionRequest"))
-
-
-def _patch_completion_request(installation: EngineInstallation, module: ModuleType) -> None:
-    _patch_request(installation, installation.need(module, "CompletionRequest"))
-
-
-def _patch_request(installation: EngineInstallation, request: type) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    installation.wrap(request, "to_sampling_params", frontend.asking)
-
-
-def _patch_responses_request(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    request = installation.need(module, "ResponsesRequest")
-    installation.wrap(request, "to_sampling_params", frontend.refusing_capture)
-
-
-def _patch_arguments(installation: EngineInstallation, module: ModuleType) -> None:
-    server = import_module("attnhook.backends.vllm.server")
-    arguments = installation.need(module, "EngineArgs")
-    original = installation.need(arguments, "add_cli_args")
-    installation.patches.set(arguments, "add_cli_args", staticmethod(server.with_flags(original)))
-
-
-def _patch_routers(installation: EngineInstallation, module: ModuleType) -> None:
-    server = import_module("attnhook.backends.vllm.server")
-    installation.wrap(module, "register_api_routers", server.with_capabilities)
-
-
-def _patch_chat(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    serving = installation.need(module, "OpenAIServingChat")
-    server = import_module("attnhook.backends.vllm.server")
-    installation.wrap(serving, "create_chat_completion", server.guarded)
-    installation.wrap(serving, "chat_completion_full_generator", frontend.chat_reply)
-    installation.wrap(serving, "chat_completion_stream_generator", frontend.chat_stream)
-
-
-def _patch_completion(installation: EngineInstallation, module: ModuleType) -> None:
-    frontend = import_module("attnhook.backends.vllm.frontend")
-    serving = installation.need(module, "OpenAIServingCompletion")
-    server = import_module("attnhook.backends.vllm.server")
-    installation.wrap(serving, "create_completion", server.guarded)
-    installation.wrap(serving, "request_output_to_completion_response", frontend.completion_reply)
-    installation.wrap(serving, "completion_stream_generator", frontend.completion_stream)
-
-
-_PATCHERS = {
-    "vllm.v1.worker.gpu_model_runner": _patch_runner,
-    "vllm.v1.worker.gpu.model_runner": _patch_runner_v2,
-    "vllm.v1.core.sched.scheduler": _patch_scheduler,
-    "vllm.v1.engine.core": _patch_core,
-    "vllm.v1.engine.output_processor": _patch_outputs,
-    "vllm.v1.engine.input_processor": _patch_input,
-    "vllm.outputs": _patch_request_output,
-    "vllm.entrypoints.openai.chat_completion.protocol": _patch_chat_request,
-    "vllm.entrypoints.openai.completion.protocol": _patch_completion_request,
-    "vllm.entrypoints.openai.responses.protocol": _patch_responses_request,
-    "vllm.engine.arg_utils": _patch_arguments,
-    "vllm.entrypoints.launchers.api_server.routers": _patch_routers,
-    "vllm.entrypoints.openai.chat_completion.serving": _patch_chat,
-    "vllm.entrypoints.openai.completion.serving": _patch_completion,
+# module of vLLM: (class, or "" for the module itself; attribute; our file and wrapper)
+_HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "vllm.v1.worker.gpu_model_runner": (
+        ("GPUModelRunner", "initialize_kv_cache", "worker.initialising_cache"),
+        ("GPUModelRunner", "execute_model", "worker.scheduled"),
+        ("GPUModelRunner", "_model_forward", "worker.capturing"),
+        ("GPUModelRunner", "sample_tokens", "worker.answering"),
+    ),
+    "vllm.v1.worker.gpu.model_runner": (("GPUModelRunner", "__init__", "worker.refusing_runner"),),
+    "vllm.v1.core.sched.scheduler": (("Scheduler", "update_from_output", "scheduler.forwarding"),),
+    "vllm.v1.engine.core": (("EngineCore", "shutdown", "scheduler.flushing"),),
+    "vllm.v1.engine.output_processor": (
+        ("OutputProcessor", "process_outputs", "frontend.receiving"),
+        ("RequestState", "_new_completion_output", "frontend.completing"),
+    ),
+    "vllm.v1.engine.input_processor": (
+        ("InputProcessor", "__init__", "frontend.knowing_the_model"),
+        ("InputProcessor", "process_inputs", "frontend.admitting"),
+    ),
+    "vllm.outputs": (("RequestOutput", "add", "frontend.merging"),),
+    "vllm.entrypoints.openai.chat_completion.protocol": (
+        ("ChatCompletionRequest", "to_sampling_params", "frontend.asking"),
+    ),
+    "vllm.entrypoints.openai.completion.protocol": (("CompletionRequest", "to_sampling_params", "frontend.asking"),),
+    "vllm.entrypoints.openai.responses.protocol": (
+        ("ResponsesRequest", "to_sampling_params", "frontend.refusing_capture"),
+    ),
+    "vllm.engine.arg_utils": (("EngineArgs", "add_cli_args", "server.with_flags"),),
+    "vllm.entrypoints.launchers.api_server.routers": (("", "register_api_routers", "server.with_capabilities"),),
+    "vllm.entrypoints.openai.chat_completion.serving": (
+        ("OpenAIServingChat", "create_chat_completion", "server.guarded"),
+        ("OpenAIServingChat", "chat_completion_full_generator", "frontend.chat_reply"),
+        ("OpenAIServingChat", "chat_completion_stream_generator", "frontend.chat_stream"),
+    ),
+    "vllm.entrypoints.openai.completion.serving": (
+        ("OpenAIServingCompletion", "create_completion", "server.guarded"),
+        ("OpenAIServingCompletion", "request_output_to_completion_response", "frontend.completion_reply"),
+        ("OpenAIServingCompletion", "completion_stream_generator", "frontend.completion_stream"),
+    ),
 }
+_PATCHERS = dict.fromkeys(_HOOKS, _patch)

@@ -22,11 +22,6 @@ class LayerView(NamedTuple):
 
 def view(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
     """What a captured row of this layer attends to. Raises UnsupportedError for a cache that is not known."""
-    return reader(impl)(layer, impl, kv_cache, metadata)
-
-
-def reader(impl: Any) -> Callable[[Any, Any, torch.Tensor, Any], LayerView]:
-    """The function that reads the cache of an attention implementation. Raises UnsupportedError."""
     name = type(impl).__name__
     if name not in _READERS:
         raise UnsupportedError(
@@ -35,29 +30,36 @@ def reader(impl: Any) -> Callable[[Any, Any, torch.Tensor, Any], LayerView]:
         )
     if getattr(impl, "attn_type", "decoder") != "decoder":
         raise UnsupportedError(f"{name}: {impl.attn_type} attention is not causal self-attention")
-    return _READERS[name]
+    return _READERS[name](layer, impl, kv_cache, metadata)
+
+
+def _softmax(impl: Any) -> dict[str, Any]:
+    """What an attention implementation adds to the softmax; a window counts the row's own key."""
+    window = impl.sliding_window
+    if isinstance(window, tuple):  # keys to the left and to the right of the row's own
+        window = window[0] + 1 if window[0] >= 0 else -1
+    return {
+        "scale": impl.scale,
+        "softcap": getattr(impl, "logits_soft_cap", 0) or 0.0,
+        "window": -1 if window is None else window,
+        "sinks": getattr(impl, "sinks", None),
+        "alibi_slopes": impl.alibi_slopes,
+    }
 
 
 def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+    if impl.is_fp8_kv_cache:
+        raise UnsupportedError("the CPU backend's FP8 key cache is not read yet: start with --kv-cache-dtype auto")
     blocks, heads, size, double = kv_cache.shape
     dim = double // 2
     k, v = kv_cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
     key_steps, value_steps = _cpu_packing(layer.isa, kv_cache.dtype, size, dim, impl.kv_cache_dtype)
     block, head = k.stride(0), k.stride(1)
     table = metadata.block_table
-    k_scale = layer._k_scale_float if impl.is_fp8_kv_cache else None
-    if impl.is_fp8_kv_cache:
-        raise UnsupportedError("the CPU backend's FP8 key cache is not read yet: start with --kv-cache-dtype auto")
     return LayerView(
-        PagedKeys(k, table, size, (block, key_steps[0], head, key_steps[1]), heads, k_scale),
+        PagedKeys(k, table, size, (block, key_steps[0], head, key_steps[1]), heads),
         PagedKeys(v, table, size, (block, value_steps[0], head, value_steps[1]), heads),
-        {
-            "scale": impl.scale,
-            "softcap": impl.logits_soft_cap or 0.0,
-            "window": impl.sliding_window,
-            "sinks": impl.sinks,
-            "alibi_slopes": impl.alibi_slopes,
-        },
+        _softmax(impl),
     )
 
 
@@ -107,19 +109,10 @@ def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -
     dim = double // 2
     block, head, slot, step = kv_cache.stride()
     table = metadata.block_table
-    window = impl.sliding_window
-    if isinstance(window, tuple):
-        window = window[0] + 1 if window[0] >= 0 else -1
     return LayerView(
         PagedKeys(kv_cache[..., :dim], table, size, (block, slot, head, step), heads),
         PagedKeys(kv_cache[..., dim:], table, size, (block, slot, head, step), heads),
-        {
-            "scale": impl.scale,
-            "softcap": getattr(impl, "logits_soft_cap", 0) or 0.0,
-            "window": -1 if window is None else window,
-            "sinks": getattr(impl, "sinks", None),
-            "alibi_slopes": impl.alibi_slopes,
-        },
+        _softmax(impl),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
@@ -11,7 +12,7 @@ from attnhook.options import RequestOptions, check_heads, resolve_layers
 from attnhook.records import TokenRecord
 from attnhook.serving.policy import Policy
 from attnhook.serving.replies import Attention, Stream
-from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, named, pack_options
+from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options
 
 Original = Callable[..., Any]
 
@@ -37,13 +38,18 @@ def knowing_the_model(original: Original) -> Original:
     return __init__
 
 
+def served_name(model: Any) -> str:
+    """The name under which a ModelConfig's model is served."""
+    name = getattr(model, "served_model_name", None) or getattr(model, "model", "")
+    return str(name[0] if isinstance(name, list) else name)
+
+
 def model_shape() -> tuple[str, list[int] | None, int | None]:
     """Name, layers and query heads of the model; None where only the workers know."""
     config = getattr(_model, "hf_text_config", None)
     layers = None if getattr(_model, "is_hybrid", False) else getattr(config, "num_hidden_layers", None)
-    name = getattr(_model, "served_model_name", None) or getattr(_model, "model", "")
     return (
-        str(name[0] if isinstance(name, list) else name),
+        served_name(_model),
         None if layers is None else list(range(layers)),
         getattr(config, "num_attention_heads", None),
     )
@@ -157,7 +163,8 @@ def _decode(share: Share, state: Any) -> Attention:
     request = state.external_req_id if parent is None else parent.external_req_id
 
     def records(rows: list[bytes]) -> list[TokenRecord]:
-        return [named(TokenRecord.from_bytes(row), request, state.request_index) for row in rows]
+        found = [TokenRecord.from_bytes(row) for row in rows]
+        return [replace(record, request_id=request, choice=state.request_index) for record in found]
 
     return Attention(records(share.generated), records(share.prompt), share.error)
 
@@ -196,17 +203,14 @@ def merging(original: Original) -> Original:
 
     @wraps(original)
     def add(self: Any, next_output: Any, aggregate: bool) -> Any:
-        before = {output.index: _of(output) for output in self.outputs}
-        result = original(self, next_output, aggregate)
         if aggregate:
             later = {output.index: _of(output) for output in next_output.outputs}
             for output in self.outputs:
-                if output.index in later and output.index in before and (before[output.index] or later[output.index]):
-                    whole = Attention()
-                    whole.extend(before[output.index])
+                if later.get(output.index):
+                    whole = _of(output).copy()
                     whole.extend(later[output.index])
                     _put(output, whole)
-        return result
+        return original(self, next_output, aggregate)
 
     return add
 

@@ -7,7 +7,7 @@ the requests that asked and never reaches the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import torch
 
 from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.backends.vllm import cache
+from attnhook.backends.vllm.frontend import served_name
 from attnhook.capture import Row, StepCapture, wants_row
 from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.kernels.topk import LayerRows
@@ -367,7 +368,7 @@ def _reduce(step: _Pass, group: _Group, part: slice, shares: dict[str, Share]) -
     missing = [layer for layer in group.layers if layer not in step.taken]
     if missing:
         raise UnsupportedError(f"layers {missing} made no attention call in this forward pass")
-    capture = StepCapture(group.rows, group.layers, group.options, _model_name(step.runner))
+    capture = StepCapture(group.rows, group.layers, group.options, served_name(step.runner.model_config))
     slots = torch.tensor([row.position for row in group.rows], device=step.index.device)
     table = step.taken[group.layers[0]].view.keys.page_table
     shift = torch.zeros(table.shape[0], dtype=torch.int32, device=step.index.device)
@@ -392,8 +393,3 @@ def _reduce(step: _Pass, group: _Group, part: slice, shares: dict[str, Share]) -
     for request in {row.request_id for row in group.rows}:
         # one place per token that may be sampled; the empty ones were not wanted
         shares[request].generated = [rows.get((request, position), b"") for position in step.sampled[request]]
-
-
-def _model_name(runner: Any) -> str:
-    name = runner.model_config.served_model_name
-    return str(name[0] if isinstance(name, Sequence) and not isinstance(name, str) else name)

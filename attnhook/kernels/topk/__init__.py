@@ -141,14 +141,11 @@ class TopKStep:
                 layer.q, layer.keys, self._request, layer.row_position, window=layer.window, sinks=layer.sinks,
                 alibi_slopes=layer.alibi_slopes, **self._shared,
             )  # fmt: skip
-            if self._step is not None and torch.float64 not in (layer.q.dtype, layer.keys.cache.dtype):
+            if self._step is not None and self._impl.computes(layer.q, layer.keys):
                 kind = layer.q.shape[1:], layer.keys.num_kv_heads, layer.keys.page_table.shape[0]
                 alike.setdefault(kind, []).append(n)
             else:
-                found[n] = self._impl.topk_attention(
-                    layer.q, layer.keys, self._request, layer.row_position, scale=layer.scale, softcap=layer.softcap,
-                    window=layer.window, sinks=layer.sinks, alibi_slopes=layer.alibi_slopes, **self._shared,
-                )  # fmt: skip
+                found[n] = self._impl.topk_attention(row_request=self._request, **layer._asdict(), **self._shared)
         for numbers in alike.values():
             assert self._step is not None
             for n, result in zip(numbers, self._step([layers[n] for n in numbers]), strict=True):

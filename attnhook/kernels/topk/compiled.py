@@ -77,17 +77,24 @@ def _threads(work: int) -> int:
 class _Job:
     """A job of `loops` with its words, before which two counters go; it may run more than once."""
 
-    def __init__(self, job: Any, work: int, words: list[int]) -> None:
+    def __init__(self, job: Any, threads: int, words: list[int]) -> None:
         self.words = np.array([0, 0, *words], dtype=np.int64)
-        self.threads = _threads(work)
-        self._call = (_parallel, (job.address, self.words.ctypes.data, self.threads, 0)) if self.threads > 1 else (
-            _SERIAL_CALL(job.address), (self.words.ctypes.data,)
-        )  # fmt: skip
+        words_at = self.words.ctypes.data
+        self._call: tuple[Any, tuple[int, ...]]
+        if threads > 1:
+            self._call = _parallel, (job.address, words_at, threads, 0)
+        else:
+            self._call = _SERIAL_CALL(job.address), (words_at,)
 
     def run(self) -> None:
         self.words[:2] = 0
         function, arguments = self._call
         function(*arguments)
+
+
+def computes(q: torch.Tensor, keys: PagedKeys) -> bool:
+    """Whether the loops compute these types; float64 is the torch path's."""
+    return torch.float64 not in (q.dtype, keys.cache.dtype)
 
 
 def _numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
@@ -111,7 +118,7 @@ def topk_attention(
     first_reported: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; float64 is computed by the torch path."""
-    if torch.float64 in (q.dtype, keys.cache.dtype):
+    if not computes(q, keys):
         return cpu.topk_attention(
             q, keys, row_request, row_position, top_k=top_k, scale=scale, softcap=softcap, window=window, sinks=sinks,
             alibi_slopes=alibi_slopes, head_mask=head_mask, spans=spans, first_reported=first_reported,
@@ -227,7 +234,7 @@ class _Call:
 
     def reduction(self, z: torch.Tensor, table: np.ndarray) -> _Job:
         """The job that fills the results of a table's rows from their logits z, which it overwrites."""
-        threads = _threads(work := int(table[_KEYS].sum()) * self.heads)
+        threads = _threads(int(table[_KEYS].sum()) * self.heads)
         width = -(-int(table[_KEYS].max()) // 16) * 16
         # whole cache lines, so that no two threads write to one
         part = -(-(4 * (width + 2 * self.top_k + self.lanes) + 8 * 2 * self.lanes) // 64) * 64
@@ -240,7 +247,7 @@ class _Call:
             self.sinks.ctypes.data, self.sinks.shape[1], self.slopes.ctypes.data, self.slopes.shape[1],
             self.softcaps.ctypes.data, self.scratch.ctypes.data, part, width, self.lanes,
         ]  # fmt: skip
-        return _Job(loops.row_job, work, words)
+        return _Job(loops.row_job, threads, words)
 
 
 def _single_rows(call: _Call, table: np.ndarray) -> _Again | None:
@@ -268,7 +275,7 @@ def _single_rows(call: _Call, table: np.ndarray) -> _Again | None:
         z = cpu.buffer("logits", int(ends[stop - 1]) - base, q, torch.float32)
         dots = _Job(
             loops.dot_job,
-            z.numel(),
+            _threads(z.numel()),
             [
                 stop - start, heads, kv_heads, dim, z.data_ptr(), z.numel(), part.ctypes.data, q[start:].data_ptr(),
                 pools.ctypes.data, len(pools), scales.ctypes.data,
