@@ -166,7 +166,7 @@ def _decode(share: Share, state: Any) -> Attention:
         found = [TokenRecord.from_bytes(row) for row in rows]
         return [replace(record, request_id=request, choice=state.request_index) for record in found]
 
-    return Attention(records(share.generated), records(share.prompt), share.error)
+    return Attention(records(share.generated), records(share.prompt), share.error, share.check)
 
 
 def completing(original: Original) -> Original:
@@ -188,6 +188,7 @@ def _put(output: Any, attention: Attention) -> None:
     output.attention_tokens = attention.generated
     output.prompt_attention_tokens = attention.prompt
     output.attention_error = attention.error
+    output.attention_self_check = attention.check
 
 
 def _of(output: Any) -> Attention:
@@ -195,6 +196,7 @@ def _of(output: Any) -> Attention:
         getattr(output, "attention_tokens", []),
         getattr(output, "prompt_attention_tokens", []),
         getattr(output, "attention_error", None),
+        getattr(output, "attention_self_check", None),
     )
 
 
