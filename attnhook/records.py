@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 # decode step (-1 for a prompt row), query position
 _HEADER = struct.Struct("<2sBBBBHHHHHHii")
 _MAGIC = b"AH"
+_PHASE_AT = 4  # its byte in the header
 _NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
 _DECIMALS = 7
@@ -47,7 +48,7 @@ class TokenRecord:
     decode_step: int | None = 0  # index of the generated token; None for a prompt row
     choice: int = 0
     mode: Mode = "raw"
-    think_phase: ThinkPhase = "output"
+    think_phase: ThinkPhase = "output"  # of the token that was sampled from the row; prompt rows are "output"
     model: str = ""
     span_names: tuple[str, ...] = ()
     span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
@@ -319,6 +320,11 @@ class TokenRecord:
             span_names=span_names,
             span_mass=take("<f4", layers, spans),
         )
+
+
+def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
+    """A binary row with another ``think_phase``, which is known later than the rest."""
+    return data[:_PHASE_AT] + bytes([PHASES.index(phase)]) + data[_PHASE_AT + 1 :]
 
 
 def fill_zones(records: Sequence[TokenRecord]) -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import MODES, PHASES, TokenRecord, fill_zones
+from attnhook.records import MODES, PHASES, TokenRecord, fill_zones, with_phase
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
@@ -85,6 +85,12 @@ def test_the_binary_row_loses_nothing(record):
     assert_same(TokenRecord.from_bytes(data), record)
     assert TokenRecord.from_bytes(data).to_bytes() == data
     assert_same(TokenRecord.from_bytes(memoryview(data)), record)  # what a ring buffer hands out
+
+
+@given(token_records(), st.sampled_from(PHASES))
+def test_the_phase_of_a_row_can_be_told_later(record, phase):
+    again = TokenRecord.from_bytes(with_phase(record.to_bytes(), phase))
+    assert_same(again, dataclasses.replace(record, think_phase=phase))
 
 
 @settings(max_examples=20)

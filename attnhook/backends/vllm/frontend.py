@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -64,8 +66,25 @@ def check_model(options: RequestOptions) -> None:
         check_heads(options.heads, heads, "attention_heads")
 
 
+# the request that this task serves, with its options
+_checked: ContextVar[tuple[Any, RequestOptions] | None] = ContextVar("attnhook_checked", default=None)
+
+
+@contextmanager
+def checked(request: Any, options: RequestOptions) -> Iterator[None]:
+    """Inside the block, `options_of` need not check this request again."""
+    token = _checked.set((request, options))
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
 def options_of(request: Any) -> RequestOptions | None:
     """What an OpenAI request asks for; None where it does not ask. Raises OptionError."""
+    known = _checked.get()
+    if known is not None and known[0] is request:
+        return known[1]
     options = _options(request.model_extra)
     if options is not None and getattr(request, "use_beam_search", False):
         raise OptionError(ASK, f"{ASK}=true with use_beam_search=true: beam search cannot be captured; drop one")
