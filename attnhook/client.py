@@ -11,31 +11,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from attnhook import fingerprint as fp
 from attnhook.analysis import zones
-from attnhook.backends.transformers.runner import SINK, Answer, pieces
-from attnhook.errors import AttnhookError, OptionError
+from attnhook.backends.transformers.runner import SINK, Answer, pieces, window_start
+from attnhook.errors import OptionError, ServerError
 from attnhook.options import REQUEST_FIELDS
 from attnhook.records import TokenRecord
 
 _TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
 _AT_ONCE = 4  # requests for the text of tokens
-_ROUNDING = 1e-6  # well above what the JSON's 7 decimals lose in a mean over layers
-
-
-class ServerError(AttnhookError, RuntimeError):
-    """A server cannot be reached, refuses a request or answers what attnhook cannot use."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status  # of the HTTP reply, where there was one
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,7 @@ class Client:
         ids = [*prompt_ids, *new_ids]
         request = str(reply.get("id", ""))
         records = [
-            _with_sinks(TokenRecord.from_dict(entry, request_id=request, model=name))
+            TokenRecord.from_dict(entry, request_id=request, model=name)
             for entry in [*(choice.get("prompt_attention_tokens") or []), *entries]
         ]
         for record in records:
@@ -160,7 +148,12 @@ class Client:
         """Text of each token such that the pieces, joined, are the decoded text; see `runner.pieces`."""
         server = _Tokenizer(self, model)
         # nearly all that pieces() asks for, asked for at once: one by one, a long prompt takes long
-        windows = {tuple(ids[max(0, end - 3) : end + more]) for end in range(len(ids)) for more in (0, 1)}
+        windows = set()
+        for end in range(1, len(ids) + 1):
+            start = window_start(end)
+            windows.add(tuple(ids[start:end]))
+            if start != window_start(end - 1):
+                windows.add(tuple(ids[start : end - 1]))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(server.decode, windows - {()}))
         return pieces(server, ids)
@@ -225,29 +218,6 @@ class _Tokenizer:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """Follow none: the redirect becomes an HTTPError."""
-
-
-def _with_sinks(record: TokenRecord) -> TokenRecord:
-    """The record with each layer's own mass of position 0, of which the JSON has the mean over layers.
-
-    A layer that reports position 0 tells it. The other layers share what is then left of the mean evenly,
-    each at most its least reported score and what its fingerprint has at that distance.
-    """
-    if SINK not in record.span_names:
-        return record
-    column, layers = record.span_names.index(SINK), len(record.layers)
-    at_sink = record.token_positions == 0
-    told = at_sink.any(axis=1)
-    mass = np.where(at_sink, record.attention_scores, 0).sum(axis=1)
-    left = float(record.span_mass[:, column].sum(dtype=np.float64) - mass.sum(dtype=np.float64))
-    if not told.all() and left > _ROUNDING * layers:
-        kept = record.token_positions >= 0
-        least = np.where(kept, record.attention_scores, 1).min(axis=1, initial=1)
-        most = np.minimum(least, record.fingerprints[:, fp.HISTOGRAM][:, fp.bin_of(record.query_position)])
-        mass = np.where(told, mass, np.minimum(left / (layers - told.sum()), most))
-    spans = record.span_mass.copy()
-    spans[:, column] = mass
-    return replace(record, span_mass=spans)
 
 
 def _entries(reply: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

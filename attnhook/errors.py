@@ -26,5 +26,16 @@ class PluginError(AttnhookError, RuntimeError):
     """A plugin, backend or sink could not be found, loaded or opened."""
 
 
+class ServerError(AttnhookError, RuntimeError):
+    """A server cannot be reached, refuses a request or answers what attnhook cannot use.
+
+    ``status`` is that of the HTTP reply, where there was one.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class RecordError(AttnhookError, ValueError):
     """Bytes or JSON that are not a token record of a schema version that this release reads."""

@@ -40,6 +40,7 @@ class RequestOptions:
     max_tokens: int = 4096  # at most this many generated rows
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # half-open position ranges
     mask_prefix: int = 0  # positions below it are never reported
+    self_check: bool = False  # servers: rebuild the attention output of every captured row and layer
 
     @classmethod
     def resolve(
@@ -92,6 +93,12 @@ class CaptureOptions:
             if variable.startswith("ATTNHOOK_") and variable not in known:
                 raise OptionError(variable, f"unknown environment variable {variable}{_hint(variable, known)}")
         arguments = dict(arguments or {})
+        if arguments.get("self_check") is True:
+            raise OptionError(
+                "self_check",
+                "self_check=True: only a request to a server can ask for it (attention_self_check); `attnhook verify` "
+                "checks the numbers in this process",
+            )
         values: dict[str, Any] = {}
         urls = [url.strip() for url in environ.get("ATTNHOOK_SINKS", "").split(",") if url.strip()]
         if urls:
@@ -296,6 +303,7 @@ _FIELDS: dict[str, _Field] = {
     "max_tokens": _Field("attention_max_tokens", "ATTNHOOK_MAX_TOKENS", _parse_int, _between(1, 10**7)),
     "spans": _Field("attention_spans", "ATTNHOOK_SPANS", _parse_spans, _check_spans),
     "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
+    "self_check": _Field("attention_self_check", "ATTNHOOK_SELF_CHECK", _parse_bool, _check_bool),
 }
 
 #: Options of a request and their names in an HTTP body.

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 # decode step (-1 for a prompt row), query position
 _HEADER = struct.Struct("<2sBBBBHHHHHHii")
 _MAGIC = b"AH"
+_PHASE_AT = 4  # its byte in the header
 _NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
 _DECIMALS = 7
@@ -47,7 +48,7 @@ class TokenRecord:
     decode_step: int | None = 0  # index of the generated token; None for a prompt row
     choice: int = 0
     mode: Mode = "raw"
-    think_phase: ThinkPhase = "output"
+    think_phase: ThinkPhase = "output"  # of the token that was sampled from the row; prompt rows are "output"
     model: str = ""
     span_names: tuple[str, ...] = ()
     span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
@@ -126,22 +127,27 @@ class TokenRecord:
         positions = self.token_positions[i, :kept].tolist()
         scores = _rounded(self.attention_scores[i, :kept])
         numbers = self.fingerprints[i]
+        layer: dict[str, Any]
         if self.mode == "raw":
-            return {
+            layer = {
                 "token_positions": positions,
                 "attention_scores": scores,
                 "topk_mass": round(float(self.topk_mass[i]), _DECIMALS),
                 "fingerprint": _rounded(numbers),
             }
-        return {
-            "top_hubs": positions,
-            "hub_scores": scores,
-            "dist_hist": _rounded(numbers[fp.HISTOGRAM]),
-            "entropy": round(float(numbers[fp.ENTROPY]), _DECIMALS),
-            "local_mass": round(float(numbers[fp.LOCAL]), _DECIMALS),
-            "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
-            "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
-        }
+        else:
+            layer = {
+                "top_hubs": positions,
+                "hub_scores": scores,
+                "dist_hist": _rounded(numbers[fp.HISTOGRAM]),
+                "entropy": round(float(numbers[fp.ENTROPY]), _DECIMALS),
+                "local_mass": round(float(numbers[fp.LOCAL]), _DECIMALS),
+                "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
+                "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
+            }
+        if self.span_names:
+            layer["spans"] = dict(zip(self.span_names, _rounded(self.span_mass[i]), strict=True))
+        return layer
 
     @classmethod
     def from_dict(
@@ -149,8 +155,8 @@ class TokenRecord:
     ) -> TokenRecord:
         """Read one raw-mode entry of ``choices[i].attention_tokens``, or one line of a JSONL sink.
 
-        The JSON has 7 decimals, so numbers come back within 1e-7. It has only the mean of each span's mass
-        over the layers: every layer gets that mean. Raises RecordError if ``entry`` is not such an entry.
+        The JSON has 7 decimals, so numbers come back within 1e-7. Raises RecordError if ``entry`` is not such an
+        entry.
         """
         if not isinstance(entry, Mapping):
             raise RecordError(f"entry {str(entry)[:80]!r} is not a JSON object: give one of attention_tokens")
@@ -188,7 +194,10 @@ class TokenRecord:
                 positions[i, :count] = values["token_positions"]
                 scores[i, :count] = np.array(values["attention_scores"], np.float32).reshape(count)
             numbers = [np.array(values["fingerprint"], np.float32).reshape(fp.SIZE) for _, values in layers]
-            mass = np.array(list(spans.values()), np.float32).reshape(len(spans))
+            if not isinstance(spans, Mapping):
+                raise ValueError(f"spans {spans!r}")
+            mass = np.array([[values["spans"][name] for name in spans] for _, values in layers], np.float32)
+            mass = mass.reshape(len(layers), len(spans))
             if not all(np.isfinite(array).all() for array in (scores, mass, *numbers)):
                 raise ValueError("a number that is not finite")
         except KeyError as error:
@@ -207,7 +216,7 @@ class TokenRecord:
             think_phase=phase,
             model=model,
             span_names=tuple(spans),
-            span_mass=np.tile(mass, (len(layers), 1)),
+            span_mass=mass,
         )
 
     def to_bytes(self) -> bytes:
@@ -311,6 +320,11 @@ class TokenRecord:
             span_names=span_names,
             span_mass=take("<f4", layers, spans),
         )
+
+
+def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
+    """A binary row with another ``think_phase``, which is known later than the rest."""
+    return data[:_PHASE_AT] + bytes([PHASES.index(phase)]) + data[_PHASE_AT + 1 :]
 
 
 def fill_zones(records: Sequence[TokenRecord]) -> None:

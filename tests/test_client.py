@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import pytest
 
 from attnhook import fingerprint as fp
 from attnhook.analysis import zones
-from attnhook.client import Client, ServerError, _with_sinks
-from attnhook.errors import OptionError
+from attnhook.backends.transformers.runner import SINK
+from attnhook.client import Client
+from attnhook.errors import OptionError, ServerError
 from attnhook.records import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.vllm.engine import free_port, needs_vllm, serve
@@ -149,35 +149,40 @@ def test_without_a_chat_template_the_text_is_completed() -> None:
         assert (body["prompt"], body["attention_layers"], body["top_k_attention"]) == ("a", [0, -1], 3)
 
 
-def test_each_layer_gets_its_own_mass_of_the_sink() -> None:
-    """The JSON has the mean over layers only; zones need each layer's own."""
+def test_one_request_for_the_text_of_a_token() -> None:
+    ids = list(range(200))
+    with server({("POST", "/detokenize"): (200, {"prompt": "x"})}) as (url, asked):
+        Client(url).pieces("smol", ids)
+        windows = [tuple(body["tokens"]) for _, body, _ in asked]
+    assert len(windows) == len(set(windows)) <= 1.05 * len(ids)
+    assert max(map(len, windows)) <= 40
+
+
+def test_zones_are_those_of_a_local_run() -> None:
+    """The JSON has each layer's own mass of the sink, whether it is among the reported positions or not."""
     rng = np.random.default_rng(0)
     p, k = 40, 4
     attention = rng.dirichlet(np.full(p + 1, 0.2), 3)
-    attention[0, 0] += 2  # told: among the reported positions
-    attention[1, 0] = 1e-3  # not told, but what is left of the mean
-    attention[2, 0] += 1
+    attention[0, 0] += 2
+    attention[1, 0] = 1e-3
     attention = attention / attention.sum(axis=1, keepdims=True)
     bins = [fp.bin_of(p - position) for position in range(p + 1)]
     histogram = np.stack([np.bincount(bins, row, fp.BINS) for row in attention])
     entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(axis=1) / np.log(p + 1)
     order = np.argsort(-attention, axis=1)[:, :k]
+    assert not all(0 in row for row in order)
     record = TokenRecord(
         "r", p, (0, 1, 2), order.astype(np.int32), np.take_along_axis(attention, order, 1).astype(np.float32),
-        fp.assemble(histogram, entropy).astype(np.float32), span_names=("sink",),
+        fp.assemble(histogram, entropy).astype(np.float32), span_names=(SINK,),
         span_mass=attention[:, :1].astype(np.float32),
     )  # fmt: skip
-    assert [0 in row for row in order] == [True, False, True]
-    read = _with_sinks(TokenRecord.from_dict(json.loads(json.dumps(record.to_dict()))))
-    np.testing.assert_allclose(read.span_mass, record.span_mass, rtol=0, atol=1e-6)
-    (mine,), (exact,) = (zones.without_sink([one], "sink") for one in (read, record))
-    assert mine.name == exact.name and mine.confidence == pytest.approx(exact.confidence, abs=1e-4)
-    # however little is reported, the zones can be found
-    for keep in (0, 1):
-        few = replace(
-            record, token_positions=record.token_positions[:, :keep], attention_scores=record.attention_scores[:, :keep]
-        )
-        zones.without_sink([_with_sinks(TokenRecord.from_dict(few.to_dict()))], "sink")
+    ids = {"prompt_token_ids": list(range(p + 1)), "token_ids": [7]}
+    body = (200, {"choices": [{"message": {"content": "x"}, **ids, "attention_tokens": [record.to_dict()]}]})
+    with server({**GOOD, CHAT: body, ("POST", "/detokenize"): (200, {"prompt": "x"})}) as (url, _):
+        reply = Client(url).ask("a")
+    np.testing.assert_allclose(reply.records[0].span_mass, record.span_mass, rtol=0, atol=1e-7)
+    (mine,), (exact,) = reply.zones, zones.without_sink([record], SINK)
+    assert mine.name == exact.name and mine.confidence == pytest.approx(exact.confidence, abs=1e-5)
 
 
 @needs_vllm
@@ -215,6 +220,8 @@ def test_a_real_server(smol_path: str, tokenizer: Any, tmp_path: Path) -> None:
             assert mine["manifold"] == theirs["manifold"]
             np.testing.assert_allclose(mine["fingerprint"], theirs["fingerprint"], rtol=0, atol=1e-3)
             assert mine["spans"]["sink"] == pytest.approx(theirs["spans"]["sink"], abs=1e-3)
+            for layer, numbers in mine["layers"].items():
+                assert numbers["spans"]["sink"] == pytest.approx(theirs["layers"][layer]["spans"]["sink"], abs=1e-3)
     assert text["token_ids"][: text["prompt_length"]] == tokenizer(QUESTION)["input_ids"]
     lines = list(read_jsonl(out))
     assert len(lines) == new + prompt - 1 and {line["model"] for line in lines} == {"smol"}

@@ -38,6 +38,7 @@ SOURCES: dict[str, tuple[tuple[str, Any], Any, tuple[str, str, Any]]] = {
         ("ATTNHOOK_SPANS", '{"c": [0, 40]}', {"c": (0, 40)}),
     ),
     "mask_prefix": (("attention_mask_prefix", 0), 2**31 - 1, ("ATTNHOOK_MASK_PREFIX", "40", 40)),
+    "self_check": (("attention_self_check", False), True, ("ATTNHOOK_SELF_CHECK", "1", True)),
 }
 JSON_NAMES = {field: request[0] for field, (request, _, _) in SOURCES.items()}
 VARIABLES = {field: variable[0] for field, (_, _, variable) in SOURCES.items()}
@@ -51,6 +52,7 @@ DEFAULTS = {
     "max_tokens": 4096,
     "spans": {},
     "mask_prefix": 0,
+    "self_check": False,
 }
 
 
@@ -152,6 +154,7 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     "stride": ("whole number from 1 to 1000000", [0, -1, 10**6 + 1, True, 1.0, "1", None]),
     "max_tokens": ("whole number from 1 to 10000000", [0, -1, 10**7 + 1, True, 1.0, "1", None]),
     "mask_prefix": (f"whole number from 0 to {2**31 - 1}", [-1, 2**31, True, 0.0, "0", None]),
+    "self_check": ("true or false", [0, 1, "true", "", None, [True]]),
 }
 BAD_SPANS: list[tuple[Any, str, str]] = [
     # value, what of it is shown, what is allowed
@@ -227,6 +230,7 @@ BAD_VARIABLES: list[tuple[str, str, list[str]]] = [
     ("ATTNHOOK_STRIDE", BAD["stride"][0], ["x", ""]),
     ("ATTNHOOK_MAX_TOKENS", BAD["max_tokens"][0], ["x", "1e3"]),
     ("ATTNHOOK_MASK_PREFIX", BAD["mask_prefix"][0], ["x", "0x10"]),
+    ("ATTNHOOK_SELF_CHECK", "0 or 1", ["", "true", "2"]),
     ("ATTNHOOK_SPANS", 'JSON such as {"system": [0, 40]}', ["", "{", "a=0:4", "{'a': [0, 1]}", "[" * 99999]),
     ("ATTNHOOK_QUEUE_SIZE", "whole number from 1 to 100000000", ["", "x", "1e3"]),
     ("ATTNHOOK_KERNEL", "one of compiled, naive, torch, triton", ["Triton", "cuda"]),
@@ -256,6 +260,14 @@ def test_a_bad_variable_is_refused_by_name(variable, text, shown, allowed):
     with pytest.raises(OptionError) as caught:
         CaptureOptions.resolve(environ={variable: text})
     refused(caught, variable, f"{variable}={shown}", allowed)
+
+
+def test_a_self_check_is_for_servers():
+    with pytest.raises(OptionError) as caught:
+        CaptureOptions.resolve({"self_check": True}, {})
+    refused(caught, "self_check", "self_check=True", "attnhook verify")
+    assert not CaptureOptions.resolve({"self_check": False}, {}).request.self_check
+    assert CaptureOptions.resolve(environ={"ATTNHOOK_SELF_CHECK": "1"}).request.self_check
 
 
 def test_a_bad_span_in_a_variable_is_refused_by_name():

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import MODES, PHASES, TokenRecord, fill_zones
+from attnhook.records import MODES, PHASES, TokenRecord, fill_zones, with_phase
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
@@ -85,6 +85,12 @@ def test_the_binary_row_loses_nothing(record):
     assert_same(TokenRecord.from_bytes(data), record)
     assert TokenRecord.from_bytes(data).to_bytes() == data
     assert_same(TokenRecord.from_bytes(memoryview(data)), record)  # what a ring buffer hands out
+
+
+@given(token_records(), st.sampled_from(PHASES))
+def test_the_phase_of_a_row_can_be_told_later(record, phase):
+    again = TokenRecord.from_bytes(with_phase(record.to_bytes(), phase))
+    assert_same(again, dataclasses.replace(record, think_phase=phase))
 
 
 @settings(max_examples=20)
@@ -196,6 +202,7 @@ def test_raw_json():
         "attention_scores": [0.61, 0.1, 0.04],
         "topk_mass": 0.75,
         "fingerprint": [0.1875, 0.3125, 0.5, 1.0, *[0.0625] * 16],
+        "spans": {"doc1": 0.3, "prompt": 0.25},
     }
     np.testing.assert_allclose(entry["fingerprint"], FINGERPRINTS.mean(axis=0), atol=1e-7)
     assert entry["manifold"] == a_record().zone
@@ -216,6 +223,7 @@ def test_sketch_json():
         "local_mass",
         "mid_mass",
         "long_mass",
+        "spans",
     ]
     assert (layer["top_hubs"], layer["hub_scores"]) == ([35], [0.9])
     np.testing.assert_allclose(layer["dist_hist"], numbers[4:], atol=1e-7)
@@ -234,7 +242,7 @@ def test_fingerprint_json():
 
 def test_without_spans_and_for_prompt_rows():
     entry = a_record(decode_step=None, span_names=(), span_mass=np.zeros((2, 0), np.float32)).to_dict()
-    assert "spans" not in entry
+    assert "spans" not in entry and "spans" not in entry["layers"]["29"]
     assert entry["decode_step"] is None
     assert a_record(decode_step=None).is_prompt
     assert not a_record(decode_step=0).is_prompt
@@ -269,6 +277,7 @@ def test_raw_json_is_read_back(record):
     np.testing.assert_allclose(again.attention_scores, record.attention_scores[:, :width], rtol=0, atol=1e-7)
     np.testing.assert_allclose(again.fingerprints, record.fingerprints, rtol=0, atol=1e-7)
     assert again.spans == pytest.approx(record.spans, rel=0, abs=1e-7)
+    np.testing.assert_allclose(again.span_mass, record.span_mass, rtol=0, atol=1e-7)
     assert again.span_mass.shape == record.span_mass.shape
     assert_same(TokenRecord.from_bytes(again.to_bytes()), again)  # its arrays agree
 
@@ -300,7 +309,10 @@ def layer_changed(**changes: object) -> dict:
         (changed(layers={"three": {}}), "three"),
         (changed(layers={"3": {"token_positions": [1]}}), "a layer lacks 'attention_scores'"),
         (changed(spans=[1]), "damaged entry"),
-        (changed(spans={"a": "b"}), "damaged entry"),
+        (changed(spans={"a": 0.5}), "a layer lacks 'a'"),
+        (changed(spans={"doc1": 0.2, "prompt": 0.375, "a": 0.1}), "a layer lacks 'a'"),
+        (layer_changed(spans={"doc1": "b", "prompt": 0.1}), "damaged entry"),
+        (layer_changed(spans={"doc1": float("inf"), "prompt": 0.1}), "not finite"),
         (layer_changed(attention_scores=[0.5, 0.25]), "damaged entry"),
         (layer_changed(attention_scores=[float("nan")]), "not finite"),
         (layer_changed(token_positions=[-1]), r"token_positions \[-1\]"),

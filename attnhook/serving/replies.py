@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from attnhook.records import TokenRecord, fill_zones
+from attnhook.serving.wire import worse
 
 T = TypeVar("T")
 
@@ -21,22 +23,24 @@ class Attention:
     generated: list[TokenRecord] = field(default_factory=list)
     prompt: list[TokenRecord] = field(default_factory=list)
     error: str | None = None
+    check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
 
     def extend(self, other: Attention) -> None:
         """Append what came later."""
         self.generated += other.generated
         self.prompt += other.prompt
         self.error = self.error or other.error
+        self.check = worse(self.check, other.check)
 
     def take(self) -> Attention:
         """What is here now; nothing is left."""
-        taken = Attention(self.generated, self.prompt, self.error)
-        self.generated, self.prompt, self.error = [], [], None
+        taken = Attention(self.generated, self.prompt, self.error, self.check)
+        self.generated, self.prompt, self.error, self.check = [], [], None, None
         return taken
 
     def copy(self) -> Attention:
         """The same records in lists of their own."""
-        return Attention([*self.generated], [*self.prompt], self.error)
+        return Attention([*self.generated], [*self.prompt], self.error, self.check)
 
     def __bool__(self) -> bool:
         return bool(self.generated or self.prompt or self.error)
@@ -55,6 +59,9 @@ class Attention:
             fields["prompt_attention_tokens"] = [record.to_dict() for record in self.prompt]
         if self.error:
             fields["attention_error"] = self.error
+        if self.check is not None:
+            # JSON has no NaN and no infinity: null is a check that failed
+            fields["attention_self_check"] = {"max_error": self.check if math.isfinite(self.check) else None}
         return fields
 
 

@@ -58,15 +58,31 @@ class Share:
     prompt: list[bytes] = field(default_factory=list)
     error: str | None = None
     reply: bool = True  # false: for the sinks only
+    check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
 
     def pack(self) -> dict[str, Any]:
         """Plain values, which any serialiser takes."""
-        return {"generated": self.generated, "prompt": self.prompt, "error": self.error, "reply": self.reply}
+        return {
+            "generated": self.generated,
+            "prompt": self.prompt,
+            "error": self.error,
+            "reply": self.reply,
+            "check": self.check,
+        }
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Share:
         """What `pack` made."""
-        return cls(list(packed["generated"]), list(packed["prompt"]), packed["error"], packed["reply"])
+        return cls(
+            list(packed["generated"]), list(packed["prompt"]), packed["error"], packed["reply"], packed.get("check")
+        )
+
+
+def worse(one: float | None, other: float | None) -> float | None:
+    """The larger of two self-check errors, where None is no check; NaN is worse than any number."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one if one != one or one >= other else other
 
 
 def reason(error: Exception) -> str:

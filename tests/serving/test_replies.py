@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from attnhook import OptionError, TokenRecord
 from attnhook.options import RequestOptions
 from attnhook.serving.policy import Gate, Policy, Refusal
 from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
-from attnhook.serving.wire import Share, asked, pack_options, unpack_options
+from attnhook.serving.wire import Share, asked, pack_options, unpack_options, worse
 
 
 def record(position: int) -> TokenRecord:
@@ -66,6 +67,28 @@ def test_a_stream_without_records_says_so() -> None:
     assert found[1]["attention_tokens"] == [] and found[1]["attention_error"] == NOTHING_CAME
 
 
+def test_the_worst_self_check_counts() -> None:
+    assert worse(None, None) is None and worse(None, 1.0) == worse(1.0, None) == worse(0.5, 1.0) == worse(1.0, 0.5) == 1
+    assert math.isnan(worse(math.nan, 1.0) or 0) and math.isnan(worse(1.0, math.nan) or 0)
+    whole = Attention([record(3)], check=1e-6)
+    whole.extend(Attention([record(4)], check=3e-6))
+    whole.extend(Attention([record(5)]))
+    assert whole.copy().fields()["attention_self_check"] == {"max_error": 3e-6}
+    assert whole.take().check == 3e-6 and whole.check is None
+    assert "attention_self_check" not in Attention([record(3)]).fields()
+    for wrong in (math.nan, math.inf):
+        assert Attention([record(3)], check=wrong).fields()["attention_self_check"] == {"max_error": None}
+
+
+def test_a_stream_brings_the_self_check_with_its_records() -> None:
+    found = run(
+        Stream(lambda result: result),
+        [[(0, Attention([record(3)], check=1e-6))], [(0, Attention([record(4)], check=2e-6))], []],
+        [[chunk({"role": "assistant"})], [chunk({"content": "ab"})], [chunk({}, "stop")]],
+    )
+    assert [choice.get("attention_self_check") for choice in found] == [None, {"max_error": 2e-6}, None]
+
+
 @pytest.mark.parametrize("line", ["data: [DONE]\n\n", ": keep-alive\n\n", 'data: {"error": {}}\n\n'])
 def test_other_lines_pass(line: str) -> None:
     assert Stream(lambda result: result).line(line) == line
@@ -82,8 +105,11 @@ def test_options_survive_the_wire(reply: bool) -> None:
         arguments={"layers": [3, -1], "heads": [0], "spans": {"a": (1, 4)}, "top_k": 5, "prompt": True}, environ={}
     )
     assert unpack_options(pack_options(options, reply=reply)) == (options, reply)
-    share = Share([b"a", b""], [b"b"], "why", reply)
-    assert Share.unpack(share.pack()) == share
+    for check in (None, 1e-6):
+        share = Share([b"a", b""], [b"b"], "why", reply, check)
+        assert Share.unpack(share.pack()) == share
+    old = {name: value for name, value in Share(check=1.0).pack().items() if name != "check"}
+    assert Share.unpack(old).check is None
 
 
 def test_asking() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 #: Span of the attention sink, position 0, which most heads give mass to whatever they read.
 SINK = "sink"
+_WINDOW, _OVERLAP = 32, 8  # tokens that are decoded together at most, besides those before them
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -175,17 +176,29 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """
     out: list[str] = []
     ends = [0]  # where a character ends
+    start, before = 0, ""  # the text from start to where the last character ended
     for end in range(1, len(ids) + 1):
-        # from a few characters before, so that spaces between tokens survive
-        start, done = ends[max(0, len(ends) - 4)], ends[-1]
-        before = tokenizer.decode(ids[start:done]) if done else ""
+        # further back where one character, or what is none, takes more tokens than the window reaches back
+        reach = min(window_start(end), ends[max(0, len(ends) - 4)])
+        if reach != start:
+            start, before = reach, tokenizer.decode(ids[reach : ends[-1]])
         text = tokenizer.decode(ids[start:end])
         if text.endswith("�") and end < len(ids):
             out.append("")
             continue
         out.append(text[len(before) :])
+        before = text
         ends.append(end)
     return out
+
+
+def window_start(end: int) -> int:
+    """Where the tokens that `pieces` decodes to find the text of token ``end - 1`` begin.
+
+    Some tokens before, so that spaces between tokens survive; the same place for many tokens in a row, so that
+    what was decoded for one is the beginning for the next.
+    """
+    return max(0, (end - 1) // _WINDOW * _WINDOW - _OVERLAP)
 
 
 class _Progress:

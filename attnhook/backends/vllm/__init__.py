@@ -1,8 +1,9 @@
 """vLLM: exact attention from an unmodified server, per request.
 
-`worker` captures rows in the model runner, `cache` reads the engine's keys, `scheduler` sends records along
-with the accepted tokens, `frontend` takes requests and fills replies. vLLM loads `load` in every process it
-starts, through the entry point group ``vllm.general_plugins``.
+`worker` captures rows in the model runner, `cache` reads the engine's keys, `reasoning` marks the records of
+tokens inside a reasoning block, `scheduler` sends records along with the accepted tokens, `frontend` takes
+requests and fills replies. vLLM loads `load` in every process it starts, through the entry point group
+``vllm.general_plugins``.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("GPUModelRunner", "prepare_attn", "worker.preparing"),
         ("GPUModelRunner", "sample_tokens", "worker.answering"),
     ),
-    "vllm.v1.core.sched.scheduler": (("Scheduler", "update_from_output", "scheduler.forwarding"),),
+    "vllm.v1.core.sched.scheduler": (
+        ("Scheduler", "update_from_output", "reasoning.marking"),
+        ("Scheduler", "update_from_output", "scheduler.forwarding"),
+    ),
     "vllm.v1.engine.core": (("EngineCore", "shutdown", "scheduler.flushing"),),
     "vllm.v1.engine.output_processor": (
         ("OutputProcessor", "process_outputs", "frontend.receiving"),

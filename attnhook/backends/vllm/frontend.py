@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -64,8 +66,25 @@ def check_model(options: RequestOptions) -> None:
         check_heads(options.heads, heads, "attention_heads")
 
 
+# the request that this task serves, with its options
+_checked: ContextVar[tuple[Any, RequestOptions] | None] = ContextVar("attnhook_checked", default=None)
+
+
+@contextmanager
+def checked(request: Any, options: RequestOptions) -> Iterator[None]:
+    """Inside the block, `options_of` need not check this request again."""
+    token = _checked.set((request, options))
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
 def options_of(request: Any) -> RequestOptions | None:
     """What an OpenAI request asks for; None where it does not ask. Raises OptionError."""
+    known = _checked.get()
+    if known is not None and known[0] is request:
+        return known[1]
     options = _options(request.model_extra)
     if options is not None and getattr(request, "use_beam_search", False):
         raise OptionError(ASK, f"{ASK}=true with use_beam_search=true: beam search cannot be captured; drop one")
@@ -166,7 +185,7 @@ def _decode(share: Share, state: Any) -> Attention:
         found = [TokenRecord.from_bytes(row) for row in rows]
         return [replace(record, request_id=request, choice=state.request_index) for record in found]
 
-    return Attention(records(share.generated), records(share.prompt), share.error)
+    return Attention(records(share.generated), records(share.prompt), share.error, share.check)
 
 
 def completing(original: Original) -> Original:
@@ -188,6 +207,7 @@ def _put(output: Any, attention: Attention) -> None:
     output.attention_tokens = attention.generated
     output.prompt_attention_tokens = attention.prompt
     output.attention_error = attention.error
+    output.attention_self_check = attention.check
 
 
 def _of(output: Any) -> Attention:
@@ -195,6 +215,7 @@ def _of(output: Any) -> Attention:
         getattr(output, "attention_tokens", []),
         getattr(output, "prompt_attention_tokens", []),
         getattr(output, "attention_error", None),
+        getattr(output, "attention_self_check", None),
     )
 
 

@@ -77,7 +77,8 @@ def guarded(original: Original) -> Original:
             return self.create_error_response(str(refusal), status.phrase, status, refusal.field)
         streaming = False
         try:
-            reply = await original(self, request, raw_request, *args, **kwargs)
+            with frontend.checked(request, options):
+                reply = await original(self, request, raw_request, *args, **kwargs)
             streaming = hasattr(reply, "__aiter__")
             return _leaving(reply) if streaming else reply
         finally:
