@@ -52,8 +52,10 @@ class Backend(Protocol):
 
 @hookimpl
 def attnhook_register_backends(register: RegisterBackend) -> None:
+    from attnhook.backends.sglang import SglangBackend
     from attnhook.backends.transformers import TransformersBackend
     from attnhook.backends.vllm import VllmBackend
 
     register(TransformersBackend())
     register(VllmBackend())
+    register(SglangBackend())

@@ -72,7 +72,7 @@ class Stream:
     the next chunk of their choice that carries tokens; a chunk that only names the role does not.
     """
 
-    def __init__(self, choices: Callable[[Any], list[tuple[int, Attention]]]) -> None:
+    def __init__(self, choices: Callable[[Any], list[tuple[int, Attention]]] = lambda _: []) -> None:
         self._choices = choices
         self._waiting: dict[int, Attention] = {}
         self._served: set[int] = set()  # choices that have got something
@@ -81,8 +81,12 @@ class Stream:
         """The engine's results, looked at as they pass."""
         async for result in results:
             for index, attention in self._choices(result):
-                self._waiting.setdefault(index, Attention()).extend(attention)
+                self.add(index, attention)
             yield result
+
+    def add(self, index: int, attention: Attention) -> None:
+        """Records of a choice that have come, where nobody is watched."""
+        self._waiting.setdefault(index, Attention()).extend(attention)
 
     def line(self, text: str) -> str:
         """One server-sent event, with the fields of the records that it is due."""

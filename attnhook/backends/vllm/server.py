@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Callable
 from functools import wraps
 from http import HTTPStatus
@@ -11,29 +9,14 @@ from typing import Any
 
 from attnhook.backends.vllm import frontend
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions
 from attnhook.serving.capabilities import capabilities
-from attnhook.serving.policy import FLAGS, Gate, Policy, Refusal
+from attnhook.serving.flags import add_flags
+from attnhook.serving.policy import Gate, Refusal
 from attnhook.serving.wire import ASK
 
 Original = Callable[..., Any]
 
 _gate = Gate()
-
-
-class _SetVariable(argparse.Action):
-    """Hands a flag's value to every process that the server starts, as the variable that ``const`` names."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if self.nargs == 0:
-            values = not (option_string or "").startswith("--no-")
-        os.environ[self.const] = str(int(values) if isinstance(values, bool) else values)
-        try:
-            RequestOptions.resolve()
-            Policy.from_environ()
-        except OptionError as error:
-            parser.error(f"{self.option_strings[0]}: {error}")
-        setattr(namespace, self.dest, values)
 
 
 def with_flags(original: Original) -> Original:
@@ -42,16 +25,7 @@ def with_flags(original: Original) -> Original:
     @wraps(original)
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        group = parser.add_argument_group(title="attnhook", description="Exact attention in replies (ATTNHOOK=1).")
-        for flag in FLAGS:
-            names = [flag.flag]
-            settings: dict[str, Any] = {"action": _SetVariable, "const": flag.variable, "help": flag.help}
-            if flag.kind is bool:
-                names.append("--no-" + flag.flag[2:])
-                settings["nargs"] = 0
-            else:
-                settings["type"] = flag.kind
-            group.add_argument(*names, default=None, **settings)
+        add_flags(parser)
         return parser
 
     return add_cli_args

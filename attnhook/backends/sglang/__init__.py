@@ -1,0 +1,144 @@
+"""SGLang: exact attention from an unmodified server or `sglang.Engine`, per request.
+
+`worker` captures rows in the scheduler processes, `pool` reads the engine's keys, `results` sends records along
+with the tokens that they belong to, `frontend` takes requests and fills replies, `server` is the HTTP surface.
+SGLang loads `load` through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, which load no
+plugins, are reached by ``attnhook.pth``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial, reduce
+from importlib import import_module, metadata
+from types import ModuleType
+
+from attnhook.backends.patching import EngineInstallation
+from attnhook.errors import AttnhookError, UnsupportedError
+from attnhook.options import CaptureOptions, enabled
+from attnhook.serving.policy import Policy
+
+_WANTED = "SGLang 0.5.11 or newer (tested: 0.5.23)"
+_SRT = "sglang.srt"
+
+# our file and wrapper: the places of SGLang that it may go to, one per range of versions, as module:Class.attribute
+_HOOKS: dict[str, tuple[str, ...]] = {
+    "worker.attending": (
+        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
+        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backend",
+    ),
+    "worker.capturing": (f"{_SRT}.model_executor.model_runner:ModelRunner.forward",),
+    "worker.generating": (f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",),
+    "worker.recomputing": (
+        f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
+        f"{_SRT}.managers.schedule_batch:Req.init_next_round_input",
+    ),
+    "results.collecting": (
+        f"{_SRT}.managers.scheduler_components.batch_result_processor:"
+        "SchedulerBatchResultProcessor._maybe_collect_customized_info",
+        f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.maybe_collect_customized_info",
+    ),
+    "frontend.knowing_the_model": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
+    "frontend.serving": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
+    "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
+    "server.with_flags": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
+    "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
+}
+#: What each kind of process must have; the HTTP server's are checked where there is one.
+WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.")))
+FRONTEND = tuple(name for name in _HOOKS if name.startswith("frontend."))
+SERVER = tuple(name for name in _HOOKS if name.startswith("server."))
+
+
+class SglangBackend:
+    """The backend object that the plugin registers."""
+
+    name = "sglang"
+
+    def available(self) -> bool:
+        """Whether SGLang can be imported, found out without importing it."""
+        return importlib.util.find_spec("sglang") is not None
+
+    def version(self) -> str | None:
+        """Installed version of SGLang, or None."""
+        try:
+            return metadata.version("sglang")
+        except metadata.PackageNotFoundError:
+            return None
+
+    def install(self, options: CaptureOptions) -> EngineInstallation:
+        """Patch SGLang's modules now if they are imported, else when they are.
+
+        Raises UnsupportedError, or OptionError for a guard rail's bad variable.
+        """
+        Policy.from_environ()
+        installation = EngineInstallation(self.name, self.version(), _PATCHERS, _WANTED)
+        installation.start()
+        return installation
+
+
+def load() -> None:
+    """Entry point of ``sglang.srt.plugins``: does nothing unless ``ATTNHOOK=1``.
+
+    SGLang logs a plugin's exception and goes on without it; an engine that was asked to capture must not.
+    """
+    try:
+        if enabled():
+            from attnhook.lifecycle import install
+
+            install()
+    except AttnhookError as error:
+        print(f"attnhook: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+#: Attribute of what we put in place, so that `check_hooks` knows it.
+MARK = "_attnhook_hook"
+
+
+def check_hooks(names: tuple[str, ...]) -> None:
+    """Raise UnsupportedError naming the places where these hooks were looked for and are not."""
+    for name in names:
+        if not any(_in_place(place, name) for place in _HOOKS[name]):
+            raise UnsupportedError(
+                f"sglang {SglangBackend().version()}: none of {', '.join(_HOOKS[name])} was found, so its attention "
+                f"cannot be captured; attnhook needs {_WANTED}"
+            )
+
+
+def _in_place(place: str, name: str) -> bool:
+    module, _, path = place.partition(":")
+    try:
+        return getattr(_resolve(import_module(module), path), MARK, None) == name
+    except (ImportError, AttributeError):
+        return False
+
+
+def _resolve(start: object, path: str) -> object:
+    return reduce(getattr, path.split("."), start)
+
+
+def _patch(installation: EngineInstallation, module: ModuleType) -> None:
+    """Put the hooks of one of SGLang's modules in place; ours is imported now, when SGLang's is."""
+    for name, places in _HOOKS.items():
+        here = [place.partition(":")[2] for place in places if place.partition(":")[0] == module.__name__]
+        for path in here:
+            owner, _, attribute = path.rpartition(".")
+            try:
+                holder = _resolve(module, owner)
+                installation.need(holder, attribute)
+            except (AttributeError, UnsupportedError):
+                continue  # perhaps of another version; `check_hooks` sees to it that one place is there
+            installation.wrap(holder, attribute, partial(_marked, name))
+            break
+
+
+def _marked(name: str, original: object) -> object:
+    file, function = name.split(".")
+    wrapped = getattr(import_module(f"{__name__}.{file}"), function)(original)
+    setattr(wrapped, MARK, name)
+    return wrapped
+
+
+_PATCHERS = {place.partition(":")[0]: _patch for places in _HOOKS.values() for place in places}

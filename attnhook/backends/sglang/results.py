@@ -1,0 +1,60 @@
+"""In SGLang's schedulers: a row's record joins the token that was sampled from it, on its way to the front end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from attnhook import lifecycle
+from attnhook.backends.sglang.worker import Asking, Row, asking_of, safely
+from attnhook.records import TokenRecord
+from attnhook.serving.wire import KEY, Share
+
+logger = logging.getLogger("attnhook")
+
+NOTHING_TAKEN = "no attention was captured in this step; the server's log may say why"
+
+
+def collecting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``SchedulerBatchResultProcessor._maybe_collect_customized_info``, called once a token was accepted."""
+
+    @wraps(original)
+    def collect(self: Any, i: int, req: Any, logits_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, i, req, logits_output, *args, **kwargs)
+        safely(_collect, req, logits_output)
+        return result
+
+    return collect
+
+
+def _collect(req: Any, logits: Any) -> None:
+    ask = asking_of(req)
+    if ask is None:
+        return
+    rows: dict[str, Row] = getattr(logits, "attnhook", None) or {}
+    token = len(req.output_ids) - 1
+    share = _share(ask, rows.get(req.rid), token)
+    if ask.reply:
+        # SGLang sends one element per token along with the tokens, and slices them as it does the tokens
+        if req.customized_info is None:
+            req.customized_info = {}
+        elements = req.customized_info.setdefault(KEY, [])
+        elements += [None] * (token - len(elements))
+        elements.append(share.pack() if share.generated or share.prompt or share.error else None)
+    lifecycle.publish([TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)])
+
+
+def _share(ask: Asking, row: Row | None, token: int) -> Share:
+    """What goes with one token; what waited for it waits no more."""
+    share = Share(prompt=ask.prompt_rows, error=ask.error)
+    ask.prompt_rows, ask.error = [], None
+    if row is None:
+        share.error = share.error or NOTHING_TAKEN
+    elif row.position - ask.prompt_end != token:
+        share.error = share.error or f"the row at position {row.position} is not that of token {token}"
+    else:
+        share.check = row.check
+        share.generated = [row.data] if row.data else []
+    return share

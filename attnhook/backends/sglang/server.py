@@ -1,0 +1,99 @@
+"""SGLang's server surface: flags, guard rails, OpenAI replies, the capabilities endpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from http import HTTPStatus
+from typing import Any
+
+from attnhook.backends.sglang import frontend
+from attnhook.errors import OptionError
+from attnhook.serving.capabilities import capabilities
+from attnhook.serving.flags import add_flags
+from attnhook.serving.policy import Refusal
+from attnhook.serving.replies import Attention, Stream
+from attnhook.serving.wire import ASK, KEY
+
+Original = Callable[..., Any]
+
+
+def with_flags(original: Original) -> Original:
+    """``ServerArgs.add_cli_args``: our flags in ``sglang serve --help``."""
+
+    @wraps(original)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(parser, *args, **kwargs)
+        add_flags(parser)
+        return result
+
+    return add_cli_args
+
+
+def guarding(original: Original) -> Original:
+    """``OpenAIServingBase.handle_request``: refuse what may not be captured, put records into chat and text replies."""
+
+    @wraps(original)
+    async def handle_request(self: Any, request: Any, raw_request: Any, *args: Any, **kwargs: Any) -> Any:
+        body = getattr(raw_request, "_json", None)
+        if not isinstance(body, dict) or ASK not in body or not _carries(self):
+            return await original(self, request, raw_request, *args, **kwargs)
+        try:
+            options = frontend.options_of(body)
+            if options is None:
+                return await original(self, request, raw_request, *args, **kwargs)
+            frontend.policy().check(options, raw_request.headers)
+            place = frontend.gate.place(frontend.policy().max_concurrent)
+        except OptionError as error:
+            return self.create_error_response(str(error), param=error.field)
+        except Refusal as refusal:
+            status = HTTPStatus(refusal.status)
+            return self.create_error_response(str(refusal), status.phrase, status.value, refusal.field)
+        ticket = frontend.Ticket(options, Stream() if getattr(request, "stream", False) else None)
+        raw_request.scope[KEY] = ticket
+        streaming = False
+        try:
+            reply = await original(self, request, raw_request, *args, **kwargs)
+            streaming = hasattr(reply, "body_iterator")
+            if streaming:
+                reply.body_iterator = frontend.lines(reply.body_iterator, ticket, place)
+            return _with_records(reply, ticket) if hasattr(reply, "choices") else reply
+        finally:
+            if not streaming:
+                place.leave()
+
+    return handle_request
+
+
+def _carries(serving: Any) -> bool:
+    """Whether the replies of a route have choices that records fit into."""
+    return hasattr(serving, "_build_chat_response") or hasattr(serving, "_build_completion_response")
+
+
+def _with_records(reply: Any, ticket: frontend.Ticket) -> Any:
+    """A whole reply with its records; SGLang's own classes of choices take no further fields."""
+    from starlette.responses import Response
+
+    data = json.loads(reply.model_dump_json(by_alias=True))
+    found = ticket.reader.choices if ticket.reader is not None else {}
+    for choice in data["choices"]:
+        choice.update(found.get(choice["index"], Attention()).fields())
+    return Response(json.dumps(data, ensure_ascii=False, separators=(",", ":")), media_type="application/json")
+
+
+class _Routes(list[Any]):
+    """SGLang's routes and ours; a list of its own, so that it can be told apart and taken back."""
+
+
+def with_capabilities(original: list[Any]) -> _Routes:
+    """``app.router.routes``: add ``GET /v1/attention/capabilities``."""
+    from fastapi.routing import APIRoute
+
+    async def tell() -> dict[str, Any]:
+        from attnhook.backends.sglang import SglangBackend
+
+        name, layers, heads = frontend.model_shape()
+        return capabilities("sglang", SglangBackend().version(), name, layers, heads, frontend.policy())
+
+    return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])
