@@ -5,14 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +17,7 @@ import torch
 
 from attnhook import TokenRecord
 from tests import oracle
+from tests.backends.servers import Server, free_port, running
 from tests.helpers import ROOT, environment
 
 #: Found without an import: vLLM brings Triton in, which tests/kernels must import first.
@@ -131,35 +126,6 @@ def check(
     return worst
 
 
-class Server:
-    """A running ``vllm serve``."""
-
-    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self.url, self.log, self.process = url, log, process
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
-            return json.loads(reply.read() or b"null")
-
-    def post(self, path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
-        """Status and JSON of a reply that need not be a success."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                return reply.status, json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
     """``vllm serve MODEL`` on a free port of the loopback interface, ended with everything that it started."""
@@ -168,28 +134,5 @@ def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "smol", "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", *arguments,
     ]  # fmt: skip
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=engine_environment(**environ), stdout=out, stderr=out, start_new_session=True
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", log, process)
-        until = time.monotonic() + 300
-        while True:
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
-            with contextlib.suppress(OSError):
-                server.get("/health")
-                break
-            time.sleep(0.5)
+    with running(command, port, log, engine_environment(**environ)) as server:
         yield server
-    finally:
-        process.terminate()  # it ends what it has started
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,90 @@
+"""A serving engine in processes of its own, for tests of any backend."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.helpers import ROOT
+
+
+class Server:
+    """A running OpenAI-compatible server."""
+
+    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+        self.url, self.log, self.process = url, log, process
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+            return json.loads(reply.read() or b"null")
+
+    def post(self, path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
+        """Status and JSON of a reply that need not be a success."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def events(self, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
+        """The server-sent events of a streamed reply."""
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps({**body, "stream": True}).encode(),
+            {"Content-Type": "application/json", **headers},
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            lines = [line.decode().strip() for line in reply]
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert data[-1] == "[DONE]"
+        return [json.loads(event) for event in data[:-1]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], port: int, log: Path, environ: dict[str, str], health: str = "/health"
+) -> Iterator[Server]:
+    """A server of this command once it is healthy, ended with everything that it started."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True)
+    try:
+        server = Server(f"http://127.0.0.1:{port}", log, process)
+        until = time.monotonic() + 300
+        while True:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
+            with contextlib.suppress(OSError):
+                server.get(health)
+                break
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()  # it ends what it has started
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
