@@ -168,8 +168,11 @@ def serving(original: Original) -> Original:
             async with aclosing(original(self, obj, request, *args, **kwargs)) as results:
                 async for result in results:
                     for n, item in enumerate(result if isinstance(result, list) else [result]):
-                        if asks:
-                            reader.read(item, item.get("index", n), native=ticket is None)
+                        index = item.get("index", n) if isinstance(item, dict) else n
+                        # several samples of a prompt lie together
+                        prompt = index // (getattr(obj, "parallel_sample_num", None) or 1)
+                        if asks and native[prompt if len(native) > 1 else 0] is not None:
+                            reader.read(item, index, native=ticket is None)
                         elif isinstance(item, dict) and "meta_info" in item:
                             item["meta_info"].pop(KEY, None)  # of others in the same batch
                     yield result

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 from attnhook import lifecycle
-from attnhook.backends.sglang.worker import Asking, Row, asking_of, safely
+from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, safely
 from attnhook.records import TokenRecord
 from attnhook.serving.wire import KEY, Share
 
@@ -31,7 +31,7 @@ def collecting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _collect(req: Any, logits: Any) -> None:
     ask = asking_of(req)
-    if ask is None:
+    if ask is None or not answers():
         return
     rows: dict[str, Row] = getattr(logits, "attnhook", None) or {}
     token = len(req.output_ids) - 1

@@ -19,6 +19,7 @@ import torch
 from attnhook.backends.sglang import pool, refusals
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys, topk_attention
+from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep
 from attnhook.serving.wire import KEY, reason, unpack_options
 
@@ -59,36 +60,36 @@ class _Worker:
         self.runner = runner
         self.layers = _attention_layers(runner)
         name = str(getattr(runner.server_args, "served_model_name", None) or runner.server_args.model_path)
-        self.served = Served(name, {n: layer.tp_q_head_num for n, layer in self.layers.items()})
+        heads = {number: layer.tp_q_head_num for number, layer in self.layers.items()}
+        self.served = Served(name, heads, _ranks())
+        if not self.served.whole:
+            raise UnsupportedError("SGLang's model has no attention layer that attnhook can capture")
         self.reqs: list[Any] = []  # of the batch that is about to run
         self.step: ServedStep | None = None
         self.computed: dict[str, Computed] = {}
         self.slots: pool.Slots | None = None
 
     def plan(self, batch: Any) -> None:
-        """Start the capture of a pass, where somebody asks."""
+        """Start the capture of a pass, where somebody asks; what goes wrong is told to all who do."""
         asking = [(i, req, ask) for i, req in enumerate(self.reqs) if (ask := asking_of(req)) is not None]
-        if not asking:
+        if not asking or batch.forward_mode.is_idle():
             return
+        # from here on this rank keeps in step with the others
+        step = self.step = ServedStep(self.served, batch.req_pool_indices.device)
+        self.computed = {}
         try:
-            rows = list(_rows(batch, asking))
+            for (_, req, ask), computed in zip(asking, _rows(batch, asking), strict=True):
+                self.computed[req.rid] = computed
+                _note_gap(self.served, req, ask, computed.first)
+                step.add(computed)
+            places = torch.tensor([i for i, _, _ in asking], device=batch.req_pool_indices.device)
+            longest = max(computed.first + computed.tokens for computed in self.computed.values())
+            table = self.runner.req_to_token_pool.req_to_token[batch.req_pool_indices[places], :longest]
+            self.slots = pool.Slots(self.runner.token_to_kv_pool, table.to(torch.int32))
         except Exception as error:
             for _, _, ask in asking:
                 ask.error = ask.error or reason(error)
-            raise
-        if not rows:
-            return
-        runner = self.runner
-        places = torch.tensor([i for i, _, _ in asking], device=batch.req_pool_indices.device)
-        longest = max(computed.first + computed.tokens for computed in rows)
-        table = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[places], :longest]
-        self.slots = pool.Slots(runner.token_to_kv_pool, table.to(torch.int32))
-        step = ServedStep(self.served, batch.req_pool_indices.device)
-        for (_, req, ask), computed in zip(asking, rows, strict=True):
-            _note_gap(self.served, req, ask, computed.first)
-            step.add(computed)
-        self.computed = {computed.request: computed for computed in rows}
-        self.step = step
+            step.give_up(error)
 
     def finish(self, output: Any) -> None:
         """After the pass: reduce what was taken, and leave the rows with the logits that the tokens come from."""
@@ -103,8 +104,8 @@ class _Worker:
                 continue
             ask.prompt_rows += share["prompt"]
             ask.error = ask.error or share["error"]
-            computed = self.computed[req.rid]
-            if computed.sampled:
+            computed = self.computed.get(req.rid)
+            if computed is not None and computed.sampled:
                 data = share["generated"][-1] if share["generated"] else b""
                 rows[req.rid] = Row(computed.first + computed.tokens - 1, data, share.get("check"))
         logits = getattr(output, "logits_output", None)
@@ -113,6 +114,11 @@ class _Worker:
 
 
 _worker: _Worker | None = None
+
+
+def answers() -> bool:
+    """Whether what this process captures reaches the front end."""
+    return _worker is not None and _worker.served.ranks.answers
 
 
 def asking_of(req: Any) -> Asking | None:
@@ -260,7 +266,7 @@ def _rows(batch: Any, asking: list[tuple[int, Any, Asking]]) -> Iterator[Compute
             # in the middle of a prompt that is computed in chunks no token is sampled
             sampled = int(first + counts[i] >= len(req.origin_input_ids) + len(req.output_ids))
             yield Computed(req.rid, ask.packed, source, sum(counts[:i]), first, counts[i], sampled, ask.prompt_end)
-    elif not mode.is_idle():
+    else:
         raise UnsupportedError(f"a pass of SGLang in mode {mode.name} is not captured")
 
 
@@ -275,9 +281,17 @@ def _attention_layers(runner: Any) -> dict[int, Any]:
                 raise UnsupportedError(f"the model has two attention layers of number {module.layer_id}")
             pool.check(runner.token_to_kv_pool, module)
             found[module.layer_id] = module
-    if not found:
-        raise UnsupportedError("SGLang's model has no attention layer that attnhook can capture")
     return dict(sorted(found.items()))
+
+
+def _ranks() -> Ranks:
+    """The group of SGLang that has the other heads of this worker's layers."""
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return Ranks()
+    return Ranks(tensor=group.device_group, tensor_cpu=group.cpu_group)
 
 
 def _backends(runner: Any) -> list[Any]:

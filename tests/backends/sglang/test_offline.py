@@ -1,0 +1,78 @@
+"""SGLang's scheduler in all its moods, against Transformers' eager attention on the same token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.sglang.engine import needs_sglang, offline
+from tests.backends.vllm.engine import ALL, check, from_entry
+
+pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any, long_text: str) -> list[list[int]]:
+    ids = tokenizer(long_text)["input_ids"]
+    return [ids[:37], ids[100:163], ids[200:201], ids[:700], ids[300:420]]
+
+
+def sampling(new: int, asks: bool = True, **fields: Any) -> dict[str, Any]:
+    custom = {"custom_params": {**ALL, **fields}} if asks else {}
+    return {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True, **custom}
+
+
+def whole(smol: Any, ids: list[int], result: dict[str, Any], **options: Any) -> Any:
+    meta = result["meta_info"]
+    assert meta.get("attention_error") is None
+    generated = [from_entry(entry) for entry in meta["attention_tokens"]]
+    prompt = [from_entry(entry) for entry in meta.get("prompt_attention_tokens", [])]
+    return check(smol, ids, result["output_ids"], generated, prompt, **options)
+
+
+def test_chunks_mixed_batches_pages_and_retraction(
+    smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    new = [12, 9, 20, 8, 16]
+    asks = [True, True, True, True, False]
+    together = {"input_ids": prompts, "sampling_params": [sampling(*each) for each in zip(new, asks, strict=True)]}
+    late = {"input_ids": prompts[3], "sampling_params": sampling(5, attention_prompt=False)}
+    found = offline(
+        tmp_path, smol_path, [together, late, late],
+        chunked_prefill_size=64, enable_mixed_chunk=True, page_size=16, disable_overlap_schedule=True,
+        environ={"SGLANG_TEST_RETRACT": "1"},
+    )  # fmt: skip
+    results = found[0]
+    retracted = sum(result["meta_info"]["num_retractions"] for result in results)
+    assert retracted, "no request was retracted, so this shows nothing"
+    for ids, result, asked in zip(prompts, results, asks, strict=True):
+        if asked:
+            print(len(ids), whole(smol, ids, result))
+        else:
+            assert not any("attention" in name or name == "attnhook" for name in result["meta_info"])
+    # the second finds its prefix in the cache
+    for result in found[1:]:
+        assert result["meta_info"]["cached_tokens"] >= 600
+        generated = [from_entry(entry) for entry in result["meta_info"]["attention_tokens"]]
+        print("cached", check(smol, prompts[3], result["output_ids"], generated))
+
+
+def test_tensor_parallel_ranks_with_overlap(
+    smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    fields = {"attention_heads": [1, 5], "attention_mask_prefix": 3, "attention_spans": {"head": [0, 5]}}
+    batches = [
+        {"input_ids": prompts, "sampling_params": [sampling(6) for _ in prompts]},
+        {"input_ids": prompts[0], "sampling_params": sampling(3, attention_self_check=True)},
+        {"input_ids": prompts[0], "sampling_params": sampling(3, attention_prompt=False, **fields)},
+    ]
+    environ = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
+    results, checked, some = offline(tmp_path, smol_path, batches, tp_size=3, environ=environ)
+    for ids, result in zip(prompts, results, strict=True):
+        print(len(ids), whole(smol, ids, result))
+    assert checked["meta_info"]["attention_self_check"]["max_error"] < 1e-4
+    entry = some["meta_info"]["attention_tokens"][0]
+    assert 0 < entry["spans"]["head"] < 1
+    assert all(min(layer["token_positions"]) >= 3 for layer in entry["layers"].values())
