@@ -117,7 +117,7 @@ class Client:
                 "a proxy that drops unknown fields? Ask the server itself"
             )
         prompt_ids = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
-        new_ids = choice.get("token_ids")
+        new_ids = choice.get("token_ids") or choice.get("response_token_ids")  # vLLM's name, SGLang's in chats
         if not _are_ids(prompt_ids) or not _are_ids(new_ids):
             raise ServerError(f"{self.url} answered without token ids: upgrade the server to one with return_token_ids")
         ids = [*prompt_ids, *new_ids]
@@ -160,7 +160,8 @@ class Client:
 
     def detokenize(self, model: str, ids: Sequence[int]) -> str:
         """The text of some tokens."""
-        text = self._send("/detokenize", {"model": model, "tokens": list(ids)}).get("prompt")
+        reply = self._send("/detokenize", {"model": model, "tokens": list(ids), "skip_special_tokens": False})
+        text = reply.get("prompt", reply.get("text"))  # vLLM's name, and SGLang's
         if not isinstance(text, str):
             raise ServerError(f"{self.url}/detokenize answered without the text: upgrade the server")
         return text

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any, long_text: str) -> list[list[int]]:
     ids = tokenizer(long_text)["input_ids"]
-    return [ids[:37], ids[100:163], ids[200:201], ids[:700], ids[300:420]]
+    return [ids[:37], ids[100:163], ids[200:201], ids[:400], ids[300:420]]
 
 
 def sampling(new: int, asks: bool = True, **fields: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_chunks_mixed_batches_pages_and_retraction(
             assert not any("attention" in name or name == "attnhook" for name in result["meta_info"])
     # the second finds its prefix in the cache
     for result in found[1:]:
-        assert result["meta_info"]["cached_tokens"] >= 600
+        assert result["meta_info"]["cached_tokens"] >= 300
         generated = [from_entry(entry) for entry in result["meta_info"]["attention_tokens"]]
         print("cached", check(smol, prompts[3], result["output_ids"], generated))
 
