@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
-hash=$(cat constraints.txt pyproject.toml tools/venv.sh tools/vllm-requirements.txt attnhook.pth | sha256sum | cut -d' ' -f1)
+hash=$(cat constraints.txt pyproject.toml tools/venv.sh tools/*-requirements.txt attnhook.pth | sha256sum | cut -d' ' -f1)
 if [ -x "$venv/bin/attnhook" ] && [ "$(cat "$venv/lock-hash" 2>/dev/null)" = "$hash" ]; then
   exit 0
 fi
-echo "making $venv (about three minutes) ..."
+echo "making $venv (about four minutes) ..."
 rm -rf "$venv"
 "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
@@ -24,4 +24,10 @@ vllm=$("$venv/bin/python" -c 'from importlib.metadata import version; print(vers
 shim=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$vllm+cpu.dist-info
 mkdir -p "$shim"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" > "$shim/METADATA"
+# SGLang, which declares its CUDA packages: what it imports, then itself
+pip install -q -c constraints.txt -r tools/sglang-requirements.txt
+pip install -q --no-deps "$(grep '^sglang==' constraints.txt)"
+# SGLang imports torchvision, whose PyPI build fails next to a CPU torch, in Transformers too: in a folder of its own,
+# which only SGLang's tests put on the path
+pip install -q --no-deps --target "$venv/sglang-extra" "$(grep '^torchvision==' constraints.txt)"
 echo "$hash" > "$venv/lock-hash"

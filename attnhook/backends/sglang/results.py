@@ -8,8 +8,9 @@ from functools import wraps
 from typing import Any
 
 from attnhook import lifecycle
-from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, safely
-from attnhook.records import TokenRecord
+from attnhook.backends.sglang.reasoning import phase_of_last
+from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser, safely
+from attnhook.records import TokenRecord, with_phase
 from attnhook.serving.wire import KEY, Share
 
 logger = logging.getLogger("attnhook")
@@ -36,6 +37,8 @@ def _collect(req: Any, logits: Any) -> None:
     rows: dict[str, Row] = getattr(logits, "attnhook", None) or {}
     token = len(req.output_ids) - 1
     share = _share(ask, rows.get(req.rid), token)
+    if share.generated and (phase := phase_of_last(req, reasoning_parser())) != "output":
+        share.generated = [with_phase(row, phase) for row in share.generated]
     if ask.reply:
         # SGLang sends one element per token along with the tokens, and slices them as it does the tokens
         if req.customized_info is None:

@@ -121,6 +121,11 @@ def answers() -> bool:
     return _worker is not None and _worker.served.ranks.answers
 
 
+def reasoning_parser() -> str | None:
+    """Name of the server's reasoning parser, if it has one."""
+    return None if _worker is None else getattr(_worker.runner.server_args, "reasoning_parser", None)
+
+
 def asking_of(req: Any) -> Asking | None:
     """What a request asks for; None where it does not."""
     known: Asking | None = req.__dict__.get("_attnhook")

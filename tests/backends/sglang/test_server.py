@@ -15,6 +15,7 @@ import pytest
 
 from attnhook.errors import UnsupportedError
 from attnhook.sinks.jsonl import read_jsonl
+from tests.backends.same_json import compare_with_others
 from tests.backends.servers import Server
 from tests.backends.sglang.engine import engine_environment, needs_sglang, serve
 from tests.backends.vllm.engine import ALL, check, from_entry
@@ -139,6 +140,10 @@ def test_a_prefix_hit(client: Any, smol: Any) -> None:
     assert reply.usage.prompt_tokens_details.cached_tokens > 0
     choice = reply.choices[0]
     print(check(smol, choice.prompt_token_ids, choice.response_token_ids, rows(choice.attention_tokens)))
+
+
+def test_the_same_json_from_every_server(server: Server, smol_replies: dict[str, Any]) -> None:
+    compare_with_others("sglang", server, smol_replies)
 
 
 def test_generate(server: Server, smol: Any, tokenizer: Any) -> None:
@@ -330,6 +335,7 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
     flags = [
         "--attention-tokens-fingerprint-only", "--attention-tokens-api-key", "sesame",
         "--tokenizer-worker-num", "2", "--dp-size", "2", "--incremental-streaming-output",
+        "--reasoning-parser", "qwen3",
     ]  # fmt: skip
     sink = tmp_path / "all.jsonl"
     environ = {"ATTNHOOK_CAPTURE_ALL": "fingerprint", "ATTNHOOK_SINKS": f"jsonl:{sink}"}
@@ -355,10 +361,14 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
             chunks = running.events("/v1/completions", {**body, **print_only}, **key)
             choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
             assert [entry for choice in choices for entry in choice.get("attention_tokens", [])] == entries
+            thinking = {**body, "prompt": "What is two and two? <think>", **print_only}
+            status, reply = running.post("/v1/completions", thinking, **key)
+            assert {entry["think_phase"] for entry in reply["choices"][0]["attention_tokens"]} == {"think"}
+            assert {entry["think_phase"] for entry in entries} == {"output"}
             status, reply = running.post("/v1/completions", body)  # monitored, and none the wiser
             assert status == 200 and "attention_tokens" not in reply["choices"][0]
             assert running.get("/v1/attention/capabilities")["modes"] == ["fingerprint"]
-        wanted = 3 * 4 * 3  # those that were refused computed nothing, and the warm-up is no traffic
+        wanted = 3 * 5 * 3  # those that were refused computed nothing, and the warm-up is no traffic
         lines: list[dict[str, Any]] = []
         for _ in range(50):
             lines = list(read_jsonl(sink, tolerate_torn_tail=True))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
+from tests.backends.same_json import compare_with_others
 from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, serve
 from tests.helpers import ROOT
 
@@ -141,6 +142,10 @@ def test_a_prefix_hit(client: Any, smol: Any) -> None:
     reply = chat(client, text, **{**ALL, "attention_prompt": False})
     assert reply.usage.prompt_tokens_details.cached_tokens > 0
     check(smol, reply.prompt_token_ids, reply.choices[0].token_ids, rows(reply.choices[0].attention_tokens))
+
+
+def test_the_same_json_from_every_server(server: Server, smol_replies: dict[str, Any]) -> None:
+    compare_with_others("vllm", server, smol_replies)
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

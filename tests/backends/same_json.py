@@ -1,0 +1,62 @@
+"""The same request to every server must give the same JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.backends.servers import Server
+from tests.oracle import FEATURE, PROBABILITY
+
+BODY: dict[str, Any] = {
+    "model": "smol",
+    "prompt": "The capital of France is Paris, and the capital of Italy is",
+    "max_tokens": 8,
+    "temperature": 0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+    "return_attention_tokens": True,
+    "attention_prompt": True,
+    "attention_layers": "all",
+    "top_k_attention": 6,
+    "attention_heads": [0, 4],
+    "attention_spans": {"start": [0, 3]},
+    "attention_mask_prefix": 1,
+}
+
+
+def compare_with_others(engine: str, server: Server, replies: dict[str, Any]) -> None:
+    """Ask, and compare with what the servers before this one answered."""
+    status, reply = server.post("/v1/completions", BODY)
+    assert status == 200, reply
+    mine = replies[engine] = reply["choices"][0]
+    others = [other for name, other in replies.items() if name != engine]
+    if not others:
+        pytest.skip("no other server has run before this one")
+    for other in others:
+        assert mine["token_ids"] == other["token_ids"]
+        for name in ("attention_tokens", "prompt_attention_tokens"):
+            assert len(mine[name]) == len(other[name]) > 0
+            for one, two in zip(mine[name], other[name], strict=True):
+                _same_entry(one, two)
+
+
+def _same_entry(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"layers", "fingerprint", "spans"}:
+        assert one[name] == two[name]
+    assert one["fingerprint"] == pytest.approx(two["fingerprint"], abs=FEATURE)
+    assert one["spans"].keys() == two["spans"].keys()
+    assert list(one["spans"].values()) == pytest.approx(list(two["spans"].values()), abs=FEATURE)
+    assert one["layers"].keys() == two["layers"].keys()
+    for number, mine in one["layers"].items():
+        other = two["layers"][number]
+        assert mine.keys() == other.keys()
+        assert mine["attention_scores"] == pytest.approx(other["attention_scores"], abs=PROBABILITY)
+        assert mine["fingerprint"] == pytest.approx(other["fingerprint"], abs=FEATURE)
+        scores = dict(zip(other["token_positions"], other["attention_scores"], strict=True))
+        for position, score in zip(mine["token_positions"], mine["attention_scores"], strict=True):
+            # the order is the same but for ties, which may also leave the last place to another position
+            least = min(other["attention_scores"])
+            assert abs(scores.get(position, least) - score) <= PROBABILITY, (number, mine, other)
