@@ -54,6 +54,7 @@ def choice(output: Any) -> dict[str, Any]:
         "generated": [record.to_bytes().hex() for record in getattr(output, "attention_tokens", [])],
         "prompt": [record.to_bytes().hex() for record in getattr(output, "prompt_attention_tokens", [])],
         "error": getattr(output, "attention_error", None),
+        "check": getattr(output, "attention_self_check", None),
     }  # fmt: skip
 
 
