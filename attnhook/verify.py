@@ -1,4 +1,7 @@
-"""``attnhook verify``: versions, engines, hooks, a self-check against eager attention, a verdict."""
+"""``attnhook verify``: versions, engines, hooks, a self-check against eager attention, a verdict.
+
+`servercheck` does it for a running server.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Report:
 def run(model: str | None = None) -> Report:
     """Collect everything; failures become ``problems``, they do not raise."""
     report = Report()
-    report.sections["versions"] = _versions()
+    report.sections["versions"] = own_versions()
     try:
         _engines(report)
         _self_check(report, model)
@@ -55,7 +58,8 @@ def run(model: str | None = None) -> Report:
     return report
 
 
-def _versions() -> dict[str, str]:
+def own_versions() -> dict[str, str]:
+    """Versions of what this environment has of attnhook, Python and the packages that matter."""
     found = {"attnhook": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
     for package in _PACKAGES:
         try:

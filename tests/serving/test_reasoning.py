@@ -68,9 +68,7 @@ def test_one_marker_that_ends_in_the_other() -> None:
     st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12), st.data(),
     st.sampled_from([Markers((1,), (2,)), SEVERAL, Markers((2,), (1, 2))]),
 )  # fmt: skip
-def test_pieces_of_a_stream_are_the_whole(
-    prompt: list[int], tokens: list[int], data: Any, m: Markers
-) -> None:
+def test_pieces_of_a_stream_are_the_whole(prompt: list[int], tokens: list[int], data: Any, m: Markers) -> None:
     whole = PhaseFollower(m, prompt).follow(tokens)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=3)))
     follower = PhaseFollower(m, prompt)
