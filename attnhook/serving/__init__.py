@@ -1,5 +1,5 @@
-"""What the HTTP side of every server backend shares; knows no engine.
+"""What the server backends share; knows no engine.
 
-`wire` carries options and records through an engine as plain bytes and text, `replies` puts records into the
-OpenAI-compatible JSON and its streams.
+`step` captures the rows of one forward pass in a worker, `wire` carries options and records through an engine
+as plain bytes and text, `replies` puts records into the OpenAI-compatible JSON and its streams.
 """

@@ -72,7 +72,12 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("GPUModelRunner", "_model_forward", "worker.capturing"),
         ("GPUModelRunner", "sample_tokens", "worker.answering"),
     ),
-    "vllm.v1.worker.gpu.model_runner": (("GPUModelRunner", "__init__", "worker.refusing_runner"),),
+    "vllm.v1.worker.gpu.model_runner": (
+        ("GPUModelRunner", "initialize_kv_cache", "worker.initialising_cache"),
+        ("GPUModelRunner", "execute_model", "worker.scheduled"),
+        ("GPUModelRunner", "prepare_attn", "worker.preparing"),
+        ("GPUModelRunner", "sample_tokens", "worker.answering"),
+    ),
     "vllm.v1.core.sched.scheduler": (
         ("Scheduler", "update_from_output", "reasoning.marking"),
         ("Scheduler", "update_from_output", "scheduler.forwarding"),

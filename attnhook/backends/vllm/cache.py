@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
+from attnhook.serving.step import LayerView
 
 
-class LayerView(NamedTuple):
-    """One layer's keys and values in the cache, and its softmax."""
+def view(layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> LayerView:
+    """What a captured row of this layer attends to; ``block_table`` is int32 [R, blocks] of the cache.
 
-    keys: PagedKeys
-    values: PagedKeys
-    softmax: dict[str, Any]  # scale, softcap, window, sinks, alibi_slopes
-
-
-def view(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
-    """What a captured row of this layer attends to. Raises UnsupportedError for a cache that is not known."""
+    Raises UnsupportedError for a cache that is not known.
+    """
+    impl = layer.impl
     name = type(impl).__name__
     if name not in _READERS:
         raise UnsupportedError(
@@ -30,7 +27,7 @@ def view(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerV
         )
     if getattr(impl, "attn_type", "decoder") != "decoder":
         raise UnsupportedError(f"{name}: {impl.attn_type} attention is not causal self-attention")
-    return _READERS[name](layer, impl, kv_cache, metadata)
+    return _READERS[name](layer, impl, kv_cache, block_table)
 
 
 def _softmax(impl: Any) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def _softmax(impl: Any) -> dict[str, Any]:
     }
 
 
-def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
     if impl.is_fp8_kv_cache:
         raise UnsupportedError("the CPU backend's FP8 key cache is not read yet: start with --kv-cache-dtype auto")
     blocks, heads, size, double = kv_cache.shape
@@ -55,7 +52,6 @@ def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerV
     k, v = kv_cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
     key_steps, value_steps = _cpu_packing(layer.isa, kv_cache.dtype, size, dim, impl.kv_cache_dtype)
     block, head = k.stride(0), k.stride(1)
-    table = metadata.block_table
     return LayerView(
         PagedKeys(k, table, size, (block, key_steps[0], head, key_steps[1]), heads),
         PagedKeys(v, table, size, (block, value_steps[0], head, value_steps[1]), heads),
@@ -101,14 +97,13 @@ def _cpu_packing(isa: str, dtype: torch.dtype, size: int, dim: int, kv_dtype: st
     return tuple(places)
 
 
-def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -> LayerView:
+def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
     """``[blocks, kv heads, slots, K | V]``, as FlashAttention's and Triton's backends see it; read from source."""
     if kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedError(f"a key cache of {kv_cache.dtype} is not read yet: start with --kv-cache-dtype auto")
     _, heads, size, double = kv_cache.shape
     dim = double // 2
     block, head, slot, step = kv_cache.stride()
-    table = metadata.block_table
     return LayerView(
         PagedKeys(kv_cache[..., :dim], table, size, (block, slot, head, step), heads),
         PagedKeys(kv_cache[..., dim:], table, size, (block, slot, head, step), heads),
@@ -116,7 +111,7 @@ def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, metadata: Any) -
     )
 
 
-_READERS: dict[str, Callable[[Any, Any, torch.Tensor, Any], LayerView]] = {
+_READERS: dict[str, Callable[[Any, Any, torch.Tensor, torch.Tensor], LayerView]] = {
     "CPUAttentionBackendImpl": _cpu,
     "FlashAttentionImpl": _interleaved,
     "TritonAttentionImpl": _interleaved,

@@ -1,29 +1,22 @@
-"""In vLLM's workers: queries of the captured rows, and their reduction after the forward pass.
+"""In vLLM's workers: which rows a pass computes, and each layer's queries and keys.
 
-Hooks of the V1 model runner. A pass in which nobody asks runs as it is; what goes wrong in ours is told to
-the requests that asked and never reaches the engine.
+Hooks of both model runners; `attnhook.serving.step` does the rest. A pass in which nobody asks runs as it is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import wraps
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 
-from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
-from attnhook.capture import Row, StepCapture, wants_row
-from attnhook.errors import AttnhookError, UnsupportedError
-from attnhook.kernels.topk import LayerRows
-from attnhook.kernels.topk.cpu import gather
-from attnhook.options import RequestOptions, check_heads, resolve_layers
-from attnhook.serving.wire import KEY, Share, reason, unpack_options
+from attnhook.errors import UnsupportedError
+from attnhook.serving.step import Computed, Served, ServedStep
+from attnhook.serving.wire import KEY
 
 logger = logging.getLogger("attnhook")
 
@@ -31,57 +24,50 @@ Original = Callable[..., Any]
 T = TypeVar("T")
 
 
-@dataclass
-class _Group:
-    """Rows of the requests that ask for the same, which are reduced together."""
-
-    options: RequestOptions
-    layers: tuple[int, ...]
-    rows: list[Row] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # each row's place in the batch's tokens
-
-
-@dataclass
-class _Taken:
-    """What one layer leaves for the reduction."""
-
-    q: torch.Tensor  # [U, Hq, D], a copy: the engine uses its buffer again
-    view: cache.LayerView
-
-
-class _Pass:
-    """One forward pass in which somebody asks."""
+class _Worker:
+    """What is ours of one model runner."""
 
     def __init__(self, runner: Any) -> None:
-        self.runner = runner
-        self.groups: dict[str, _Group] = {}
-        self.errors: dict[str, str] = {}
-        self.taken: dict[int, _Taken] = {}
-        self.index = torch.empty(0, dtype=torch.int64)
-        self.wanted: frozenset[int] = frozenset()
-        self.reply: dict[str, bool] = {}
-        self.sampled: dict[str, list[int]] = {}  # request id -> positions of the rows that are sampled from
+        self.layers = _attention_layers(runner)
+        self.served = Served(
+            served_name(runner.model_config), {n: layer.impl.num_heads for n, (_, layer) in self.layers.items()}
+        )
+        self.asks: dict[str, tuple[str, int]] = {}  # request -> packed options, position of its prompt's last token
+        self.scheduled: Any = None  # of the pass that is about to run
+        self.step: ServedStep | None = None
+        self.shares: dict[str, dict[str, Any]] | None = None
 
-    def fail(self, error: Exception, requests: Iterable[str]) -> None:
-        """Tell these requests why there are no records; the first reason stands."""
-        known = isinstance(error, AttnhookError)
-        logger.warning("attention capture failed in this step: %s", error, exc_info=not known)
-        for request in requests:
-            self.errors.setdefault(request, reason(error))
+    def note(self, scheduled: Any) -> None:
+        """Remember who asks; the engine's runners keep a request's options in different places, or not at all."""
+        self.scheduled, self.step, self.shares = scheduled, None, None
+        for request in scheduled.finished_req_ids:
+            self.asks.pop(request, None)
+        self.served.forget(scheduled.finished_req_ids)
+        for new in scheduled.scheduled_new_reqs:
+            params = new.sampling_params
+            packed = params.extra_args.get(KEY) if params is not None and params.extra_args else None
+            if packed is not None:
+                self.asks[new.req_id] = packed, new.prompt_len - 1
 
-    def give_up(self, error: Exception) -> None:
-        """Capture nothing more in this pass."""
-        self.fail(error, self.sampled)
-        self.groups.clear()
-        self.wanted = frozenset()
+    def plan(self, device: torch.device, rows: Iterator[Computed]) -> None:
+        """Start the capture of a pass that computes these rows."""
+        self.step = ServedStep(self.served, device)
+        for computed in rows:
+            self.step.add(computed)
+
+    def finish(self, metadata: Any) -> None:
+        """After the pass: reduce what was taken."""
+        step, self.step = self.step, None
+        if step is not None:
+            self.shares = step.finish()
 
 
-def hooked_layers(runner: Any) -> dict[int, Any]:
-    """The runner's causal attention layers by their number in the model."""
-    return runner.__dict__.setdefault("_attnhook_layers", {})  # type: ignore[no-any-return]
+_current: _Worker | None = None  # whose pass runs now; a process runs one at a time
 
 
-_current: _Pass | None = None  # a worker runs one pass at a time
+def _worker(runner: Any) -> _Worker | None:
+    worker: _Worker | None = runner.__dict__.get("_attnhook")
+    return worker
 
 
 def initialising_cache(original: Original) -> Original:
@@ -92,24 +78,15 @@ def initialising_cache(original: Original) -> Original:
         result = original(self, kv_cache_config, is_profiling, **kwargs)
         if not is_profiling:
             _refuse_parallel(self.vllm_config)
-            _hook_layers(self)
+            worker = self._attnhook = _Worker(self)
+            for number, (name, layer) in worker.layers.items():
+                if "_attnhook" not in layer.impl.__dict__:
+                    layer.impl._attnhook = True
+                    layer.impl.forward = _observed(layer.impl.forward, number, name)
             _warm_up()
         return result
 
     return initialize_kv_cache
-
-
-def refusing_runner(original: Original) -> Original:
-    """``__init__`` of the V2 model runner, whose rows are not read yet: better no server than empty replies."""
-
-    @wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            "vLLM's model runner V2 cannot be captured yet: start with VLLM_USE_V2_MODEL_RUNNER=0, or without "
-            "ATTNHOOK=1"
-        )
-
-    return __init__
 
 
 def _refuse_parallel(config: Any) -> None:
@@ -125,27 +102,23 @@ def _refuse_parallel(config: Any) -> None:
             )
 
 
-def _hook_layers(runner: Any) -> None:
+def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
+    """Name and module of the runner's causal attention layers by their number in the model; raises UnsupportedError."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
-    layers = hooked_layers(runner)
-    context = runner.vllm_config.compilation_config.static_forward_context
-    for name, layer in context.items():
-        if not isinstance(layer, AttentionLayerBase):
-            continue
+    found = {}
+    own = {id(module) for module in runner.get_model().modules()}  # a draft model's layers have the same numbers
+    for name, layer in runner.vllm_config.compilation_config.static_forward_context.items():
         impl = getattr(layer, "impl", None)
-        if impl is None or not hasattr(impl, "scale"):
-            continue  # a state-space layer: no attention to report
-        number = extract_layer_index(name)
+        if not isinstance(layer, AttentionLayerBase) or id(layer) not in own or not hasattr(impl, "scale"):
+            continue  # a state-space layer has no attention to report
         # a cache that cannot be read is refused now; its view needs no requests
-        cache.view(layer, impl, layer.kv_cache, SimpleNamespace(block_table=torch.zeros(0, 0, dtype=torch.int32)))
-        layers[number] = layer
-        if "_attnhook" not in impl.__dict__:
-            impl._attnhook = True
-            impl.forward = _observed(impl.forward, number)
-    if not layers:
+        cache.view(layer, layer.kv_cache, torch.zeros(0, 0, dtype=torch.int32))
+        found[extract_layer_index(name)] = name, layer
+    if not found:
         raise UnsupportedError("vLLM's model has no attention layer that attnhook can capture")
+    return dict(sorted(found.items()))
 
 
 def _warm_up() -> None:
@@ -158,7 +131,7 @@ def _warm_up() -> None:
         topk_attention(torch.zeros(rows, 1, 16), keys, torch.zeros(rows, dtype=torch.int32), place, top_k=1, scale=1.0)
 
 
-def _observed(original: Original, number: int) -> Original:
+def _observed(original: Original, number: int, name: str) -> Original:
     """An attention implementation's ``forward`` that hands the captured rows over."""
 
     @wraps(original)
@@ -173,7 +146,7 @@ def _observed(original: Original, number: int) -> Original:
         **kwargs: Any,
     ) -> Any:
         output = original(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        step = _current
+        step = None if _current is None else _current.step
         if step is not None and number in step.wanted and attn_metadata is not None:
             try:
                 _take(step, number, layer, query, kv_cache, attn_metadata, output)
@@ -185,64 +158,72 @@ def _observed(original: Original, number: int) -> Original:
 
 
 def _take(
-    step: _Pass, number: int, layer: Any, query: torch.Tensor, kv_cache: Any, metadata: Any, output: torch.Tensor
+    step: ServedStep, number: int, layer: Any, query: torch.Tensor, kv_cache: Any, metadata: Any, output: torch.Tensor
 ) -> None:
-    view = cache.view(layer, layer.impl, kv_cache, metadata)
-    heads, dim = layer.impl.num_heads, view.keys.cache.shape[-1]
-    q = query.view(-1, heads, query.shape[-1] if query.dim() == 3 else dim)[step.index]
-    step.taken[number] = _Taken(q, view)
-    if not getattr(layer, "_attnhook_checked", False):
-        _check(step, number, layer, q, view, output)
-
-
-def _check(step: _Pass, number: int, layer: Any, q: torch.Tensor, view: cache.LayerView, output: torch.Tensor) -> None:
-    """Rebuild the attention output of one row, the first time that a layer is captured."""
-    group = next(iter(step.groups.values()))
-    row, place = group.rows[-1], group.places[-1]
-    at = int((step.index == place).nonzero()[0, 0])
-    window = view.softmax["window"]
-    low = 0 if window < 0 else max(0, row.position - window + 1)
-    dims = (q.shape[-1], output.shape[-1] if output.dim() == 3 else q.shape[-1])
-    k, v = (
-        gather(paged.pages(dim), paged, row.source, low, row.position + 1).transpose(0, 1)
-        for paged, dim in zip((view.keys, view.values), dims, strict=True)
-    )
-    softmax = {name: value for name, value in view.softmax.items() if name != "window"}
-    out = output.view(-1, q.shape[1], dims[1])[place]
-    error = check_output(f"vLLM, layer {number} ({type(layer.impl).__name__})", q[at], k, v, out, **softmax)
-    if error is not None and row.position + 1 - low >= KEYS_THAT_TELL:
-        layer._attnhook_checked = True
+    view = cache.view(layer, kv_cache, metadata.block_table)
+    heads, places = layer.impl.num_heads, step.index
+    # copies: the engine uses its buffers again
+    q = query.view(query.shape[0], heads, -1)[places]
+    step.take(number, q, view, output.view(output.shape[0], heads, -1)[places])
 
 
 def scheduled(original: Original) -> Original:
-    """``GPUModelRunner.execute_model``: remember what was scheduled; the pass itself is not told."""
+    """``GPUModelRunner.execute_model``: note what was scheduled; the pass itself is not told."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        self._attnhook_scheduled = scheduler_output
-        return original(self, scheduler_output, *args, **kwargs)
+        global _current
+        worker = _worker(self)
+        if worker is None:
+            return original(self, scheduler_output, *args, **kwargs)
+        _safely(worker.note, scheduler_output)
+        try:
+            output = original(self, scheduler_output, *args, **kwargs)
+        finally:
+            _current = None
+        if worker.step is not None:  # V2: the runner's own step, which only now is over
+            state = getattr(self, "execute_model_state", None)
+            _safely(worker.finish, getattr(state, "attn_metadata", None))
+        return output
 
     return execute_model
 
 
 def capturing(original: Original) -> Original:
-    """``GPUModelRunner._model_forward``: capture the rows of the requests that ask."""
+    """``GPUModelRunner._model_forward`` of V1: the pass itself, with its metadata in vLLM's forward context."""
 
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _current
-        step = _safely(_plan, self, kwargs.get("positions"))
-        if step is None:
+        worker = _worker(self)
+        if worker is None or worker.scheduled is None or not worker.asks:
             return original(self, *args, **kwargs)
-        _current = step
+        _safely(worker.plan, self.device, _rows(self, worker, kwargs.get("positions")))
+        _current = worker
         try:
             output = original(self, *args, **kwargs)
         finally:
             _current = None
-        self._attnhook_shares = _safely(_finish, step)
+        _safely(worker.finish, None)
         return output
 
     return _model_forward
+
+
+def preparing(original: Original) -> Original:
+    """``GPUModelRunner.prepare_attn`` of V2, which runs for real batches only, right before their pass."""
+
+    @wraps(original)
+    def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        global _current
+        tables = original(self, input_batch, *args, **kwargs)
+        worker = _worker(self)
+        if worker is not None and worker.scheduled is not None and worker.asks:
+            _safely(worker.plan, self.device, _rows_v2(self, worker, input_batch))
+            _current = worker
+        return tables
+
+    return prepare_attn
 
 
 def answering(original: Original) -> Original:
@@ -251,9 +232,11 @@ def answering(original: Original) -> Original:
     @wraps(original)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        shares = self.__dict__.pop("_attnhook_shares", None)
-        if not shares or output is None:
+        worker = _worker(self)
+        shares = None if worker is None else worker.shares
+        if not worker or not shares or output is None:
             return output
+        worker.shares = None
         if hasattr(output, "get_output"):  # asynchronous: the output itself comes later
             later = output.get_output
 
@@ -279,117 +262,33 @@ def _safely(function: Callable[..., T], *arguments: Any) -> T | None:
         return None
 
 
-def _plan(runner: Any, positions: torch.Tensor | None) -> _Pass | None:
-    """Which rows of this pass are captured; None where nobody asks."""
-    scheduled = runner.__dict__.get("_attnhook_scheduled")
-    if scheduled is None:
-        return None
-    seen = runner.__dict__.setdefault("_attnhook_prompt_rows", {})
-    if seen:
-        for request in scheduled.finished_req_ids:
-            seen.pop(request, None)
-    asking: list[tuple[int, str, str]] = []
-    for i, request in enumerate(runner.input_batch.req_ids):
-        params = runner.requests[request].sampling_params
-        packed = params.extra_args.get(KEY) if params is not None and params.extra_args else None
-        if packed is not None and request in scheduled.num_scheduled_tokens:
-            asking.append((i, request, packed))
-    if not asking:
-        return None
-    step = _Pass(runner)
-    step.sampled = {request: [] for _, request, _ in asking}
-    for i, request, packed in asking:
-        try:
-            _plan_request(step, i, request, packed, scheduled, positions)
-        except Exception as error:
-            step.fail(error, [request])
-    places = [place for group in step.groups.values() for place in group.places]
-    step.index = torch.tensor(places, dtype=torch.int64, device=runner.device)
-    step.wanted = frozenset(layer for group in step.groups.values() for layer in group.layers)
-    return step
+def _rows(runner: Any, worker: _Worker, positions: torch.Tensor | None) -> Iterator[Computed]:
+    """The asking requests' rows in a batch of V1."""
+    scheduled, batch = worker.scheduled, runner.input_batch
+    drafts = scheduled.scheduled_spec_decode_tokens
+    asking = [(i, r) for i, r in enumerate(batch.req_ids) if r in worker.asks and r in scheduled.num_scheduled_tokens]
+    starts = [int(runner.query_start_loc.np[i]) for i, _ in asking]
+    firsts = [int(batch.num_computed_tokens_cpu[i]) for i, _ in asking]
+    # the runner's own count runs ahead of the accepted tokens where drafts are verified asynchronously
+    if positions is not None and positions.dim() == 1 and (positions.device.type == "cpu" or runner.speculative_config):
+        firsts = positions[torch.tensor(starts, device=positions.device, dtype=torch.int64)].tolist()
+    for (i, request), start, first in zip(asking, starts, firsts, strict=True):
+        packed, prompt_end = worker.asks[request]
+        sampled = 0 if bool(runner.discard_request_mask.np[i]) else 1 + len(drafts.get(request, ()))
+        count = scheduled.num_scheduled_tokens[request]
+        yield Computed(request, packed, i, start, first, count, sampled, prompt_end)
 
 
-def _plan_request(
-    step: _Pass, i: int, request: str, packed: str, scheduled: Any, positions: torch.Tensor | None
-) -> None:
-    runner = step.runner
-    options, step.reply[request] = unpack_options(packed)
-    start, count = int(runner.query_start_loc.np[i]), scheduled.num_scheduled_tokens[request]
-    first = int(runner.input_batch.num_computed_tokens_cpu[i])
-    if positions is not None and positions.dim() == 1 and positions.device.type == "cpu":
-        first = int(positions[start])  # exact, where the runner's own count runs ahead of the sampled tokens
-    prompt_end = runner.requests[request].num_prompt_tokens - 1  # position whose row gives the first token
-    drafts = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
-    sampled = 0 if bool(runner.discard_request_mask.np[i]) else 1 + drafts
-    rows: list[tuple[int, int | None]] = []  # offset among the request's rows, decode step
-    if options.prompt:
-        seen = runner._attnhook_prompt_rows
-        known = max(seen.get(request, 0), first)
-        rows += [(p - first, None) for p in range(known, min(first + count, prompt_end))]
-        seen[request] = max(known, min(first + count, prompt_end))
-    for offset in range(count - sampled, count):
-        position = first + offset
-        step.sampled[request].append(position)
-        if wants_row(options, position - prompt_end):
-            rows.append((offset, position - prompt_end))
-    if not rows:
-        return
-    group = step.groups.get(packed)
-    if group is None:
-        layers = resolve_layers(options.layers, list(hooked_layers(runner)), "attention_layers")
-        check_heads(options.heads, hooked_layers(runner)[layers[0]].impl.num_heads, "attention_heads")
-        group = step.groups[packed] = _Group(options, layers)
-    for offset, decode_step in rows:
-        group.rows.append(Row(request, 0, first + offset, decode_step, i))
-        group.places.append(start + offset)
-
-
-def _finish(step: _Pass) -> dict[str, dict[str, Any]]:
-    """The shares of all asking requests, packed."""
-    shares = {request: Share() for request in step.sampled}
-    start = 0
-    for group in step.groups.values():
-        stop = start + len(group.places)
-        try:
-            _reduce(step, group, slice(start, stop), shares)
-        except Exception as error:
-            requests = {row.request_id for row in group.rows}
-            step.fail(error, requests)
-            shares.update({request: Share() for request in requests})
-        start = stop
-    for request, why in step.errors.items():
-        shares[request].error = why
-    for request, share in shares.items():
-        share.reply = step.reply.get(request, True)
-    return {request: share.pack() for request, share in shares.items()}
-
-
-def _reduce(step: _Pass, group: _Group, part: slice, shares: dict[str, Share]) -> None:
-    missing = [layer for layer in group.layers if layer not in step.taken]
-    if missing:
-        raise UnsupportedError(f"layers {missing} made no attention call in this forward pass")
-    capture = StepCapture(group.rows, group.layers, group.options, served_name(step.runner.model_config))
-    slots = torch.tensor([row.position for row in group.rows], device=step.index.device)
-    table = step.taken[group.layers[0]].view.keys.page_table
-    shift = torch.zeros(table.shape[0], dtype=torch.int32, device=step.index.device)
-    layers = [
-        LayerRows(taken.q[part], taken.view.keys, slots, **taken.view.softmax)
-        for taken in (step.taken[layer] for layer in group.layers)
-    ]
-    capture.add_layers(group.layers, layers, shift)
-    bad: list[str] = []
-    records = capture.records(lambda why, count, message: bad.append(f"{count} rows dropped: {message}"))
-    rows: dict[tuple[str, int], bytes] = {}
-    for record in records:
-        data = record.to_bytes()
-        if record.is_prompt:
-            shares[record.request_id].prompt.append(data)
-        else:
-            rows[record.request_id, record.query_position] = data
-    kept = {(record.request_id, record.query_position) for record in records}
-    for row in group.rows:
-        if (row.request_id, row.position) not in kept:
-            step.errors.setdefault(row.request_id, "; ".join(bad))
-    for request in {row.request_id for row in group.rows}:
-        # one place per token that may be sampled; the empty ones were not wanted
-        shares[request].generated = [rows.get((request, position), b"") for position in step.sampled[request]]
+def _rows_v2(runner: Any, worker: _Worker, batch: Any) -> Iterator[Computed]:
+    """The asking requests' rows in a batch of V2."""
+    asking = [(i, request) for i, request in enumerate(batch.req_ids) if request in worker.asks]
+    starts = [int(batch.query_start_loc_np[i]) for i, _ in asking]
+    firsts = [int(batch.num_computed_tokens_np[i]) for i, _ in asking]
+    if runner.speculative_config is not None:  # as in V1
+        firsts = batch.positions[torch.tensor(starts, device=batch.positions.device, dtype=torch.int64)].tolist()
+    for (i, request), start, first in zip(asking, starts, firsts, strict=True):
+        packed, prompt_end = worker.asks[request]
+        count = int(batch.query_start_loc_np[i + 1]) - start
+        drafts = 0 if batch.num_draft_tokens_per_req is None else int(batch.num_draft_tokens_per_req[i])
+        sampled = 0 if first + count < int(batch.prefill_len_np[i]) else 1 + drafts
+        yield Computed(request, packed, i, start, first, count, sampled, prompt_end)

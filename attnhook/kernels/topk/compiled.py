@@ -127,6 +127,26 @@ def topk_attention(
     return step([LayerRows(q, keys, row_position, scale, softcap, window, sinks, alibi_slopes)])[0]
 
 
+def attention_rows(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    width: int,
+    head_mask: torch.Tensor | None = None,
+    **softmax: Any,
+) -> torch.Tensor:
+    """See `attnhook.kernels.topk.split.attention_rows`; float64 is computed by the torch path."""
+    if not computes(q, keys):
+        return cpu.attention_rows(q, keys, row_request, row_position, width=width, head_mask=head_mask, **softmax)
+    dense = torch.zeros((q.shape[0], width))
+    step = Step(row_request, top_k=1, head_mask=head_mask)
+    step.dense = dense
+    step([LayerRows(q, keys, row_position, **softmax)])
+    return dense
+
+
 class Step:
     """`topk_attention` of the same rows in any number of layers; see `attnhook.kernels.topk.TopKStep`.
 
@@ -148,6 +168,8 @@ class Step:
         self.spans = None if spans is None else _numpy(spans, np.int64)
         self.report_from = None if first_reported is None else _numpy(first_reported, np.int64)
         self.masks = None if head_mask is None else _numpy(head_mask, np.uint8)
+        #: float32 [T, width] where the rows' attention itself is wanted, of one layer; the results then mean nothing
+        self.dense: torch.Tensor | None = None
         self._again: dict[tuple[torch.Size, int], _Again] = {}
         # layers under one mask share positions and windows; the tensors are kept so that an id stays theirs
         self._placed: dict[tuple[int, int], tuple[LayerRows, np.ndarray, list[tuple[int, int]]]] = {}
@@ -211,7 +233,7 @@ class _Call:
 
     def __init__(self, step: Step, layers: Sequence[LayerRows]) -> None:
         rows, self.heads, _ = layers[0].q.shape
-        self.layers, self.top_k, self.lanes = layers, step.top_k, step.lanes
+        self.layers, self.top_k, self.lanes, self.dense = layers, step.top_k, step.lanes, step.dense
         self.requests = requests = layers[0].keys.page_table.shape[0]
         self.spans = np.zeros((requests, 0, 2), np.int64) if step.spans is None else step.spans
         self.report_from = np.zeros(requests, np.int64) if step.report_from is None else step.report_from
@@ -246,6 +268,7 @@ class _Call:
             self.spans.ctypes.data, self.masks.ctypes.data, self.report_from.ctypes.data,
             self.sinks.ctypes.data, self.sinks.shape[1], self.slopes.ctypes.data, self.slopes.shape[1],
             self.softcaps.ctypes.data, self.scratch.ctypes.data, part, width, self.lanes,
+            0 if self.dense is None else self.dense.data_ptr(), 0 if self.dense is None else self.dense.shape[1],
         ]  # fmt: skip
         return _Job(loops.row_job, threads, words)
 

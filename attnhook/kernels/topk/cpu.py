@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,17 +46,75 @@ def topk_attention(
     first_reported: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`."""
+    out = empty_result(q.shape[0], top_k, 0 if spans is None else spans.shape[1], q.device, _result_type(q))
+    span_list = None if spans is None else spans.tolist()
+    report_from = None if first_reported is None else first_reported.tolist()
+    for block in _blocks(
+        q, keys, row_request, row_position, scale=scale, softcap=softcap, window=window, sinks=sinks,
+        alibi_slopes=alibi_slopes, head_mask=head_mask,
+    ):  # fmt: skip
+        _reduce(
+            block.attention, block.lead, block.first, block.position, block.firsts, TopK(*(x[block.rows] for x in out)),
+            normalise=sinks is not None,
+            spans=() if span_list is None else span_list[block.request],
+            report_from=0 if report_from is None else report_from[block.request],
+        )  # fmt: skip
+    return out
+
+
+def attention_rows(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    width: int,
+    **softmax: Any,
+) -> torch.Tensor:
+    """See `attnhook.kernels.topk.split.attention_rows`."""
+    dense = torch.zeros((q.shape[0], width), dtype=_result_type(q), device=q.device)
+    for block in _blocks(q, keys, row_request, row_position, **softmax):
+        seen = block.attention[:, block.lead :]
+        dense[block.rows, block.first : block.first + seen.shape[1]] = seen
+    return dense
+
+
+def _result_type(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+class _Block(NamedTuple):
+    """Rows of one request at consecutive positions, and their attention in scratch."""
+
+    rows: slice
+    request: int
+    position: int  # of the first row
+    first: int  # lowest key position
+    firsts: list[int]  # lowest key position that each row sees
+    attention: torch.Tensor  # [R, lead + keys]; hidden keys hold 0
+    lead: int
+
+
+def _blocks(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | torch.Tensor = -1,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> Iterator[_Block]:
     rows, heads, head_dim = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = empty_result(rows, top_k, 0 if spans is None else spans.shape[1], q.device, dtype)
     requests, positions = row_request.tolist(), row_position.tolist()
     widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
     firsts = [0 if w < 0 else max(0, p - w + 1) for p, w in zip(positions, widths, strict=True)]
-    span_list = None if spans is None else spans.tolist()
     masks = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], heads)
-    report_from = None if first_reported is None else first_reported.tolist()
     view = keys.pages(head_dim)
-    scaled = queries(q, keys, scale, dtype)
+    scaled = queries(q, keys, scale, _result_type(q))
 
     for start, stop in runs(requests, positions):
         request = requests[start]
@@ -72,13 +131,7 @@ def topk_attention(
                 positions[t], first, firsts[t:end],
                 softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask, suspect=suspect,
             )  # fmt: skip
-            _reduce(
-                attention, lead, first, positions[t], firsts[t:end], TopK(*(x[t:end] for x in out)),
-                normalise=sinks is not None,
-                spans=() if span_list is None else span_list[request],
-                report_from=0 if report_from is None else report_from[request],
-            )  # fmt: skip
-    return out
+            yield _Block(slice(t, end), request, positions[t], first, firsts[t:end], attention, lead)
 
 
 def empty_result(rows: int, top_k: int, spans: int, device: torch.device, dtype: torch.dtype = torch.float32) -> TopK:
@@ -293,18 +346,27 @@ def _select(a: torch.Tensor, first: int, position: int, firsts: list[int], repor
     count = a.shape[1]
     if report_from > first:
         a[:, : report_from - first] = -1.0
+
+    def hidden(rows: torch.Tensor) -> torch.Tensor:
+        s = torch.arange(first, first + count, device=a.device)
+        return (s > (position + rows)[:, None]) | (s < torch.tensor(firsts, device=a.device)[rows][:, None])
+
+    select(a, hidden, first, out)
+
+
+def select(a: torch.Tensor, hidden: Callable[[torch.Tensor], torch.Tensor], first: int, out: TopK) -> None:
+    """Exact top k of each row of ``a`` [R, N] with keys from position ``first``, ties to the lower position.
+
+    Keys that are not reported hold -1; hidden ones 0, and ``hidden`` [rows, N] tells them for some rows.
+    """
     top_k = out.scores.shape[1]
-    k = min(top_k + 1, count)  # one more than asked shows a tie across the cut
+    k = min(top_k + 1, a.shape[1])  # one more than asked shows a tie across the cut
     values, columns = torch.topk(a, k, dim=-1)
     # hidden keys hold 0, so they matter only where a row's best k reach down to 0
     doubtful = (values[:, 1:] == values[:, :-1]).any(-1) | (values[:, -1] <= 0)
     if bool(doubtful.any()):
         rows = torch.nonzero(doubtful)[:, 0]
-        s = torch.arange(first, first + count, device=a.device)
-        own = (position + rows)[:, None]
-        start = torch.tensor(firsts, device=a.device)[rows][:, None]
-        seen = a[rows].masked_fill_((s > own) | (s < start), -1.0)
-        ordered = torch.sort(seen, dim=-1, descending=True, stable=True)
+        ordered = torch.sort(a[rows].masked_fill_(hidden(rows), -1.0), dim=-1, descending=True, stable=True)
         values[rows], columns[rows] = ordered.values[:, :k], ordered.indices[:, :k]
     k = min(k, top_k)
     values, columns = values[:, :k], columns[:, :k]

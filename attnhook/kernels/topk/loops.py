@@ -359,6 +359,8 @@ def row_job(words):
     values, where = kept[width : width + top_k], kept[width + top_k : width + 2 * top_k]
     lanes = kept[width + 2 * top_k :]
     found = carray(pointer(mine + 4 * len(kept)), 2 * lane_count, np.int64)
+    dense_width = w[30]  # 0: features and selection are wanted; else the attention itself
+    dense = carray(pointer(w[29]), (results, dense_width), np.float32)
     while True:
         row = fetch_add(counters)
         if row >= rows:
@@ -369,9 +371,13 @@ def row_job(words):
         if not _average(
             z, bits, offset, stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a
         ):
+            dense[t, :] = np.nan
             entropy[t] = np.nan
             histogram[t, :] = np.nan
             span_mass[t, :] = np.nan
+            continue
+        if dense_width:
+            dense[t, first : first + n] = a
             continue
         mass = 0.0
         for b in range(BINS):

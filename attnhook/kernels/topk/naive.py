@@ -72,6 +72,28 @@ def topk_attention(
     return TopK(positions, scores, histogram, entropy, span_mass)
 
 
+def attention_rows(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    width: int,
+    window: int | torch.Tensor = -1,
+    head_mask: torch.Tensor | None = None,
+    **softmax: Any,
+) -> torch.Tensor:
+    """See `attnhook.kernels.topk.split.attention_rows`; float64."""
+    dense = torch.zeros((q.shape[0], width), dtype=torch.float64, device=q.device)
+    for t in range(q.shape[0]):
+        request, p = int(row_request[t]), int(row_position[t])
+        size = int(window[t]) if isinstance(window, torch.Tensor) else window
+        first = 0 if size < 0 else max(0, p - size + 1)
+        mask = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], -1)[request]
+        dense[t, first : p + 1] = row_attention(q[t], keys, request, p, first, head_mask=mask, **softmax)
+    return dense
+
+
 def row_attention(
     q: torch.Tensor,
     keys: PagedKeys,

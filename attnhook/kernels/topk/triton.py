@@ -29,6 +29,7 @@ hold (position or request out of range) read nothing and get a NaN entropy. floa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -77,11 +78,9 @@ def topk_attention(
     first_reported: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; every result is float32."""
-    dot_type = _dot_type(q, keys)
     if top_k > _MAX_TOP_K:
         raise ValueError(f"top_k={top_k} is above the Triton kernel's {_MAX_TOP_K}: use ATTNHOOK_KERNEL=torch")
-    rows, heads, head_dim = q.shape
-    kv_heads, requests = keys.num_kv_heads, keys.page_table.shape[0]
+    rows = q.shape[0]
     span_count = 0 if spans is None else spans.shape[1]
     f32 = {"dtype": torch.float32, "device": q.device}
     out = TopK(
@@ -91,30 +90,101 @@ def topk_attention(
         torch.empty((rows,), **f32),  # type: ignore[call-overload]
         torch.empty((rows, span_count), **f32),  # type: ignore[call-overload]
     )
+    first_reported = None if first_reported is None else first_reported.contiguous()
+    span_strides = (0, 0, 0) if spans is None else spans.stride()
+    k_bits = max(1, _bits(top_k))
+    for chunk in _averages(
+        q, keys, row_request, row_position, scale=scale, softcap=softcap, window=window, sinks=sinks,
+        alibi_slopes=alibi_slopes, head_mask=head_mask, first_reported=first_reported,
+    ):  # fmt: skip
+        scratch, part = chunk.scratch, TopK(*(x[chunk.rows] for x in out))
+        count, (width, tiles) = len(part.entropy), (scratch.attention.shape[1], scratch.tile_mass.shape[1])
+        _masses_kernel[(count, 1 + math.ceil(span_count / BINS))](
+            *chunk.extent, scratch.attention, scratch.tile_mass, spans, *span_strides,
+            part.histogram, part.span_mass, span_count, width, tiles,
+            BIN_STARTS=BIN_STARTS, RANGES=BINS, BLOCK=128, UNIT=_UNIT, TILE=_TILE,
+        )  # fmt: skip
+        _select_kernel[(count,)](
+            *chunk.extent, *scratch[3:], first_reported, part.positions, part.scores, part.entropy,
+            top_k, width, tiles,
+            RENORMALISE=sinks is not None, UNIT=_UNIT, TILE=_TILE, K_BITS=k_bits,
+            T_BITS=max(k_bits, 6 if tiles <= 64 else 10), W_BITS=min(_bits(_TILE), max(0, 10 - k_bits)),
+        )  # fmt: skip
+    return out
+
+
+def attention_rows(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    width: int,
+    window: int | torch.Tensor = -1,
+    **softmax: Any,
+) -> torch.Tensor:
+    """See `attnhook.kernels.topk.split.attention_rows`."""
+    dense = torch.empty((q.shape[0], width), dtype=torch.float32, device=q.device)
+    s = torch.arange(width, device=q.device)
+    for chunk in _averages(q, keys, row_request, row_position, window=window, **softmax):
+        last = row_position[chunk.rows].long()[:, None]
+        size = window[chunk.rows].long()[:, None] if isinstance(window, torch.Tensor) else window
+        first = torch.where(torch.as_tensor(size, device=q.device) < 0, 0, (last - size + 1).clamp(min=0))
+        scores = chunk.scratch.attention[: len(last)]
+        # scratch counts from the unit that holds the first visible key
+        column = (s - first // _UNIT * _UNIT).clamp(0, scores.shape[1] - 1)
+        dense[chunk.rows] = torch.where((s >= first) & (s <= last), scores.gather(1, column), 0)
+    return dense
+
+
+class _Chunk(NamedTuple):
+    """Rows whose attention is in scratch; ``extent`` is what every kernel wants to know of them."""
+
+    rows: slice
+    extent: tuple[Any, ...]
+    scratch: _Scratch
+
+
+def _averages(
+    q: torch.Tensor,
+    keys: PagedKeys,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | torch.Tensor = -1,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    first_reported: torch.Tensor | None = None,
+) -> Iterator[_Chunk]:
+    """Run the first two kernels over the rows, as many at once as the scratch holds.
+
+    What uses the scratch must be launched before the next chunk is asked for.
+    """
+    dot_type = _dot_type(q, keys)
+    rows, heads, head_dim = q.shape
+    kv_heads, requests = keys.num_kv_heads, keys.page_table.shape[0]
     if rows == 0:
-        return out
+        return
     width = _scratch_keys(keys.max_keys, window)
     chunk = min(rows, max(1, _SCRATCH_BYTES // _row_bytes(heads, width)))
     splits = _split_count(chunk * kv_heads, width)
     scratch = _allocate(chunk, heads, width, splits, q.device)
     row_request, row_position = row_request.contiguous(), row_position.contiguous()
     window_rows = window.contiguous() if isinstance(window, torch.Tensor) else None
-    sinks, alibi_slopes, first_reported = (
-        None if x is None else x.contiguous() for x in (sinks, alibi_slopes, first_reported)
-    )
+    sinks, alibi_slopes = (None if x is None else x.contiguous() for x in (sinks, alibi_slopes))
     k_scale, k_scale_step, scale = _k_scale(keys, scale, q.device)
     selected = None if head_mask is None else head_mask.bool().contiguous().view(torch.uint8)
     selected_step = 0 if head_mask is None or head_mask.dim() == 1 else heads
     shape = _launch_shape(heads // kv_heads, head_dim, keys.cache.element_size())
-    span_strides = (0, 0, 0) if spans is None else spans.stride()
     padded_heads = triton.next_power_of_2(heads)
-    k_bits = max(1, _bits(top_k))
-    tiles = width // _TILE
 
     with _on_device(q.device):
         for start in range(0, rows, chunk):
             end = min(start + chunk, rows)
-            count, part = end - start, TopK(*(x[start:end] for x in out))
+            count = end - start
             extent = (
                 row_request[start:end], row_position[start:end],
                 None if window_rows is None else window_rows[start:end],
@@ -134,18 +204,7 @@ def topk_attention(
                 BLOCK_H=padded_heads, BLOCK_S=8 if splits <= 8 else _MAX_SPLITS, UNIT=_UNIT, TILE=_TILE,
                 num_warps=8 if padded_heads > 64 else 4,
             )  # fmt: skip
-            _masses_kernel[(count, 1 + math.ceil(span_count / BINS))](
-                *extent, scratch.attention, scratch.tile_mass, spans, *span_strides,
-                part.histogram, part.span_mass, span_count, width, tiles,
-                BIN_STARTS=BIN_STARTS, RANGES=BINS, BLOCK=128, UNIT=_UNIT, TILE=_TILE,
-            )  # fmt: skip
-            _select_kernel[(count,)](
-                *extent, *scratch[3:], first_reported, part.positions, part.scores, part.entropy,
-                top_k, width, tiles,
-                RENORMALISE=sinks is not None, UNIT=_UNIT, TILE=_TILE, K_BITS=k_bits,
-                T_BITS=max(k_bits, 6 if tiles <= 64 else 10), W_BITS=min(_bits(_TILE), max(0, 10 - k_bits)),
-            )  # fmt: skip
-    return out
+            yield _Chunk(slice(start, end), extent, scratch)
 
 
 def _dot_type(q: torch.Tensor, keys: PagedKeys) -> tl.dtype:

@@ -1,0 +1,151 @@
+"""Top-k attention where each rank of a group has a part of the heads (tensor parallelism).
+
+The mean over heads is what features and selection start from, so the ranks' sums of attention are added up
+before either: a top k of one rank's heads says nothing about the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from attnhook.fingerprint import BIN_STARTS, BINS
+from attnhook.kernels.topk import cpu
+from attnhook.kernels.topk.types import LayerRows, TopK
+
+_SCRATCH_ELEMENTS = 1 << 22  # attention of the rows that are added up together: 16 MiB, unless one row needs more
+
+
+class SplitStep:
+    """`TopKStep` over the heads of all ranks; every rank calls it with the same rows and layers.
+
+    Parameters
+    ----------
+    total
+        Adds a float32 tensor up over the ranks, in place; returns whether this rank is to go on. All ranks
+        call it equally often with the same shapes.
+    heads
+        Selected query heads of all ranks together.
+    width
+        More than the largest position of a row.
+    head_mask
+        [Hq] bool over this rank's heads; it may select none.
+
+    The other arguments are those of `topk_attention`. Ranks that do not go on get empty results.
+    """
+
+    def __init__(
+        self,
+        row_request: torch.Tensor,
+        *,
+        total: Callable[[torch.Tensor], bool],
+        heads: int,
+        width: int,
+        top_k: int,
+        head_mask: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
+        first_reported: torch.Tensor | None = None,
+    ) -> None:
+        self._request, self._total, self._heads, self._width = row_request, total, heads, width
+        self._top_k, self._mask, self._spans, self._report_from = top_k, head_mask, spans, first_reported
+        self._selected = None if head_mask is None else int(head_mask.sum())
+
+    def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
+        """One result per layer."""
+        rows, count = len(self._request), len(layers)
+        spans = 0 if self._spans is None else self._spans.shape[1]
+        found = [cpu.empty_result(rows, self._top_k, spans, layers[0].q.device) for _ in layers]
+        step = max(1, _SCRATCH_ELEMENTS // (count * self._width))
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            attention = torch.stack([self._sum(layer, part) for layer in layers])
+            if not self._total(attention):
+                continue
+            for layer, a, out in zip(layers, attention, found, strict=True):
+                self._reduce(layer, a, part, TopK(*(x[part] for x in out)))
+        return found
+
+    def _sum(self, layer: LayerRows, part: slice) -> torch.Tensor:
+        """This rank's share [R, width] of the mean over all ranks' heads."""
+        selected = layer.q.shape[1] if self._selected is None else self._selected
+        if not selected:
+            return torch.zeros((part.stop - part.start, self._width), device=layer.q.device)
+        window = layer.window[part] if isinstance(layer.window, torch.Tensor) else layer.window
+        mean = attention_rows(
+            layer._replace(q=layer.q[part], row_position=layer.row_position[part], window=window),
+            self._request[part],
+            width=self._width,
+            head_mask=self._mask,
+        )
+        return mean.mul_(selected / self._heads).float()
+
+    def _reduce(self, layer: LayerRows, attention: torch.Tensor, part: slice, out: TopK) -> None:
+        request, last = self._request[part].long(), layer.row_position[part].long()
+        window = layer.window[part] if isinstance(layer.window, torch.Tensor) else torch.tensor(layer.window)
+        first = torch.where(window < 0, 0, (last - window + 1).clamp(min=0))
+        reduce_rows(
+            attention, first, last, out,
+            spans=None if self._spans is None else self._spans[request],
+            report_from=None if self._report_from is None else self._report_from[request],
+            normalise=layer.sinks is not None,
+        )  # fmt: skip
+
+
+def attention_rows(
+    layer: LayerRows, row_request: torch.Tensor, *, width: int, head_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The attention itself, float32 [T, width]: the mean over the selected heads at each position, 0 where unseen.
+
+    A row whose q or visible keys hold NaN or infinity is NaN where it sees. Arguments as for
+    `attnhook.kernels.topk.topk_attention`.
+    """
+    from attnhook.kernels.topk import _implementation
+
+    q, keys, row_position, scale, softcap, window, sinks, alibi_slopes = layer
+    dense: torch.Tensor = _implementation(q.device.type).attention_rows(
+        q, keys, row_request, row_position, width=width, scale=scale, softcap=softcap, window=window, sinks=sinks,
+        alibi_slopes=alibi_slopes, head_mask=head_mask,
+    )  # fmt: skip
+    return dense
+
+
+def reduce_rows(
+    attention: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    out: TopK,
+    *,
+    spans: torch.Tensor | None = None,
+    report_from: torch.Tensor | None = None,
+    normalise: bool = False,
+) -> None:
+    """Features and selection of rows from their attention [R, N], which is overwritten; see `topk_attention`.
+
+    ``first`` and ``last`` int64 [R] bound what a row sees, ``spans`` is [R, n, 2], ``report_from`` [R].
+    """
+    count = attention.shape[1]
+    sums = torch.zeros((len(last), count + 1), dtype=torch.float64, device=attention.device)
+    torch.cumsum(attention, -1, dtype=torch.float64, out=sums[:, 1:])
+
+    def mass(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        low, high = low.clamp(0, count), high.clamp(0, count)
+        return sums.gather(1, torch.maximum(low, high)) - sums.gather(1, low)
+
+    starts = torch.tensor([*BIN_STARTS, 2**62], device=attention.device)  # the last bin has no end
+    edges = last[:, None] + 1 - starts
+    out.histogram[:] = mass(edges[:, 1 : BINS + 1], edges[:, :BINS])
+    if spans is not None:
+        out.span_mass[:] = mass(spans[..., 0].long(), spans[..., 1].long())
+    a = attention.double()
+    entropy = torch.special.entr(a).sum(-1)
+    if normalise:  # H(a / S) = H(a) / S + ln S; a sink that takes everything leaves 0
+        whole = sums[:, -1]
+        entropy = torch.where(whole == 0, 0.0, entropy / whole + whole.log())
+    visible = last - first + 1
+    spread = entropy / visible.clamp(min=2).double().log()
+    out.entropy[:] = torch.where((visible == 1) & torch.isfinite(entropy), 0.0, spread)
+    s = torch.arange(count, device=attention.device)
+    if report_from is not None:
+        attention.masked_fill_(s < report_from.long()[:, None], -1.0)
+    cpu.select(attention, lambda rows: (s > last[rows][:, None]) | (s < first[rows][:, None]), 0, out)
