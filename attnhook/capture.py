@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
+    from attnhook.kernels.topk.split import SplitStep
+    from attnhook.serving.ranks import Ranks
 
 logger = logging.getLogger("attnhook")
 
@@ -119,16 +121,24 @@ def over_limit(options: RequestOptions, decode_step: int | None) -> bool:
 class StepCapture:
     """The rows of one forward step that one session wants, layer by layer."""
 
-    def __init__(self, rows: Sequence[Row], layers: Sequence[int], options: RequestOptions, model: str) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        layers: Sequence[int],
+        options: RequestOptions,
+        model: str,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.rows = rows
         self.wanted = frozenset(layers)
         self.options = options
         self.model = model
+        self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
         self._order = sorted(self.wanted)
         self._results: TopK | None = None  # [L, T, ...] of all wanted layers, in one piece
         self._done: set[int] = set()
         # by the identity of the shift, which is kept with it
-        self._shared: dict[int, tuple[torch.Tensor, TopKStep, torch.Tensor | None]] = {}
+        self._shared: dict[int, tuple[torch.Tensor, TopKStep | SplitStep, torch.Tensor | None]] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -180,25 +190,38 @@ class StepCapture:
             kept[self._order.index(layer)].copy_(x)
         self._done.add(layer)
 
-    def _start(self, q: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, TopKStep, torch.Tensor | None]:
+    def _start(
+        self, q: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, TopKStep | SplitStep, torch.Tensor | None]:
         """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
         import torch
 
         from attnhook.kernels.topk import TopKStep
 
         options, device = self.options, q.device
+        ranks = self._ranks if self._ranks is not None and self._ranks.size > 1 else None
+        heads = q.shape[1] * (1 if ranks is None else ranks.size)
         source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
         arguments: dict[str, Any] = {"top_k": 1 if options.mode == "fingerprint" else options.top_k}
         if options.heads is not None:
-            arguments["head_mask"] = torch.zeros(q.shape[1], dtype=torch.bool, device=device)
-            arguments["head_mask"][list(options.heads)] = True
+            mask = torch.zeros(heads, dtype=torch.bool)
+            mask[list(options.heads)] = True
+            heads = len(set(options.heads))
+            if ranks is not None:
+                mask = mask.view(ranks.size, -1)[ranks.rank]
+            arguments["head_mask"] = mask.to(device)
         if options.spans:
             bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
             arguments["spans"] = bounds[None] + shift[:, None, None]
         if options.mask_prefix:
             arguments["first_reported"] = shift + options.mask_prefix
         offset = shift[source.long()][:, None] if bool(shift.any()) else None
-        return shift, TopKStep(source, **arguments), offset
+        if ranks is None:
+            return shift, TopKStep(source, **arguments), offset
+        from attnhook.kernels.topk.split import SplitStep
+
+        width = max(row.position for row in self.rows) + 1 + int(shift.max())
+        return shift, SplitStep(source, total=ranks.total, heads=heads, width=width, **arguments), offset
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -320,6 +320,24 @@ class TokenRecord:
             span_names=span_names,
             span_mass=take("<f4", layers, spans),
         )
+
+
+def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
+    """The record of one row from parts that have different layers of it."""
+    order = np.argsort([layer for part in parts for layer in part.layers])
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])[order]
+
+    layers = [layer for part in parts for layer in part.layers]
+    return replace(
+        parts[0],
+        layers=tuple(layers[i] for i in order),
+        token_positions=joined("token_positions"),
+        attention_scores=joined("attention_scores"),
+        fingerprints=joined("fingerprints"),
+        span_mass=joined("span_mass"),
+    )
 
 
 def with_phase(data: bytes, phase: ThinkPhase) -> bytes:

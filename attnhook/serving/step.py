@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 
@@ -20,7 +21,9 @@ from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.kernels.topk import LayerRows, PagedKeys
 from attnhook.kernels.topk.cpu import gather
 from attnhook.options import RequestOptions, check_heads, resolve_layers
-from attnhook.serving.wire import Share, reason, unpack_options
+from attnhook.records import TokenRecord, join_layers
+from attnhook.serving.ranks import Ranks
+from attnhook.serving.wire import Share, reason, unpack_options, worse
 
 logger = logging.getLogger("attnhook")
 
@@ -51,9 +54,14 @@ class Served:
     """What outlasts a pass in one worker."""
 
     model: str
-    layers: dict[int, int]  # number in the model -> query heads, of the layers that can be captured
+    layers: dict[int, int]  # number in the model -> query heads, of this worker's layers that can be captured
+    ranks: Ranks = field(default_factory=Ranks)
+    whole: dict[int, int] = field(init=False)  # the same of the whole model
     prompt_rows: dict[str, int] = field(default_factory=dict)  # request -> prompt rows it has got, for recomputation
     checked: set[int] = field(default_factory=set)  # layers whose output was rebuilt from our probabilities
+
+    def __post_init__(self) -> None:
+        self.whole = self.ranks.everywhere(self.layers)
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop what is kept of requests that ended."""
@@ -67,9 +75,18 @@ class _Group:
     """Rows of the requests that ask for the same, which are reduced together."""
 
     options: RequestOptions
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # of the whole model
+    own: tuple[int, ...]  # those that this worker has
     rows: list[Row] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # each row's place among the pass's tokens
+
+    @property
+    def requests(self) -> set[str]:
+        return {row.request_id for row in self.rows}
+
+
+_Key = tuple[str, int]  # request, position
+_Said = tuple[dict[_Key, bytes], dict[str, str], dict[str, float]]  # rows, errors and checks of one stage
 
 
 class ServedStep:
@@ -80,6 +97,7 @@ class ServedStep:
         self._device = device
         self._groups: dict[str, _Group] = {}
         self._errors: dict[str, str] = {}
+        self._checks: dict[str, float] = {}
         self._reply: dict[str, bool] = {}
         self._sampled: dict[str, list[int]] = {}  # request -> positions of the rows that are sampled from
         self._taken: dict[int, tuple[torch.Tensor, LayerView]] = {}
@@ -87,8 +105,8 @@ class ServedStep:
 
     @property
     def wanted(self) -> frozenset[int]:
-        """Layers that somebody wants."""
-        return frozenset(layer for group in self._groups.values() for layer in group.layers)
+        """Layers of this worker that somebody wants."""
+        return frozenset(layer for group in self._groups.values() for layer in group.own)
 
     @property
     def index(self) -> torch.Tensor:
@@ -111,11 +129,19 @@ class ServedStep:
         """A layer's queries [U, Hq, D] at `index` (the step's to keep) and keys that stay until `finish`.
 
         ``output`` [U, Hq, Dv], where given, is what the engine's own attention made of these rows: the first
-        time that a layer is captured one row of it is rebuilt. Raises UnsupportedError where it differs.
+        time that a layer is captured one row of it is rebuilt, and every row of a request that asks for the
+        self-check. Raises UnsupportedError where it differs.
         """
         self._taken[number] = q, view
-        if output is not None and number not in self.served.checked and self._groups:
-            self._check(number, q, view, output)
+        if output is None:
+            return
+        at = 0
+        for group in self._groups.values():
+            for i, row in enumerate(group.rows):
+                first = number not in self.served.checked and i == len(group.rows) - 1
+                if number in group.own and (group.options.self_check or first):
+                    self._check(number, q[at + i], view, output[at + i], row, group.options.self_check)
+            at += len(group.rows)
 
     def give_up(self, error: Exception) -> None:
         """Capture nothing in this pass, and say why."""
@@ -124,23 +150,31 @@ class ServedStep:
         self._index = None
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """The packed `Share` of every request that was added."""
-        shares = {request: Share() for request in self._sampled}
-        start = 0
-        for group in self._groups.values():
-            stop = start + len(group.places)
+        """The packed `Share` of every request that was added; empty on ranks that do not answer.
+
+        All workers of a model call it for the same passes.
+        """
+        ranks = self.served.ranks
+        ready = self._prepared()
+        rows: dict[_Key, bytes] = {}
+        agreed = ranks.agree(crc32(repr([(group.options, len(group.rows)) for group, _, _ in ready]).encode()))
+        for group, capture, layers in ready if agreed else ():
             try:
-                self._reduce(group, slice(start, stop), shares)
+                rows.update(self._reduce(group, capture, layers))
             except Exception as error:
-                requests = {row.request_id for row in group.rows}
-                self._fail(error, requests)
-                shares.update({request: Share() for request in requests})
-            start = stop
-        for request, why in self._errors.items():
-            shares[request].error = why
-        for request, share in shares.items():
-            share.reply = self._reply.get(request, True)
-        return {request: share.pack() for request, share in shares.items()}
+                self._fail(error, group.requests)
+        errors: dict[str, str] = {}
+        checks: dict[str, float] = {}
+        for theirs, worst in ranks.collect((self._errors, self._checks)):
+            errors = {**theirs, **errors}
+            checks = {request: _worse(checks, worst, request) for request in {**checks, **worst}}
+        if not agreed:
+            why = "the tensor-parallel ranks did not capture the same rows of this pass; their logs may say why"
+            errors = {**dict.fromkeys(self._sampled, why), **errors}
+        if ranks.rank:
+            return {}
+        said = ranks.join((rows, errors, checks))
+        return self._shares(said) if said else {}
 
     def _fail(self, error: Exception, requests: Iterable[str]) -> None:
         """Tell these requests why there are no records; the first reason stands."""
@@ -166,17 +200,18 @@ class ServedStep:
             return
         group = self._groups.get(new.packed)
         if group is None:
-            layers = resolve_layers(options.layers, list(self.served.layers), "attention_layers")
-            check_heads(options.heads, self.served.layers[layers[0]], "attention_heads")
-            group = self._groups[new.packed] = _Group(options, layers)
+            layers = resolve_layers(options.layers, list(self.served.whole), "attention_layers")
+            check_heads(options.heads, self.served.whole[layers[0]], "attention_heads")
+            own = tuple(layer for layer in layers if layer in self.served.layers)
+            group = self._groups[new.packed] = _Group(options, layers, own)
         for position, decode_step in rows:
             group.rows.append(Row(new.request, 0, position, decode_step, new.source))
             group.places.append(new.start + position - new.first)
 
-    def _check(self, number: int, q: torch.Tensor, view: LayerView, output: torch.Tensor) -> None:
-        """Rebuild the attention output of one row."""
-        group = next(iter(self._groups.values()))
-        at, row = len(group.rows) - 1, group.rows[-1]
+    def _check(
+        self, number: int, q: torch.Tensor, view: LayerView, output: torch.Tensor, row: Row, asked: bool
+    ) -> None:
+        """Rebuild the attention output of one row, [Hq, Dv], from its query [Hq, D]."""
         window = view.softmax["window"]
         low = 0 if window < 0 else max(0, row.position - window + 1)
         k, v = (
@@ -184,33 +219,81 @@ class ServedStep:
             for paged, dim in ((view.keys, q.shape[-1]), (view.values, output.shape[-1]))
         )
         softmax = {name: value for name, value in view.softmax.items() if name != "window"}
-        error = check_output(f"layer {number}", q[at], k, v, output[at], **softmax)
-        if error is not None and row.position + 1 - low >= KEYS_THAT_TELL:
+        error = check_output(f"layer {number}", q, k, v, output, **softmax)
+        if error is None:
+            return
+        if row.position + 1 - low >= KEYS_THAT_TELL:
             self.served.checked.add(number)
+        if asked:
+            self._checks[row.request_id] = _worse(self._checks, {row.request_id: error}, row.request_id)
 
-    def _reduce(self, group: _Group, part: slice, shares: dict[str, Share]) -> None:
-        missing = [layer for layer in group.layers if layer not in self._taken]
-        if missing:
-            raise UnsupportedError(f"layers {missing} made no attention call in this forward pass")
-        capture = StepCapture(group.rows, group.layers, group.options, self.served.model)
-        slots = torch.tensor([row.position for row in group.rows], device=self._device)
-        taken = [self._taken[layer] for layer in group.layers]
-        shift = torch.zeros(taken[0][1].keys.page_table.shape[0], dtype=torch.int32, device=self._device)
-        layers = [LayerRows(q[part], view.keys, slots, **view.softmax) for q, view in taken]
-        capture.add_layers(group.layers, layers, shift)
+    def _prepared(self) -> list[tuple[_Group, StepCapture, list[LayerRows]]]:
+        """Everything that can go wrong before the ranks must keep in step."""
+        ready = []
+        start = 0
+        for group in self._groups.values():
+            part = slice(start, start + len(group.rows))
+            start = part.stop
+            try:
+                missing = [layer for layer in group.own if layer not in self._taken]
+                if missing:
+                    raise UnsupportedError(f"layers {missing} made no attention call in this forward pass")
+                capture = StepCapture(group.rows, group.own, group.options, self.served.model, self.served.ranks)
+                slots = torch.tensor([row.position for row in group.rows], device=self._device)
+                taken = [self._taken[layer] for layer in group.own]
+                layers = [LayerRows(q[part], view.keys, slots, **view.softmax) for q, view in taken]
+                ready.append((group, capture, layers))
+            except Exception as error:
+                self._fail(error, group.requests)
+        return ready
+
+    def _reduce(self, group: _Group, capture: StepCapture, layers: list[LayerRows]) -> dict[_Key, bytes]:
+        if not layers:
+            return {}
+        shift = torch.zeros(layers[0].keys.page_table.shape[0], dtype=torch.int32, device=self._device)
+        capture.add_layers(group.own, layers, shift)
+        if self.served.ranks.rank:
+            return {}
         bad: list[str] = []
         records = capture.records(lambda why, count, message: bad.append(f"{count} rows dropped: {message}"))
-        rows: dict[tuple[str, int], bytes] = {}
-        for record in records:
-            data = record.to_bytes()
-            if record.is_prompt:
-                shares[record.request_id].prompt.append(data)
-            else:
-                rows[record.request_id, record.query_position] = data
-        kept = {(record.request_id, record.query_position) for record in records}
+        rows = {(record.request_id, record.query_position): record.to_bytes() for record in records}
         for row in group.rows:
-            if (row.request_id, row.position) not in kept:
+            if (row.request_id, row.position) not in rows:
                 self._errors.setdefault(row.request_id, "; ".join(bad))
-        for request in {row.request_id for row in group.rows}:
+        return rows
+
+    def _shares(self, said: list[_Said]) -> dict[str, dict[str, Any]]:
+        """What goes to the requests, from what every stage has of them."""
+        shares = {request: Share(reply=self._reply.get(request, True)) for request in self._sampled}
+        rows: dict[_Key, bytes] = {}
+        for group in self._groups.values():
+            for row in group.rows:
+                key = row.request_id, row.position
+                parts = [found[key] for found, _, _ in said if key in found]
+                if len(said) > 1:
+                    parts = _joined(parts, group.layers)
+                if parts:
+                    rows[key] = parts[0]
+                    if row.decode_step is None:
+                        shares[row.request_id].prompt.append(parts[0])
+        for request, share in shares.items():
             # one place per token that may be sampled; the empty ones were not wanted
-            shares[request].generated = [rows.get((request, position), b"") for position in self._sampled[request]]
+            share.generated = [rows.get((request, position), b"") for position in self._sampled[request]]
+            for _, errors, checks in said:
+                share.error = share.error or errors.get(request)
+                share.check = worse(share.check, checks.get(request))
+        return {request: share.pack() for request, share in shares.items()}
+
+
+def _joined(parts: list[bytes], layers: tuple[int, ...]) -> list[bytes]:
+    """The row of all layers from its parts; nothing where a stage has dropped it."""
+    records = [TokenRecord.from_bytes(part) for part in parts]
+    if sorted(layer for record in records for layer in record.layers) != list(layers):
+        return []
+    return [join_layers(records).to_bytes()]
+
+
+def _worse(one: dict[str, float], other: dict[str, float], request: str) -> float:
+    error = worse(one.get(request), other.get(request))
+    assert error is not None
+    return error

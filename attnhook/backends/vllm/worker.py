@@ -15,6 +15,7 @@ import torch
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
 from attnhook.errors import UnsupportedError
+from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep
 from attnhook.serving.wire import KEY
 
@@ -29,9 +30,10 @@ class _Worker:
 
     def __init__(self, runner: Any) -> None:
         self.layers = _attention_layers(runner)
-        self.served = Served(
-            served_name(runner.model_config), {n: layer.impl.num_heads for n, (_, layer) in self.layers.items()}
-        )
+        heads = {number: layer.impl.num_heads for number, (_, layer) in self.layers.items()}
+        self.served = Served(served_name(runner.model_config), heads, _ranks(runner.vllm_config))
+        if not self.served.whole:
+            raise UnsupportedError("vLLM's model has no attention layer that attnhook can capture")
         self.asks: dict[str, tuple[str, int]] = {}  # request -> packed options, position of its prompt's last token
         self.scheduled: Any = None  # of the pass that is about to run
         self.step: ServedStep | None = None
@@ -52,8 +54,11 @@ class _Worker:
     def plan(self, device: torch.device, rows: Iterator[Computed]) -> None:
         """Start the capture of a pass that computes these rows."""
         self.step = ServedStep(self.served, device)
-        for computed in rows:
-            self.step.add(computed)
+        try:
+            for computed in rows:
+                self.step.add(computed)
+        except Exception as error:
+            self.step.give_up(error)
 
     def finish(self, metadata: Any) -> None:
         """After the pass: reduce what was taken."""
@@ -77,7 +82,6 @@ def initialising_cache(original: Original) -> Original:
     def initialize_kv_cache(self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> Any:
         result = original(self, kv_cache_config, is_profiling, **kwargs)
         if not is_profiling:
-            _refuse_parallel(self.vllm_config)
             worker = self._attnhook = _Worker(self)
             for number, (name, layer) in worker.layers.items():
                 if "_attnhook" not in layer.impl.__dict__:
@@ -89,21 +93,30 @@ def initialising_cache(original: Original) -> Original:
     return initialize_kv_cache
 
 
-def _refuse_parallel(config: Any) -> None:
+def _ranks(config: Any) -> Ranks:
+    """The groups of vLLM that this worker's part of the model is in."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
     parallel = config.parallel_config
-    for name, size, flag in (
-        ("tensor", parallel.tensor_parallel_size, "--tensor-parallel-size 1"),
-        ("pipeline", parallel.pipeline_parallel_size, "--pipeline-parallel-size 1"),
+    for name, size in (
+        ("decode context", getattr(parallel, "decode_context_parallel_size", 1)),
+        ("prefill context", getattr(parallel, "prefill_context_parallel_size", 1)),
     ):
         if size > 1:
             raise UnsupportedError(
-                f"vLLM with {name} parallelism over {size} ranks cannot be captured yet: each rank sees a part of the "
-                f"model only. Start with {flag}, or without ATTNHOOK=1"
+                f"vLLM with {name} parallelism over {size} ranks cannot be captured: each rank has a part of the keys "
+                "only. Start without it, or without ATTNHOOK=1"
             )
+    tensor, stages = get_tp_group(), get_pp_group()
+    return Ranks(
+        tensor=tensor.device_group if tensor.world_size > 1 else None,
+        tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
+        stages=stages.cpu_group if stages.world_size > 1 else None,
+    )
 
 
 def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
-    """Name and module of the runner's causal attention layers by their number in the model; raises UnsupportedError."""
+    """Name and module of the runner's causal attention layers by their number in the model."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -116,8 +129,6 @@ def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
         # a cache that cannot be read is refused now; its view needs no requests
         cache.view(layer, layer.kv_cache, torch.zeros(0, 0, dtype=torch.int32))
         found[extract_layer_index(name)] = name, layer
-    if not found:
-        raise UnsupportedError("vLLM's model has no attention layer that attnhook can capture")
     return dict(sorted(found.items()))
 
 

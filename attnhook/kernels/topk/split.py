@@ -32,7 +32,8 @@ class SplitStep:
     head_mask
         [Hq] bool over this rank's heads; it may select none.
 
-    The other arguments are those of `topk_attention`. Ranks that do not go on get empty results.
+    The other arguments are those of `topk_attention`. Ranks that do not go on get empty results. A rank on which
+    something goes wrong adds NaN, so that no rank takes the sum for whole, and raises when all is added up.
     """
 
     def __init__(
@@ -57,13 +58,21 @@ class SplitStep:
         spans = 0 if self._spans is None else self._spans.shape[1]
         found = [cpu.empty_result(rows, self._top_k, spans, layers[0].q.device) for _ in layers]
         step = max(1, _SCRATCH_ELEMENTS // (count * self._width))
+        failure: Exception | None = None
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            attention = torch.stack([self._sum(layer, part) for layer in layers])
+            try:
+                attention = torch.stack([self._sum(layer, part) for layer in layers])
+            except Exception as error:  # raised below; the other ranks wait for this one's part
+                failure = failure or error
+                shape = count, part.stop - start, self._width
+                attention = torch.full(shape, torch.nan, device=layers[0].q.device)
             if not self._total(attention):
                 continue
             for layer, a, out in zip(layers, attention, found, strict=True):
                 self._reduce(layer, a, part, TopK(*(x[part] for x in out)))
+        if failure is not None:
+            raise failure
         return found
 
     def _sum(self, layer: LayerRows, part: slice) -> torch.Tensor:
