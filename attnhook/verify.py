@@ -36,9 +36,10 @@ class Report:
     def to_text(self) -> str:
         """Plain text, ready to paste into a bug report."""
         lines = []
+        width = max([34, *(len(name) for values in self.sections.values() for name in values)])
         for title, values in self.sections.items():
             lines.append(title)
-            lines += [f"  {name:<34} {value}" for name, value in values.items()]
+            lines += [f"  {name:<{width}} {value}" for name, value in values.items()]
         lines.append("verdict")
         lines += [f"  FAILED: {problem}" for problem in self.problems] or ["  OK"]
         return "\n".join(lines)
