@@ -143,16 +143,18 @@ def test_verify_of_a_server(server: Server) -> None:
 
 
 def test_offline(model: str, tokenizer: Any, tmp_path: Path) -> None:
+    """With a parser that names its markers only to requests that ask for thinking."""
     ids = [START, *tokenizer("The capital of France is")["input_ids"]]
-    request = {
-        "ids": ids,
-        "sampling": {"max_tokens": NEW, "ignore_eos": True, "thinking_token_budget": 3, "n": 2, "temperature": 0.9},
-        "fields": ALL,
-    }
-    closed = {**request, "ids": [*ids, END]}
-    found = offline(tmp_path, model, [request, closed], reasoning_parser="deepseek_r1")["replies"]
-    for prompt, reply in zip((ids, [*ids, END]), found, strict=True):
+    sampling = {"max_tokens": 6, "ignore_eos": True, "n": 2, "temperature": 0.9}
+    requests = [
+        {"ids": ids, "sampling": sampling, "fields": ALL},
+        {"ids": ids, "sampling": {**sampling, "allowed_token_ids": [END]}, "fields": ALL},
+        {"ids": [*ids, END], "sampling": sampling, "fields": ALL},
+    ]
+    found = offline(tmp_path, model, requests, reasoning_parser="deepseek_v3")["replies"]
+    for request, reply, first in zip(requests, found, ("think", "think", "output"), strict=True):
         for choice in reply["choices"]:
             mine = [record.think_phase for record in records(choice["generated"])]
-            assert mine == expected(prompt, choice["ids"])
-            assert mine[0] == ("output" if prompt[-1] == END else "think") and mine[-1] == "output"
+            assert mine == expected(request["ids"], choice["ids"]) and mine[0] == first
+            if "allowed_token_ids" in request["sampling"]:
+                assert mine == ["think", *["output"] * 5]
