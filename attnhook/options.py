@@ -118,6 +118,16 @@ class CaptureOptions:
         return cls(request=RequestOptions.resolve(arguments=arguments, environ=environ), **values)
 
 
+def graph_layers(environ: Mapping[str, str] | None = None) -> LayerSpec | None:
+    """Layers whose queries a server keeps under CUDA graphs, from ``ATTNHOOK_GRAPH_LAYERS``; None where unset.
+
+    Raises OptionError for what names no layers.
+    """
+    name = "ATTNHOOK_GRAPH_LAYERS"
+    text = (os.environ if environ is None else environ).get(name, "")
+    return _check_layers(name, parse_layers(name, text)) if text else None
+
+
 def enabled(environ: Mapping[str, str] | None = None) -> bool:
     """Whether ``ATTNHOOK`` asks for capture. Raises OptionError unless it is unset, empty, 0 or 1."""
     value = (os.environ if environ is None else environ).get("ATTNHOOK", "")
@@ -320,4 +330,5 @@ _PROCESS_VARIABLES = {
     "ATTNHOOK_FINGERPRINT_ONLY",
     "ATTNHOOK_API_KEY",
     "ATTNHOOK_CAPTURE_ALL",
+    "ATTNHOOK_GRAPH_LAYERS",
 }

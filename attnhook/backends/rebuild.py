@@ -21,15 +21,25 @@ KEYS_THAT_TELL = 8
 
 
 def check_output(
-    what: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, **softmax: Any
+    what: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    value_heads: torch.Tensor | None = None,
+    **softmax: Any,
 ) -> float | None:
     """How far one row's ``output`` [Hq, Dv] is from softmax attention of q [Hq, D] over k and v [Hkv, S, D].
+
+    Where the values are latent [1, S, L], ``value_heads`` [Hq, L, Dv] makes each head's output of their sum.
 
     Returns the largest difference over the largest output; None where the row holds NaN or infinity, which
     drops it anyway. ``softmax``: scale, softcap, sinks and alibi_slopes.
     Raises UnsupportedError where the engine computes something else than the formula.
     """
     rebuilt = _rebuild(q, k, v, **softmax)
+    if value_heads is not None:
+        rebuilt = torch.einsum("hl,hlv->hv", rebuilt, value_heads.float())
     if not bool(torch.isfinite(rebuilt).all()):
         return None
     engine = output.float()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions
+from attnhook.options import RequestOptions, graph_layers
 from attnhook.serving.wire import ASK
 
 
@@ -43,6 +43,12 @@ FLAGS = (
         "ATTNHOOK_FINGERPRINT_ONLY",
         bool,
         "Refuse modes that tell positions: only fingerprints leave the server.",
+    ),
+    Flag(
+        "--attention-tokens-graph-layers",
+        "ATTNHOOK_GRAPH_LAYERS",
+        str,
+        "Layers that can be captured while CUDA graphs run the whole model: last, auto (default), all, or 0,14,29.",
     ),
     Flag(
         "--attention-tokens-api-key",
@@ -87,6 +93,7 @@ class Policy:
             raise OptionError(
                 "ATTNHOOK_CAPTURE_ALL", f"ATTNHOOK_CAPTURE_ALL={everything!r} must be 'fingerprint', or unset"
             )
+        graph_layers(environ)
         return cls(
             allowed=_switch(environ, "ATTNHOOK_RETURN_ATTENTION_TOKENS", True),
             max_concurrent=int(limit) if limit else None,

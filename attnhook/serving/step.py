@@ -34,6 +34,7 @@ class LayerView(NamedTuple):
     keys: PagedKeys
     values: PagedKeys
     softmax: dict[str, Any]  # scale, softcap, window, sinks, alibi_slopes
+    value_heads: torch.Tensor | None = None  # [Hq, L, Dv]: how heads read shared latent values of L numbers (MLA)
 
 
 class Computed(NamedTuple):
@@ -57,6 +58,7 @@ class Served:
     layers: dict[int, int]  # number in the model -> query heads, of this worker's layers that can be captured
     ranks: Ranks = field(default_factory=Ranks)
     whole: dict[int, int] = field(init=False)  # the same of the whole model
+    if_missing: str = ""  # what to do where a layer's queries do not come
     prompt_rows: dict[str, int] = field(default_factory=dict)  # request -> prompt rows it has got, for recomputation
     checked: set[int] = field(default_factory=set)  # layers whose output was rebuilt from our probabilities
 
@@ -116,6 +118,11 @@ class ServedStep:
             self._index = torch.tensor(places, dtype=torch.int64, device=self._device)
         return self._index
 
+    @property
+    def missing(self) -> frozenset[int]:
+        """Wanted layers that have not been taken."""
+        return self.wanted - self._taken.keys()
+
     def add(self, computed: Computed) -> None:
         """Plan the rows of one request that asks; what is wrong with it is told to it alone."""
         self._sampled[computed.request] = []
@@ -166,7 +173,7 @@ class ServedStep:
         errors: dict[str, str] = {}
         checks: dict[str, float] = {}
         for theirs, worst in ranks.collect((self._errors, self._checks)):
-            errors = {**theirs, **errors}
+            errors |= theirs  # another rank knows the cause of the NaN that it has added
             checks = {request: _worse(checks, worst, request) for request in {**checks, **worst}}
         if not agreed:
             why = "the tensor-parallel ranks did not capture the same rows of this pass; their logs may say why"
@@ -214,12 +221,13 @@ class ServedStep:
         """Rebuild the attention output of one row, [Hq, Dv], from its query [Hq, D]."""
         window = view.softmax["window"]
         low = 0 if window < 0 else max(0, row.position - window + 1)
+        latent = output.shape[-1] if view.value_heads is None else view.value_heads.shape[1]
         k, v = (
             gather(paged.pages(dim), paged, row.source, low, row.position + 1).transpose(0, 1)
-            for paged, dim in ((view.keys, q.shape[-1]), (view.values, output.shape[-1]))
+            for paged, dim in ((view.keys, q.shape[-1]), (view.values, latent))
         )
         softmax = {name: value for name, value in view.softmax.items() if name != "window"}
-        error = check_output(f"layer {number}", q, k, v, output, **softmax)
+        error = check_output(f"layer {number}", q, k, v, output, view.value_heads, **softmax)
         if error is None:
             return
         if row.position + 1 - low >= KEYS_THAT_TELL:
@@ -237,7 +245,8 @@ class ServedStep:
             try:
                 missing = [layer for layer in group.own if layer not in self._taken]
                 if missing:
-                    raise UnsupportedError(f"layers {missing} made no attention call in this forward pass")
+                    what = f"layers {missing} made no attention call in this forward pass"
+                    raise UnsupportedError(what + self.served.if_missing)
                 capture = StepCapture(group.rows, group.own, group.options, self.served.model, self.served.ranks)
                 slots = torch.tensor([row.position for row in group.rows], device=self._device)
                 taken = [self._taken[layer] for layer in group.own]

@@ -67,12 +67,14 @@ def _patch(installation: EngineInstallation, module: ModuleType) -> None:
 # module of vLLM: (class, or "" for the module itself; attribute; our file and wrapper)
 _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "vllm.v1.worker.gpu_model_runner": (
+        ("GPUModelRunner", "load_model", "worker.loading"),
         ("GPUModelRunner", "initialize_kv_cache", "worker.initialising_cache"),
         ("GPUModelRunner", "execute_model", "worker.scheduled"),
         ("GPUModelRunner", "_model_forward", "worker.capturing"),
         ("GPUModelRunner", "sample_tokens", "worker.answering"),
     ),
     "vllm.v1.worker.gpu.model_runner": (
+        ("GPUModelRunner", "load_model", "worker.loading"),
         ("GPUModelRunner", "initialize_kv_cache", "worker.initialising_cache"),
         ("GPUModelRunner", "execute_model", "worker.scheduled"),
         ("GPUModelRunner", "prepare_attn", "worker.preparing"),

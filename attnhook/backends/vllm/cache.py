@@ -19,15 +19,47 @@ def view(layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> Layer
     Raises UnsupportedError for a cache that is not known.
     """
     impl = layer.impl
+    if is_mla(layer):
+        return _latent(layer, impl, kv_cache, block_table)
     name = type(impl).__name__
     if name not in _READERS:
         raise UnsupportedError(
             f"vLLM's attention implementation {name} keeps its keys in a layout that attnhook does not read; it reads "
-            f"those of {', '.join(_READERS)}: choose one with --attention-backend"
+            f"those of {', '.join(_READERS)} and MLA: choose one with --attention-backend"
         )
     if getattr(impl, "attn_type", "decoder") != "decoder":
         raise UnsupportedError(f"{name}: {impl.attn_type} attention is not causal self-attention")
     return _READERS[name](layer, impl, kv_cache, block_table)
+
+
+def is_mla(layer: Any) -> bool:
+    """Whether a layer is multi-head latent attention: one latent vector per position serves all heads."""
+    return hasattr(layer, "kv_lora_rank")
+
+
+def queries(layer: Any, q: torch.Tensor) -> torch.Tensor:
+    """Queries [U, Hq, D] that meet the stored keys: MLA's take the step from keys to latents into themselves."""
+    if not is_mla(layer):
+        return q
+    nope, rope = q[..., : layer.qk_nope_head_dim], q[..., layer.qk_nope_head_dim :]
+    latent = torch.bmm(nope.transpose(0, 1).float(), layer.W_UK_T.float()).transpose(0, 1)  # [U, Hq, L]
+    return torch.cat([latent, rope.float()], dim=-1)
+
+
+def _latent(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
+    """``[blocks, slots, latent | rope]``: the latent part is key and value at once."""
+    name = f"{type(impl).__name__} (MLA)"
+    if kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise UnsupportedError(f"{name}: a cache of {kv_cache.dtype} is not read yet: use --kv-cache-dtype auto")
+    if getattr(impl, "is_sparse", False):
+        raise UnsupportedError(f"{name}: sparse attention sees keys of its own choice, which attnhook does not know")
+    if not isinstance(getattr(layer, "W_UK_T", None), torch.Tensor) or layer.W_UK_T.dtype.itemsize < 2:
+        raise UnsupportedError(f"{name}: its projection W_UK_T is missing or quantised, so keys cannot be read")
+    cache = kv_cache.view(-1, *kv_cache.shape[-2:])
+    block, slot, step = cache.stride()
+    paged = PagedKeys(cache, table, cache.shape[1], (block, slot, 0, step), 1)
+    softmax = {"scale": impl.scale, "softcap": 0.0, "window": -1, "sinks": None, "alibi_slopes": None}
+    return LayerView(paged, paged, softmax, layer.W_UV)
 
 
 def _softmax(impl: Any) -> dict[str, Any]:
@@ -98,7 +130,7 @@ def _cpu_packing(isa: str, dtype: torch.dtype, size: int, dim: int, kv_dtype: st
 
 
 def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
-    """``[blocks, kv heads, slots, K | V]``, as FlashAttention's and Triton's backends see it; read from source."""
+    """``[blocks, kv heads, slots, K | V]``, as the GPU backends see it; read from source."""
     if kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedError(f"a key cache of {kv_cache.dtype} is not read yet: start with --kv-cache-dtype auto")
     _, heads, size, double = kv_cache.shape
@@ -115,4 +147,5 @@ _READERS: dict[str, Callable[[Any, Any, torch.Tensor, torch.Tensor], LayerView]]
     "CPUAttentionBackendImpl": _cpu,
     "FlashAttentionImpl": _interleaved,
     "TritonAttentionImpl": _interleaved,
+    "FlashInferImpl": _interleaved,
 }

@@ -15,6 +15,8 @@ import torch
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
 from attnhook.errors import UnsupportedError
+from attnhook.options import graph_layers, resolve_layers
+from attnhook.serving.graphs import KeptQueries
 from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep
 from attnhook.serving.wire import KEY
@@ -29,7 +31,11 @@ class _Worker:
     """What is ours of one model runner."""
 
     def __init__(self, runner: Any) -> None:
+        self.runner = runner
         self.layers = _attention_layers(runner)
+        for _, layer in self.layers.values():
+            # a cache that cannot be read is refused now; its view needs no requests
+            cache.view(layer, layer.kv_cache, torch.zeros(0, 0, dtype=torch.int32))
         heads = {number: layer.impl.num_heads for number, (_, layer) in self.layers.items()}
         self.served = Served(served_name(runner.model_config), heads, _ranks(runner.vllm_config))
         if not self.served.whole:
@@ -38,6 +44,14 @@ class _Worker:
         self.scheduled: Any = None  # of the pass that is about to run
         self.step: ServedStep | None = None
         self.shares: dict[str, dict[str, Any]] | None = None
+        if "_attnhook_kept" not in runner.__dict__:  # the CPU's runner loads its model in a way of its own
+            runner._attnhook_kept = _kept_queries(runner)
+        self.kept: KeptQueries | None = runner._attnhook_kept
+        if self.kept is not None:
+            self.served.if_missing = (
+                ": a CUDA graph ran them, where only queries of the layers that --attention-tokens-graph-layers names "
+                "are kept"
+            )
 
     def note(self, scheduled: Any) -> None:
         """Remember who asks; the engine's runners keep a request's options in different places, or not at all."""
@@ -57,14 +71,49 @@ class _Worker:
         try:
             for computed in rows:
                 self.step.add(computed)
+            if self.kept is not None:
+                self.kept.aim(self.step.index)
         except Exception as error:
             self.step.give_up(error)
 
     def finish(self, metadata: Any) -> None:
-        """After the pass: reduce what was taken."""
+        """After the pass, with its attention metadata by layer name: reduce what was taken."""
         step, self.step = self.step, None
-        if step is not None:
-            self.shares = step.finish()
+        if step is None:
+            return
+        if self.kept is not None:
+            try:
+                self._take_kept(step, self.kept, metadata)
+            except Exception as error:
+                step.give_up(error)
+        self.shares = step.finish()
+        if self.kept is not None:
+            self.kept.rest()
+
+    def _take_kept(self, step: ServedStep, kept: KeptQueries, metadata: Any) -> None:
+        """Layers whose attention ran inside a CUDA graph."""
+        for number in step.missing:
+            name, layer = self.layers[number]
+            q = kept.get(number, len(step.index))
+            if q is not None:
+                table = self.block_table(name, metadata[name])
+                step.take(number, cache.queries(layer, q), cache.view(layer, layer.kv_cache, table))
+
+    def block_table(self, name: str, metadata: Any) -> torch.Tensor:
+        """int32 [R, blocks] of a layer's cache: in its metadata, or, with some backends, only in the runner."""
+        table: torch.Tensor | None = getattr(metadata, "block_table", None)
+        if table is not None:
+            return table
+        runner = self.runner
+        for number, groups in enumerate(runner.attn_groups):
+            for group in groups:
+                if name in group.layer_names:
+                    if hasattr(runner, "block_tables"):  # V2
+                        table = runner.block_tables.input_block_tables[number]
+                    else:
+                        table = runner.input_batch.block_table[number].get_device_tensor(runner.input_batch.num_reqs)
+                    return group.map_to_kernel_block_table(table)  # type: ignore[no-any-return]
+        raise UnsupportedError(f"vLLM's runner has no block table of {name}")
 
 
 _current: _Worker | None = None  # whose pass runs now; a process runs one at a time
@@ -84,9 +133,13 @@ def initialising_cache(original: Original) -> Original:
         if not is_profiling:
             worker = self._attnhook = _Worker(self)
             for number, (name, layer) in worker.layers.items():
-                if "_attnhook" not in layer.impl.__dict__:
-                    layer.impl._attnhook = True
-                    layer.impl.forward = _observed(layer.impl.forward, number, name)
+                if "_attnhook" not in layer.__dict__:
+                    layer._attnhook = True
+                    hook = _Observer(number, name, layer, worker.kept)
+                    if cache.is_mla(layer):
+                        layer.forward_impl = hook.latent(layer.forward_impl)
+                    else:
+                        layer.impl.forward = hook.plain(layer.impl.forward)
             _warm_up()
         return result
 
@@ -107,6 +160,11 @@ def _ranks(config: Any) -> Ranks:
                 f"vLLM with {name} parallelism over {size} ranks cannot be captured: each rank has a part of the keys "
                 "only. Start without it, or without ATTNHOOK=1"
             )
+    if parallel.use_ubatching:
+        raise UnsupportedError(
+            "vLLM with dual batch overlap cannot be captured: its halves run their attention apart. Start without "
+            "--enable-dbo, or without ATTNHOOK=1"
+        )
     tensor, stages = get_tp_group(), get_pp_group()
     return Ranks(
         tensor=tensor.device_group if tensor.world_size > 1 else None,
@@ -115,8 +173,38 @@ def _ranks(config: Any) -> Ranks:
     )
 
 
+def loading(original: Original) -> Original:
+    """``GPUModelRunner.load_model``: buffers for CUDA graphs count as the model's when the engine measures memory."""
+
+    @wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        self._attnhook_kept = _kept_queries(self)
+        return result
+
+    return load_model
+
+
+def _kept_queries(runner: Any) -> KeptQueries | None:
+    config = runner.vllm_config
+    asked = graph_layers()
+    if asked is None and not config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return None
+    layers = {number: layer for number, (_, layer) in _attention_layers(runner).items()}
+    whole = _ranks(config).everywhere({number: 1 for number in layers})
+    chosen = layers.keys() & set(resolve_layers(asked or "auto", list(whole), "ATTNHOOK_GRAPH_LAYERS"))
+    shapes = {number: (layers[number].impl.num_heads, _query_dim(layers[number])) for number in chosen}
+    rows = config.scheduler_config.max_num_seqs * (1 + (config.num_speculative_tokens or 0))
+    largest = config.compilation_config.max_cudagraph_capture_size
+    return KeptQueries(shapes, min(rows, largest or rows), config.model_config.dtype, runner.device)
+
+
+def _query_dim(layer: Any) -> int:
+    return int(layer.qk_nope_head_dim + layer.qk_rope_head_dim if cache.is_mla(layer) else layer.head_size)
+
+
 def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
-    """Name and module of the runner's causal attention layers by their number in the model."""
+    """Name and module of the runner's attention layers by their number in the model."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -126,8 +214,6 @@ def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
         impl = getattr(layer, "impl", None)
         if not isinstance(layer, AttentionLayerBase) or id(layer) not in own or not hasattr(impl, "scale"):
             continue  # a state-space layer has no attention to report
-        # a cache that cannot be read is refused now; its view needs no requests
-        cache.view(layer, layer.kv_cache, torch.zeros(0, 0, dtype=torch.int32))
         found[extract_layer_index(name)] = name, layer
     return dict(sorted(found.items()))
 
@@ -142,40 +228,57 @@ def _warm_up() -> None:
         topk_attention(torch.zeros(rows, 1, 16), keys, torch.zeros(rows, dtype=torch.int32), place, top_k=1, scale=1.0)
 
 
-def _observed(original: Original, number: int, name: str) -> Original:
-    """An attention implementation's ``forward`` that hands the captured rows over."""
+class _Observer:
+    """Hands the captured rows of one layer over, right after the engine's own attention."""
 
-    @wraps(original)
-    def forward(
-        layer: Any,
-        query: torch.Tensor,
-        key: Any,
-        value: Any,
-        kv_cache: Any,
-        attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        output = original(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        step = None if _current is None else _current.step
-        if step is not None and number in step.wanted and attn_metadata is not None:
-            try:
-                _take(step, number, layer, query, kv_cache, attn_metadata, output)
-            except Exception as error:
-                step.give_up(error)
-        return output
+    def __init__(self, number: int, name: str, layer: Any, kept: KeptQueries | None) -> None:
+        self._number, self._name, self._layer, self._kept = number, name, layer, kept
 
-    return forward
+    def plain(self, original: Original) -> Original:
+        """Of an attention implementation's ``forward``."""
 
+        @wraps(original)
+        def forward(
+            layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            output = original(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+            self._see(query, kv_cache, attn_metadata, output)
+            return output
 
-def _take(
-    step: ServedStep, number: int, layer: Any, query: torch.Tensor, kv_cache: Any, metadata: Any, output: torch.Tensor
-) -> None:
-    view = cache.view(layer, kv_cache, metadata.block_table)
-    heads, places = layer.impl.num_heads, step.index
-    # copies: the engine uses its buffers again
-    q = query.view(query.shape[0], heads, -1)[places]
-    step.take(number, q, view, output.view(output.shape[0], heads, -1)[places])
+        return forward
+
+    def latent(self, original: Original) -> Original:
+        """Of an MLA layer's ``forward_impl``."""
+
+        @wraps(original)
+        def forward_impl(
+            q: Any, k_c_normed: Any, k_pe: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            output = original(q, k_c_normed, k_pe, kv_cache, attn_metadata, *args, **kwargs)
+            self._see(q, kv_cache, attn_metadata, output)
+            return output
+
+        return forward_impl
+
+    def _see(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+        number, layer = self._number, self._layer
+        if self._kept is not None and self._kept.records(number):
+            self._kept.keep(number, self._heads(query))
+            return
+        worker = _current
+        step = None if worker is None else worker.step
+        if worker is None or step is None or metadata is None or number not in step.wanted:
+            return
+        try:
+            view = cache.view(layer, kv_cache, worker.block_table(self._name, metadata))
+            # copies: the engine uses its buffers again
+            q = cache.queries(layer, self._heads(query)[step.index])
+            step.take(number, q, view, self._heads(output)[step.index])
+        except Exception as error:
+            step.give_up(error)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], self._layer.impl.num_heads, -1)
 
 
 def scheduled(original: Original) -> Original:
@@ -215,10 +318,16 @@ def capturing(original: Original) -> Original:
             output = original(self, *args, **kwargs)
         finally:
             _current = None
-        _safely(worker.finish, None)
+        _safely(worker.finish, _metadata())
         return output
 
     return _model_forward
+
+
+def _metadata() -> Any:
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().attn_metadata
 
 
 def preparing(original: Original) -> Original:

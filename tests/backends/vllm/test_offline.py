@@ -107,6 +107,21 @@ def test_strides_limits_modes_heads_and_spans(
     assert all(reply["choices"][0]["ids"] == replies[0]["choices"][0]["ids"] for reply in replies)
 
 
+def test_kept_queries(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    """What CUDA graphs would have copied in their replay: buffers and an index instead of Python in the pass."""
+    environ = {"ATTNHOOK_GRAPH_LAYERS": "0,7,29"}
+    plain = {"ids": prompts[1], "sampling": {"max_tokens": 8, "ignore_eos": True}}
+    few = {**ask(prompts[2], attention_prompt=False), "sampling": {"max_tokens": 20, "ignore_eos": True}}
+    requests = [few, plain, ask(prompts[0], attention_prompt=False), ask(prompts[3])]
+    result = offline(tmp_path, smol_path, requests, together=False, environ=environ, max_num_seqs=4)["replies"]
+    for n in (0, 2):
+        check(smol, requests[n]["ids"], result[n]["choices"][0]["ids"], records(result[n]["choices"][0]["generated"]))
+    assert not result[1]["choices"][0]["asked"]
+    # more prompt rows in one pass than the buffers have room for
+    error = result[3]["choices"][0]["error"]
+    assert "[0, 7, 29]" in error and "--attention-tokens-graph-layers" in error, error
+
+
 def test_bfloat16(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
     request = ask(prompts[1])
     choice = offline(tmp_path, smol_path, [request], dtype="bfloat16")["replies"][0]["choices"][0]
@@ -131,3 +146,19 @@ def test_the_plugin_changes_no_token(smol_path: str, prompts: list[list[int]], t
         for name in ("ids", "logprobs"):
             assert a["choices"][0][name] == b["choices"][0][name] == c["choices"][0][name]
         assert len(c["choices"][0]["generated"]) == 12
+
+
+def test_model_runner_v2(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    """vLLM's default on GPUs, here with its Triton kernels interpreted: chunks, a prefix hit, a mixed batch."""
+    environ = {
+        "PYTHONPATH": str(Path(__file__).parent / "interpreted"),
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+    plain = {"ids": prompts[1], "sampling": {"max_tokens": 4, "ignore_eos": True}}
+    requests = [ask(prompts[2], new=4), plain, ask(prompts[0], new=4), ask(prompts[4], new=4, attention_prompt=False)]
+    result = offline(tmp_path, smol_path, requests, environ=environ, max_num_batched_tokens=64)["replies"]
+    for n in (0, 2):
+        print(whole(smol, requests[n], result[n]["choices"][0]))
+    assert not result[1]["choices"][0]["asked"]
+    choice = result[3]["choices"][0]
+    check(smol, requests[3]["ids"], choice["ids"], records(choice["generated"]))

@@ -292,11 +292,3 @@ def test_two_api_servers_and_compiled_code(smol: Any, smol_path: str, tmp_path: 
             choice = reply.choices[0]
             generated, prompt = rows(choice.attention_tokens), rows(choice.prompt_attention_tokens)
             check(smol, reply.prompt_token_ids, choice.token_ids, generated, prompt)
-
-
-def test_tensor_parallelism_is_refused_by_name(smol_path: str, tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError, match="tensor parallelism over 3 ranks cannot be captured"),
-        serve(tmp_path, smol_path, "--tensor-parallel-size", "3", VLLM_CPU_OMP_THREADS_BIND="0|1|0"),
-    ):
-        pass

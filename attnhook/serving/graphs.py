@@ -1,0 +1,68 @@
+"""Queries of the captured rows where CUDA graphs run the model: Python does not run when a graph is replayed.
+
+So the copy is part of the graph: rows that a fixed index names go into fixed buffers, pass after pass, and
+who captures a pass sets the index before it and reads the buffers after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+logger = logging.getLogger("attnhook")
+
+
+class KeptQueries:
+    """Buffers of some layers' queries, at addresses that never change.
+
+    Parameters
+    ----------
+    shapes
+        Layer -> (query heads, dimensions).
+    rows
+        Most rows that one replay may be asked for.
+    dtype, device
+        Those of the queries.
+    """
+
+    def __init__(
+        self, shapes: Mapping[int, tuple[int, int]], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows = rows
+        # 0 where nothing is wanted: a row that every graph has
+        self._index = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._kept = {number: torch.zeros(rows, *shape, dtype=dtype, device=device) for number, shape in shapes.items()}
+
+    def records(self, number: int) -> bool:
+        """Whether an attention call of this layer is to `keep` its queries now: while a graph is being captured."""
+        if number not in self._kept:
+            return False
+        if self._index.device.type == "cuda":
+            return torch.cuda.is_current_stream_capturing()
+        return True  # no graphs, so every pass stands for a replay: this is how the buffers are tested without a GPU
+
+    def keep(self, number: int, q: torch.Tensor) -> None:
+        """Copy the rows of q [N, Hq, D] that the index names; becomes part of the graph."""
+        count = min(self.rows, len(q))
+        try:
+            torch.index_select(q, 0, self._index[:count], out=self._kept[number][:count])
+        except RuntimeError:  # an engine that hands out queries of another type or shape than its model's
+            logger.warning("layer %d is not captured under CUDA graphs", number, exc_info=True)
+            del self._kept[number]
+
+    def aim(self, places: torch.Tensor) -> None:
+        """Set the index, int64 [U], before a pass; more rows than there is room for are left out."""
+        if len(places) <= self.rows:
+            self._index[: len(places)] = places
+            self._index[len(places) :] = 0
+
+    def rest(self) -> None:
+        """After a pass: the next graph may have fewer rows than the index names."""
+        self._index.zero_()
+
+    def get(self, number: int, count: int) -> torch.Tensor | None:
+        """Queries [count, Hq, D] of the last pass, which the next one overwrites; None where they were not kept."""
+        kept = self._kept.get(number)
+        return None if kept is None or count > self.rows else kept[:count]
