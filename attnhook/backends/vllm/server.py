@@ -108,7 +108,8 @@ def with_capabilities(original: Original) -> Original:
             from attnhook.backends.vllm import VllmBackend
 
             name, layers, heads = frontend.model_shape()
-            return capabilities("vllm", VllmBackend().version(), name, layers, heads, frontend.policy())
+            version, dtype = VllmBackend().version(), frontend.model_dtype()
+            return capabilities("vllm", version, name, layers, heads, frontend.policy(), dtype=dtype)
 
         app.add_api_route("/v1/attention/capabilities", tell, methods=["GET"])
         return result
