@@ -112,12 +112,11 @@ def run(
     if out is not None and html is not None and out.resolve() == html.resolve():
         raise OptionError("html", f"--out and --html both name {html}: name two files")
 
-    local = {"dtype": None if dtype == "auto" else dtype, "device": device}
-    remote = {"api-key": api_key, "attention-key": attention_key}
-    for name, value in (remote if url is None else local).items():
-        if value is not None:
-            where = "is for --url only" if url is None else "cannot be used with --url: the server has its own"
-            raise OptionError(name, f"--{name} {where}; drop one")
+    if url is None:
+        _only_with_url(api_key=api_key, attention_key=attention_key)
+    for name, value in {"dtype": None if dtype == "auto" else dtype, "device": device}.items():
+        if url is not None and value is not None:
+            raise OptionError(name, f"--{name} cannot be used with --url: the server has its own; drop one")
     answer: Any
     if url is None:
         with _status("loading the model"):
@@ -151,14 +150,34 @@ def run(
 
 @app.command()
 def verify(
-    model: Annotated[str | None, typer.Option(help="Check on this model; default: SmolLM2-135M-Instruct.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Check on this model (default: SmolLM2-135M-Instruct); with --url, a served name."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Check this server, such as http://127.0.0.1:8000/v1, in place of this process.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
+    attention_key: Annotated[
+        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print versions, engines and hooks, check the numbers against eager attention, and give a verdict."""
-    from attnhook import verify as checks
+    """Print versions, engines and hooks, check the numbers against eager attention, and give a verdict.
 
-    with _status("checking"):
-        report = checks.run(model)
+    With --url: check a running server's answers, streamed and whole, and what it finds when it checks itself.
+    """
+    if url is None:
+        _only_with_url(api_key=api_key, attention_key=attention_key)
+        from attnhook import verify as checks
+
+        with _status("checking"):
+            report = checks.run(model)
+    else:
+        from attnhook import servercheck
+
+        with _status("checking the server"):
+            report = servercheck.run(url, model=model, api_key=api_key, attention_key=attention_key)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -173,6 +192,12 @@ def model_path() -> None:
     from attnhook.backends.transformers.default_model import default_model_path
 
     print(default_model_path())
+
+
+def _only_with_url(**options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise OptionError(name, f"--{name.replace('_', '-')} is for --url only; drop one")
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

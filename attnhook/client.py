@@ -9,8 +9,9 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, TypeGuard
@@ -64,7 +65,7 @@ class Client:
     def capabilities(self) -> dict[str, Any]:
         """What the server can capture. Raises ServerError, also where it has no attnhook."""
         try:
-            return self._send("/v1/attention/capabilities")
+            return self.get("/v1/attention/capabilities")
         except ServerError as error:
             if error.status != 404:
                 raise
@@ -76,7 +77,7 @@ class Client:
 
     def model(self, wanted: str | None = None) -> str:
         """The name of the model to ask: ``wanted`` if it is served, by default the first one served."""
-        names = [str(entry.get("id")) for entry in _entries(self._send("/v1/models"), "data")]
+        names = [str(entry.get("id")) for entry in _entries(self.get("/v1/models"), "data")]
         if not names or (wanted is not None and wanted not in names):
             raise OptionError(
                 "model",
@@ -160,7 +161,7 @@ class Client:
 
     def detokenize(self, model: str, ids: Sequence[int]) -> str:
         """The text of some tokens."""
-        reply = self._send("/detokenize", {"model": model, "tokens": list(ids), "skip_special_tokens": False})
+        reply = self.post("/detokenize", {"model": model, "tokens": list(ids), "skip_special_tokens": False})
         text = reply.get("prompt", reply.get("text"))  # vLLM's name, and SGLang's
         if not isinstance(text, str):
             raise ServerError(f"{self.url}/detokenize answered without the text: upgrade the server")
@@ -170,18 +171,47 @@ class Client:
         if chat:
             try:
                 message = {"role": "user", "content": prompt}
-                return self._send("/v1/chat/completions", {**body, "messages": [message]})
+                return self.post("/v1/chat/completions", {**body, "messages": [message]})
             except ServerError as error:
                 if error.status != 400 or "chat template" not in str(error):
                     raise
-        return self._send("/v1/completions", {**body, "prompt": prompt})
+        return self.post("/v1/completions", {**body, "prompt": prompt})
 
-    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path. Raises ServerError."""
+        with self._open(path, None) as reply:
+            return self._object(path, json.loads(reply.read()))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object that answers a JSON body. Raises ServerError."""
+        with self._open(path, body) as reply:
+            return self._object(path, json.loads(reply.read()))
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks that answer a body with ``stream``. Raises ServerError, also for an error amid the stream."""
+        with self._open(path, body) as reply:
+            for line in reply:
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]" or not line.startswith(b"data:"):
+                    continue
+                chunk = self._object(path, json.loads(data))
+                if "error" in chunk:
+                    raise ServerError(f"{self.url}{path} ends its stream: {_reason(data)}; the server's log says more")
+                yield chunk
+
+    def _object(self, path: str, answer: Any) -> dict[str, Any]:
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self.url}{path} answers {str(answer)[:80]!r}: is this an OpenAI-compatible server?")
+        return answer
+
+    @contextmanager
+    def _open(self, path: str, body: Mapping[str, Any] | None) -> Iterator[Any]:
+        """The open reply; what goes wrong until it is closed becomes a ServerError."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)
         try:
             with self._opener.open(request, timeout=_TIMEOUT) as reply:
-                answer = json.loads(reply.read())
+                yield reply
         except urllib.error.HTTPError as error:
             with error:
                 raise ServerError(
@@ -197,9 +227,6 @@ class Client:
             raise ServerError(
                 f"{self.url} cannot be reached: {cause}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
             ) from error
-        if not isinstance(answer, dict):
-            raise ServerError(f"{self.url}{path} answers {str(answer)[:80]!r}: is this an OpenAI-compatible server?")
-        return answer
 
 
 class _Tokenizer:

@@ -1,4 +1,7 @@
-"""``attnhook verify``: versions, engines, hooks, a self-check against eager attention, a verdict."""
+"""``attnhook verify``: versions, engines, hooks, a self-check against eager attention, a verdict.
+
+`servercheck` does it for a running server.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ class Report:
     def to_text(self) -> str:
         """Plain text, ready to paste into a bug report."""
         lines = []
+        width = max([34, *(len(name) for values in self.sections.values() for name in values)])
         for title, values in self.sections.items():
             lines.append(title)
-            lines += [f"  {name:<34} {value}" for name, value in values.items()]
+            lines += [f"  {name:<{width}} {value}" for name, value in values.items()]
         lines.append("verdict")
         lines += [f"  FAILED: {problem}" for problem in self.problems] or ["  OK"]
         return "\n".join(lines)
@@ -44,7 +48,7 @@ class Report:
 def run(model: str | None = None) -> Report:
     """Collect everything; failures become ``problems``, they do not raise."""
     report = Report()
-    report.sections["versions"] = _versions()
+    report.sections["versions"] = own_versions()
     try:
         _engines(report)
         _self_check(report, model)
@@ -55,7 +59,8 @@ def run(model: str | None = None) -> Report:
     return report
 
 
-def _versions() -> dict[str, str]:
+def own_versions() -> dict[str, str]:
+    """Versions of what this environment has of attnhook, Python and the packages that matter."""
     found = {"attnhook": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
     for package in _PACKAGES:
         try:

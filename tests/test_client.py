@@ -36,14 +36,19 @@ GOOD: dict[tuple[str, str], Any] = {
 
 @contextmanager
 def server(answers: dict[tuple[str, str], Any]) -> Iterator[tuple[str, list[Any]]]:
-    """A real HTTP server with fixed (status, JSON or bytes) answers, 404 elsewhere; what it was asked."""
+    """A real HTTP server, 404 where it has no answer; what it was asked.
+
+    An answer is (status, JSON or bytes), or a function that makes it from the body of the request.
+    """
     asked: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            asked.append((self.path, json.loads(self.rfile.read(length) or b"null"), dict(self.headers)))
-            status, answer = answers.get((self.command, self.path), (404, {"detail": "Not Found"}))
+            body = json.loads(self.rfile.read(length) or b"null")
+            asked.append((self.path, body, dict(self.headers)))
+            found = answers.get((self.command, self.path), (404, {"detail": "Not Found"}))
+            status, answer = found(body) if callable(found) else found
             self.send_response(status)
             if status == 307:
                 self.send_header("Location", "/v1/models")

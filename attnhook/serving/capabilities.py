@@ -12,9 +12,17 @@ from attnhook.serving.policy import Policy
 
 
 def capabilities(
-    engine: str, version: str | None, model: str, layers: list[int] | None, heads: int | None, policy: Policy
+    engine: str,
+    version: str | None,
+    model: str,
+    layers: list[int] | None,
+    heads: int | None,
+    policy: Policy,
+    *,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The answer, with plain JSON values; ``layers`` and ``heads`` are None where the front end can't tell."""
+    """The answer, with plain JSON values; ``layers``, ``heads`` and ``dtype`` (of the model, such as "bfloat16")
+    are None where the front end can't tell."""
     import attnhook
 
     defaults = RequestOptions.resolve()
@@ -27,6 +35,7 @@ def capabilities(
         "modes": ["fingerprint"] if policy.fingerprint_only else list(MODES),
         "layers": layers,
         "query_heads": heads,
+        "dtype": dtype,
         "top_k": {"default": defaults.top_k, "max": TOP_K_MAX},
         "default_layers": defaults.layers if isinstance(defaults.layers, str) else list(defaults.layers),
         "limits": policy.capabilities(),

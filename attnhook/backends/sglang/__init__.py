@@ -1,9 +1,9 @@
 """SGLang: exact attention from an unmodified server or `sglang.Engine`, per request.
 
 `worker` captures rows in the scheduler processes, `pool` reads the engine's keys, `results` sends records along
-with the tokens that they belong to, `frontend` takes requests and fills replies, `server` is the HTTP surface.
-SGLang loads `load` through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, which load no
-plugins, are reached by ``attnhook.pth``.
+with the tokens that they belong to, `stages` from one pipeline stage to another, `frontend` takes requests and
+fills replies, `server` is the HTTP surface. SGLang loads `load` through the entry point group
+``sglang.srt.plugins``; its extra HTTP workers, which load no plugins, are reached by ``attnhook.pth``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ _HOOKS: dict[str, tuple[str, ...]] = {
         "SchedulerBatchResultProcessor._maybe_collect_customized_info",
         f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.maybe_collect_customized_info",
     ),
+    "stages.sending": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",),
+    "stages.receiving": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",),
     "frontend.knowing_the_model": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
     "frontend.serving": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
     "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
@@ -46,7 +48,7 @@ _HOOKS: dict[str, tuple[str, ...]] = {
     "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
 }
 #: What each kind of process must have; the HTTP server's are checked where there is one.
-WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.")))
+WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.", "stages.")))
 FRONTEND = tuple(name for name in _HOOKS if name.startswith("frontend."))
 SERVER = tuple(name for name in _HOOKS if name.startswith("server."))
 

@@ -65,6 +65,12 @@ def model_shape() -> tuple[str, list[int] | None, int | None]:
     )
 
 
+def model_dtype() -> str | None:
+    """The model's dtype, such as "bfloat16"; None where it is not known yet."""
+    dtype = getattr(getattr(_manager, "model_config", None), "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def options_of(fields: Mapping[str, Any]) -> RequestOptions | None:
     """What a body's fields ask for, checked against the model; None where it does not ask. Raises OptionError."""
     options = asked(fields)

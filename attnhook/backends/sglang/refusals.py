@@ -11,7 +11,6 @@ from attnhook.errors import UnsupportedError
 
 # server argument: (what it makes of the engine, whether a value is refused, remedy)
 _ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
-    "pp_size": ("pipeline parallelism", lambda size: size > 1, "--pp-size 1"),
     "attn_cp_size": ("context parallelism", lambda size: size > 1, "--attn-cp-size 1"),
     "dcp_size": ("context parallelism in decoding", lambda size: size > 1, "--dcp-size 1"),
     "enable_dp_attention": ("data-parallel attention", bool, "no --enable-dp-attention (plain --dp-size works)"),

@@ -53,6 +53,8 @@ def _share(ask: Asking, row: Row | None, token: int) -> Share:
     """What goes with one token; what waited for it waits no more."""
     share = Share(prompt=ask.prompt_rows, error=ask.error)
     ask.prompt_rows, ask.error = [], None
+    if row is not None:
+        share.prompt, share.error = share.prompt + row.prompt_rows, share.error or row.error
     if row is None:
         share.error = share.error or NOTHING_TAKEN
     elif row.position - ask.prompt_end != token:

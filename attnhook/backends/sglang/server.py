@@ -94,6 +94,7 @@ def with_capabilities(original: list[Any]) -> _Routes:
         from attnhook.backends.sglang import SglangBackend
 
         name, layers, heads = frontend.model_shape()
-        return capabilities("sglang", SglangBackend().version(), name, layers, heads, frontend.policy())
+        version, dtype = SglangBackend().version(), frontend.model_dtype()
+        return capabilities("sglang", version, name, layers, heads, frontend.policy(), dtype=dtype)
 
     return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])

@@ -51,6 +51,9 @@ class Row:
     position: int
     data: bytes  # empty where it was not wanted
     check: float | None
+    # from another pipeline stage only: what waits for the token there
+    prompt_rows: list[bytes] = field(default_factory=list)
+    error: str | None = None
 
 
 class _Worker:
@@ -107,18 +110,20 @@ class _Worker:
             computed = self.computed.get(req.rid)
             if computed is not None and computed.sampled:
                 data = share["generated"][-1] if share["generated"] else b""
-                rows[req.rid] = Row(computed.first + computed.tokens - 1, data, share.get("check"))
-        logits = getattr(output, "logits_output", None)
-        if logits is not None:
-            logits.attnhook = rows
+                row = rows[req.rid] = Row(computed.first + computed.tokens - 1, data, share["check"])
+                if self.served.ranks.stage_count > 1:
+                    row.prompt_rows, row.error = ask.prompt_rows, ask.error
+                    ask.prompt_rows, ask.error = [], None
+        if rows:
+            output.logits_output.attnhook = rows
 
 
 _worker: _Worker | None = None
 
 
 def answers() -> bool:
-    """Whether what this process captures reaches the front end."""
-    return _worker is not None and _worker.served.ranks.answers
+    """Whether this process sends its requests' tokens to the front end: the first rank of the first stage."""
+    return _worker is not None and _worker.served.ranks.rank == 0 and _worker.served.ranks.stage == 0
 
 
 def reasoning_parser() -> str | None:
@@ -290,13 +295,15 @@ def _attention_layers(runner: Any) -> dict[int, Any]:
 
 
 def _ranks() -> Ranks:
-    """The group of SGLang that has the other heads of this worker's layers."""
-    from sglang.srt.distributed import get_tp_group
+    """The groups of SGLang that this worker's part of the model is in."""
+    from sglang.srt.distributed import get_pp_group, get_tp_group
 
-    group = get_tp_group()
-    if group.world_size == 1:
-        return Ranks()
-    return Ranks(tensor=group.device_group, tensor_cpu=group.cpu_group)
+    tensor, stages = get_tp_group(), get_pp_group()
+    return Ranks(
+        tensor=tensor.device_group if tensor.world_size > 1 else None,
+        tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
+        stages=stages.cpu_group if stages.world_size > 1 else None,
+    )
 
 
 def _backends(runner: Any) -> list[Any]:

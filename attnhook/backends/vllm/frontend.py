@@ -57,6 +57,12 @@ def model_shape() -> tuple[str, list[int] | None, int | None]:
     )
 
 
+def model_dtype() -> str | None:
+    """The dtype in which the model computes, such as "bfloat16"."""
+    dtype = getattr(_model, "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def check_model(options: RequestOptions) -> None:
     """Raise OptionError for a layer or head that the model does not have."""
     _, layers, heads = model_shape()

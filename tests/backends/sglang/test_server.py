@@ -156,11 +156,12 @@ def test_generate(server: Server, smol: Any, tokenizer: Any) -> None:
         generated, before = rows(meta["attention_tokens"]), rows(meta["prompt_attention_tokens"])
         check(smol, prompt, result["output_ids"], generated, before)
     # a stream tells all so far, as it does of everything
+    status, alone = server.post("/generate", {"input_ids": ids[0], "sampling_params": params, **ALL})
     *_, last = events = server.events("/generate", {"input_ids": ids[0], "sampling_params": params, **ALL})
     assert len(events) > 2
     for event in events:
         assert len(event["meta_info"]["attention_tokens"]) == len(event["output_ids"])
-    assert last["meta_info"]["attention_tokens"] == reply[0]["meta_info"]["attention_tokens"]
+    assert last["meta_info"]["attention_tokens"] == alone["meta_info"]["attention_tokens"]
     # one of two asks, in the way of the offline engine
     each = [{**params, "custom_params": dict(ASK)}, params]
     status, (asked, quiet) = server.post("/generate", {"input_ids": ids, "sampling_params": each})
@@ -381,7 +382,6 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("argument", "value", "named"),
     [
-        ("pp_size", 2, "pipeline parallelism"),
         ("speculative_algorithm", "EAGLE", "speculative decoding"),
         ("disaggregation_mode", "prefill", "disaggregation"),
         ("enable_dp_attention", True, "data-parallel attention"),
@@ -392,6 +392,8 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
 def test_what_cannot_be_captured_is_refused_by_name(argument: str, value: Any, named: str) -> None:
     from attnhook.backends.sglang import refusals
 
-    refusals.check(SimpleNamespace(tp_size=2, dp_size=2, speculative_algorithm=None, disaggregation_mode="null"))
+    refusals.check(
+        SimpleNamespace(tp_size=2, pp_size=2, dp_size=2, speculative_algorithm=None, disaggregation_mode="null")
+    )
     with pytest.raises(UnsupportedError, match=f"{named}.*{argument}={value!r}.*start with"):
         refusals.check(SimpleNamespace(**{argument: value}))

@@ -158,6 +158,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"attention_heads": [9]}, "attention_heads", "0..8"),
     ({"attention_spans": {"a": [5, 2]}}, "attention_spans", "[5, 2]"),
     ({"attention_mode": "all"}, "attention_mode", "raw, sketch, fingerprint"),
+    ({"attention_self_check": "yes"}, "attention_self_check", "true or false"),
     ({"attention_layer": [1]}, "attention_layer", "attention_layers"),
     ({"return_attention_tokens": "yes"}, "return_attention_tokens", "true or false"),
     ({"use_beam_search": True, "n": 2}, "return_attention_tokens", "beam search"),
