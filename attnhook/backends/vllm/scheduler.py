@@ -9,7 +9,7 @@ from typing import Any
 
 from attnhook import lifecycle
 from attnhook.records import TokenRecord
-from attnhook.serving.wire import KEY, Share
+from attnhook.serving.wire import KEY, Share, worse
 
 logger = logging.getLogger("attnhook")
 
@@ -54,6 +54,7 @@ def _forward(scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[in
         kept = waiting.setdefault(request, Share(reply=share.reply))
         kept.prompt += share.prompt
         kept.error = kept.error or share.error
+        kept.check = worse(kept.check, share.check)
     for client in outputs.values():
         for output in client.outputs:
             if output.request_id not in waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from http import HTTPStatus
@@ -80,7 +81,7 @@ def guarded(original: Original) -> Original:
             with frontend.checked(request, options):
                 reply = await original(self, request, raw_request, *args, **kwargs)
             streaming = hasattr(reply, "__aiter__")
-            return _leaving(reply) if streaming else reply
+            return _Leaving(reply) if streaming else reply
         finally:
             if not streaming:
                 _gate.leave()
@@ -88,13 +89,30 @@ def guarded(original: Original) -> Original:
     return create
 
 
-async def _leaving(stream: Any) -> Any:
-    """The stream; its place is free when it ends, however it ends."""
-    try:
-        async for line in stream:
-            yield line
-    finally:
-        _gate.leave()
+class _Leaving:
+    """A stream whose place is free when it ends, fails or is thrown away.
+
+    A generator would not do: its ``finally`` never runs where the client is gone before the first chunk is taken.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._leave = weakref.finalize(self, _gate.leave)  # once, however it is called
+
+    def __aiter__(self) -> _Leaving:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._stream)
+        except BaseException:  # its end, an error, or the client is gone
+            self._leave()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the engine's stream too."""
+        self._leave()
+        await self._stream.aclose()
 
 
 def with_capabilities(original: Original) -> Original:

@@ -1,7 +1,8 @@
 """Runs vLLM offline in this process and writes what it captured: `python -m tests.backends.vllm.offline JOB OUT`.
 
-JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``), ``together`` (one
-generate call for all, or one each). OUT gets JSON: token ids, and records in hexadecimal.
+JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``, and the folder of
+a LoRA ``adapter``), ``together`` (one generate call for all, or one each). OUT gets JSON: token ids, and
+records in hexadecimal.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             SamplingParams(**{"temperature": 0.0, **request["sampling"]}, extra_args=request["fields"] or None)
             for request in batch
         ]
-        for result in llm.generate(prompts, params, use_tqdm=False):
+        adapters = [adapter(request) for request in batch]
+        for result in llm.generate(prompts, params, use_tqdm=False, lora_request=adapters):
             replies.append(
                 {
                     "cached": result.num_cached_tokens,
@@ -42,6 +44,12 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
                 }
             )
     return {"replies": replies, "preempted": preempted}
+
+
+def adapter(request: dict[str, Any]) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, request["adapter"]) if "adapter" in request else None
 
 
 def choice(output: Any) -> dict[str, Any]:
@@ -54,6 +62,7 @@ def choice(output: Any) -> dict[str, Any]:
         "generated": [record.to_bytes().hex() for record in getattr(output, "attention_tokens", [])],
         "prompt": [record.to_bytes().hex() for record in getattr(output, "prompt_attention_tokens", [])],
         "error": getattr(output, "attention_error", None),
+        "check": getattr(output, "attention_self_check", None),
     }  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_the_plugin_changes_no_token(smol_path: str, prompts: list[list[int]], t
 
 
 def test_model_runner_v2(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
-    """vLLM's default on GPUs, here with its Triton kernels interpreted: chunks, a prefix hit, a mixed batch."""
+    """vLLM's default on GPUs, here with its Triton kernels interpreted: a mixed batch whose prompts come in chunks."""
     environ = {
         "PYTHONPATH": str(Path(__file__).parent / "interpreted"),
         "VLLM_USE_V2_MODEL_RUNNER": "1",

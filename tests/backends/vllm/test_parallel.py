@@ -63,8 +63,10 @@ def test_tensor_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> Non
 
 
 def test_pipeline_stages(smol: Any, smol_path: str, tmp_path: Path) -> None:
-    environ = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "0"}
-    with serve(tmp_path, smol_path, "--pipeline-parallel-size", "2", **environ) as server:
+    # compiled by a backend that compiles nothing: vLLM's stages on the CPU do not run eagerly
+    flags = ["--no-enforce-eager", "--compilation-config", '{"mode": 2, "backend": "eager"}']
+    environ = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with serve(tmp_path, smol_path, "--pipeline-parallel-size", "2", *flags, **environ) as server:
         client = client_of(server)
         check_crowd(client, smol)
         for layers in ([2], [28], [14, 15]):  # of the first stage, of the last, of both
