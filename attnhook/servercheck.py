@@ -116,7 +116,7 @@ def run(url: str, *, model: str | None = None, api_key: str | None = None, atten
         _check(client, model, report)
     except AttnhookError as error:
         report.problems.append(str(error))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # an answer that nobody could foresee
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # an answer that nobody could foresee
         report.problems.append(f"{client.url} answered what cannot be read: {type(error).__name__}: {error}")
     return report
 

@@ -31,6 +31,7 @@ class KeptQueries:
         self, shapes: Mapping[int, tuple[int, int]], rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.rows = rows
+        self._aimed = False
         # 0 where nothing is wanted: a row that every graph has
         self._index = torch.zeros(rows, dtype=torch.int64, device=device)
         self._kept = {number: torch.zeros(rows, *shape, dtype=dtype, device=device) for number, shape in shapes.items()}
@@ -55,12 +56,15 @@ class KeptQueries:
     def aim(self, places: torch.Tensor) -> None:
         """Set the index, int64 [U], before a pass; more rows than there is room for are left out."""
         if len(places) <= self.rows:
+            self._aimed = True
             self._index[: len(places)] = places
             self._index[len(places) :] = 0
 
     def rest(self) -> None:
-        """After a pass: the next graph may have fewer rows than the index names."""
-        self._index.zero_()
+        """Before a pass that nothing is wanted of: its graph may have fewer rows than the last pass's index names."""
+        if self._aimed:
+            self._index.zero_()
+            self._aimed = False
 
     def get(self, number: int, count: int) -> torch.Tensor | None:
         """Queries [count, Hq, D] of the last pass, which the next one overwrites; None where they were not kept."""

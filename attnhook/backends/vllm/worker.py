@@ -56,6 +56,8 @@ class _Worker:
     def note(self, scheduled: Any) -> None:
         """Remember who asks; the engine's runners keep a request's options in different places, or not at all."""
         self.scheduled, self.step, self.shares = scheduled, None, None
+        if self.kept is not None:
+            self.kept.rest()
         for request in scheduled.finished_req_ids:
             self.asks.pop(request, None)
         self.served.forget(scheduled.finished_req_ids)
@@ -87,8 +89,6 @@ class _Worker:
             except Exception as error:
                 step.give_up(error)
         self.shares = step.finish()
-        if self.kept is not None:
-            self.kept.rest()
 
     def _take_kept(self, step: ServedStep, kept: KeptQueries, metadata: Any) -> None:
         """Layers whose attention ran inside a CUDA graph."""
