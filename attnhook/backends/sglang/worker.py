@@ -296,7 +296,7 @@ def _attention_layers(runner: Any) -> dict[int, Any]:
 
 def _ranks() -> Ranks:
     """The groups of SGLang that this worker's part of the model is in."""
-    from sglang.srt.distributed import get_pp_group, get_tp_group
+    from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 
     tensor, stages = get_tp_group(), get_pp_group()
     return Ranks(

@@ -36,12 +36,21 @@ COMMON: dict[str, Any] = {
 }
 
 
+def _other_models() -> str:
+    """SGLang's model files but Llama's: importing them all takes most of an engine's start."""
+    found = importlib.util.find_spec("sglang")
+    folders = (found.submodule_search_locations or ()) if found is not None else ()
+    files = {path.stem for folder in folders for path in (Path(folder) / "srt" / "models").glob("*.py")}
+    return ",".join(sorted(files - {"llama"}))
+
+
 def engine_environment(**environ: str) -> dict[str, str]:
     return environment(
         **{
             "ATTNHOOK": "1",
             "HF_HUB_OFFLINE": "1",
             "SGLANG_USE_CPU_ENGINE": "1",
+            "SGLANG_DISABLED_MODEL_ARCHS": _other_models(),
             "PYTHONPATH": os.pathsep.join([*_PATHS, str(ROOT)]),
             "PYTHONWARNINGS": "ignore",
             **environ,

@@ -9,6 +9,7 @@ import pytest
 
 from tests.backends.sglang.engine import needs_sglang, offline
 from tests.backends.vllm.engine import ALL, check, from_entry
+from tests.helpers import tiny_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
 
@@ -76,3 +77,26 @@ def test_tensor_parallel_ranks_with_overlap(
     entry = some["meta_info"]["attention_tokens"][0]
     assert 0 < entry["spans"]["head"] < 1
     assert all(min(layer["token_positions"]) >= 3 for layer in entry["layers"].values())
+
+
+def test_pipeline_stages(tmp_path: Path) -> None:
+    """A tiny model of its own head: SGLang's own stages do not work where the head is tied to the embedding."""
+    model = tiny_model(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4, tie_word_embeddings=False
+    )
+    model.save_pretrained(tmp_path / "model")
+    prompts = [list(range(3, 40)), list(range(200, 60, -1)), [7]]
+    batches = [
+        {"input_ids": prompts, "sampling_params": [sampling(9), sampling(12), sampling(5, asks=False)]},
+        {"input_ids": prompts[1], "sampling_params": sampling(4, attention_layers=[3], attention_prompt=False)},
+    ]
+    results, last = offline(
+        tmp_path, str(tmp_path / "model"), batches,
+        pp_size=2, skip_tokenizer_init=True, chunked_prefill_size=64, context_length=256,
+        environ={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    )  # fmt: skip
+    for ids, result in zip(prompts[:2], results, strict=False):
+        print(len(ids), whole(model, ids, result, layers=4))
+    assert not any("attention" in name for name in results[2]["meta_info"])
+    generated = [from_entry(entry) for entry in last["meta_info"]["attention_tokens"]]
+    check(model, prompts[1], last["output_ids"], generated, layers=1)

@@ -340,6 +340,7 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
     ]  # fmt: skip
     sink = tmp_path / "all.jsonl"
     environ = {"ATTNHOOK_CAPTURE_ALL": "fingerprint", "ATTNHOOK_SINKS": f"jsonl:{sink}"}
+    environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"  # one per engine
     key = {"X-Attention-Key": "sesame"}
     with serve(tmp_path, smol_path, *flags, **environ) as running:
         body = {"model": "smol", "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
