@@ -288,6 +288,20 @@ def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
     return spans
 
 
+def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "spans") -> None:
+    """Raise OptionError for a span that begins beyond the most tokens that a request can come to have.
+
+    An end may lie further: that is how the answer as far as it comes is named.
+    """
+    for label, (start, end) in spans.items():
+        if start >= tokens:
+            raise OptionError(
+                name,
+                f"{name}: {label!r}: [{start}, {end}] begins beyond the request's positions 0..{tokens - 1}: its "
+                "prompt and the most tokens of its answer",
+            )
+
+
 def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
     urls = (value,) if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):

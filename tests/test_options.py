@@ -17,6 +17,7 @@ from attnhook.options import (
     CaptureOptions,
     RequestOptions,
     check_heads,
+    check_reach,
     enabled,
     parse_heads,
     parse_layers,
@@ -445,3 +446,9 @@ def test_check_heads():
     with pytest.raises(OptionError) as caught:
         check_heads((0, 9), 9, "attention_heads")
     refused(caught, "attention_heads", "head 9 does not exist", "0..8")
+
+
+def test_spans_that_no_token_can_reach() -> None:
+    check_reach({"answer": (9, 2**31 - 1), "prompt": (0, 5)}, 10)
+    with pytest.raises(OptionError, match=r"attention_spans: 'a': \[10, 11\] begins beyond .* 0\.\.9"):
+        check_reach({"prompt": (0, 5), "a": (10, 11)}, 10, "attention_spans")

@@ -105,11 +105,13 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "vllm.entrypoints.launchers.api_server.routers": (("", "register_api_routers", "server.with_capabilities"),),
     "vllm.entrypoints.openai.chat_completion.serving": (
         ("OpenAIServingChat", "create_chat_completion", "server.guarded"),
+        ("OpenAIServingChat", "_extract_prompt_len", "frontend.counting"),
         ("OpenAIServingChat", "chat_completion_full_generator", "frontend.chat_reply"),
         ("OpenAIServingChat", "chat_completion_stream_generator", "frontend.chat_stream"),
     ),
     "vllm.entrypoints.openai.completion.serving": (
         ("OpenAIServingCompletion", "create_completion", "server.guarded"),
+        ("OpenAIServingCompletion", "_extract_prompt_len", "frontend.counting"),
         ("OpenAIServingCompletion", "request_output_to_completion_response", "frontend.completion_reply"),
         ("OpenAIServingCompletion", "completion_stream_generator", "frontend.completion_stream"),
     ),

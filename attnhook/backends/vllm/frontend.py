@@ -10,7 +10,7 @@ from functools import cache, wraps
 from typing import Any
 
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions, check_heads, resolve_layers
+from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
 from attnhook.records import TokenRecord
 from attnhook.serving.policy import Policy
 from attnhook.serving.replies import Attention, Stream
@@ -97,6 +97,26 @@ def options_of(request: Any) -> RequestOptions | None:
     return options
 
 
+_prompt_tokens: ContextVar[int | None] = ContextVar("attnhook_prompt_tokens", default=None)
+
+
+def counting(original: Original) -> Original:
+    """``_extract_prompt_len`` of the serving classes, right before they ask a request for its parameters."""
+
+    @wraps(original)
+    def _extract_prompt_len(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count = original(self, *args, **kwargs)
+        _prompt_tokens.set(count)
+        return count
+
+    return _extract_prompt_len
+
+
+def _check_spans(options: RequestOptions, prompt: int | None, new: int | None) -> None:
+    if prompt is not None and new is not None:
+        check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
+
+
 def asking(original: Original) -> Original:
     """``to_sampling_params`` of a chat or completion request: its fields become ours, or a clean HTTP 400."""
 
@@ -105,6 +125,7 @@ def asking(original: Original) -> Original:
         options = options_of(self)
         params = original(self, *args, **kwargs)
         if options is not None:
+            _check_spans(options, _prompt_tokens.get(), params.max_tokens)
             mark(params, options)
         return params
 
@@ -153,6 +174,9 @@ def admitting(original: Original) -> Original:
             params.extra_args = {name: value for name, value in extra.items() if name not in FIELDS}
             if options is not None:
                 mark(params, options)
+                request = original(self, request_id, prompt, params, *args, **kwargs)
+                _check_spans(options, len(request.prompt_token_ids or ()) or None, request.sampling_params.max_tokens)
+                return request
         elif KEY not in extra and hasattr(params, "extra_args") and policy().capture_all:
             params = params.clone()
             mark(params, RequestOptions.resolve(arguments={"mode": "fingerprint"}), reply=False)

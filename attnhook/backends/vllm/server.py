@@ -56,6 +56,8 @@ def guarded(original: Original) -> Original:
                 reply = await original(self, request, raw_request, *args, **kwargs)
             streaming = hasattr(reply, "__aiter__")
             return _Leaving(reply) if streaming else reply
+        except OptionError as error:  # what only the prompt's length shows
+            return self.create_error_response(str(error), param=error.field)
         finally:
             if not streaming:
                 _gate.leave()

@@ -130,7 +130,9 @@ def initialising_cache(original: Original) -> Original:
     @wraps(original)
     def initialize_kv_cache(self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> Any:
         result = original(self, kv_cache_config, is_profiling, **kwargs)
-        if not is_profiling:
+        if self.vllm_config.model_config.runner_type == "pooling":
+            logger.warning("attnhook captures nothing here: a pooling model generates no tokens")
+        elif not is_profiling:
             worker = self._attnhook = _Worker(self)
             for number, (name, layer) in worker.layers.items():
                 if "_attnhook" not in layer.__dict__:
@@ -179,7 +181,8 @@ def loading(original: Original) -> Original:
     @wraps(original)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        self._attnhook_kept = _kept_queries(self)
+        if self.vllm_config.model_config.runner_type != "pooling":
+            self._attnhook_kept = _kept_queries(self)
         return result
 
     return load_model

@@ -127,7 +127,7 @@ def test_two_data_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> N
     """Without a limit: every request gets its records, from the rank that served it; sinks get each record once."""
     count, sink = 200, tmp_path / "sink.jsonl"
     flags = ["--data-parallel-size", "2", "--api-server-count", "1", "--max-num-seqs", "8"]
-    with serve(tmp_path, smol_path, *flags, ATTNHOOK_SINKS=f"jsonl:{sink}") as running:
+    with serve(tmp_path, smol_path, *flags, OMP_NUM_THREADS="1", ATTNHOOK_SINKS=f"jsonl:{sink}") as running:
         found = together(running, [completion(TEXTS[n % 4], **ASK) for n in range(count)])
         assert [status for status, _ in found] == [200] * count
         replies = [reply for _, reply in found]
@@ -137,7 +137,12 @@ def test_two_data_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> N
         print(served)
         assert sorted(rank for rank, _ in served) == ["0", "1"]
         assert all(int(number) > count // 10 for _, number in served)
-    lines = [(line["request_id"], line["query_position"]) for line in read_jsonl(sink)]  # written out at shutdown
+        lines: list[tuple[str, int]] = []
+        until = time.monotonic() + 20
+        while len(lines) < count * NEW and time.monotonic() < until:
+            read = read_jsonl(sink, tolerate_torn_tail=True)
+            lines = [(line["request_id"], line["query_position"]) for line in read]
+            time.sleep(0.2)
     assert len(lines) == count * NEW
     wanted = Counter(
         (reply["id"], e["query_position"]) for reply in replies for e in reply["choices"][0]["attention_tokens"]
