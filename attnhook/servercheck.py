@@ -163,9 +163,9 @@ def _answers(
 ) -> str:
     """The same question four times: it must be answered and captured alike. A line about what was compared."""
     said = {"messages": [{"role": "user", "content": PROMPT}]} if "chat" in path else {"prompt": PROMPT}
-    plain = {
-        "model": model, **said, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
-    }  # fmt: skip
+    plain = {"model": model, **said, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    if "chat" not in path:
+        plain["return_token_ids"] = True  # SGLang refuses it in streams of chats: there the text must do
     ask = {
         **plain, "return_attention_tokens": True, "top_k_attention": TOP_K, "attention_layers": "all",
         "attention_heads": None, "attention_mode": mode, "attention_prompt": False, "attention_stride": 1,

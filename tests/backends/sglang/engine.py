@@ -22,6 +22,9 @@ needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, re
 #: The kernel package's stand-in, and torchvision, which nothing else here may see (tools/venv.sh).
 _PATHS = (str(Path(__file__).parent / "standin"), str(Path(sys.prefix) / "sglang-extra"))
 
+#: A folder with another version than the environment's (tools/sglang_versions.sh).
+_UNDER_TEST = [os.environ["SGLANG_UNDER_TEST"]] if os.environ.get("SGLANG_UNDER_TEST") else []
+
 #: How every engine of these tests runs.
 COMMON: dict[str, Any] = {
     "device": "cpu",
@@ -51,7 +54,7 @@ def engine_environment(**environ: str) -> dict[str, str]:
             "HF_HUB_OFFLINE": "1",
             "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_DISABLED_MODEL_ARCHS": _other_models(),
-            "PYTHONPATH": os.pathsep.join([*_PATHS, str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([*_PATHS, *_UNDER_TEST, str(ROOT)]),
             "PYTHONWARNINGS": "ignore",
             **environ,
         }

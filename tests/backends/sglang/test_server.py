@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,9 +171,8 @@ def test_generate(server: Server, smol: Any, tokenizer: Any) -> None:
 
 
 def test_a_reply_without_a_token_is_refused(server: Server) -> None:
-    body = {"model": "smol", "prompt": "hi", "max_tokens": 0, **ASK}
-    status, reply = server.post("/v1/completions", body)
-    assert status == 400 and "max_new_tokens=0" in reply["message"], reply
+    status, reply = server.post("/generate", {"text": "hi", "sampling_params": {"max_new_tokens": 0}, **ASK})
+    assert status == 400 and "max_new_tokens=0" in reply["error"]["message"], reply
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
@@ -285,15 +285,18 @@ def test_sinks_get_what_replies_get(client: Any, server: Server) -> None:
     assert found == wanted
 
 
-def test_the_command_line_asks_a_server(server: Server, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attnhook.cli", "run", "Name a colour.", "--url", server.url + "/v1"]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", "4", "--prompt-rows", "--out", str(tmp_path / "records.jsonl")],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "sglang" in done.stdout
-    assert sum(line["decode_step"] is not None for line in read_jsonl(tmp_path / "records.jsonl")) == 4
+def test_the_command_line_asks_and_verifies_a_server(server: Server, tmp_path: Path) -> None:
+    def attnhook(*arguments: str) -> str:
+        command = [str(Path(sys.executable).with_name("attnhook")), *arguments, "--url", server.url + "/v1"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    out = str(tmp_path / "records.jsonl")
+    attnhook("run", "--prompt", "Name a colour.", "--max-new-tokens", "4", "--prompt-rows", "--out", out)
+    assert sum(line["decode_step"] is not None for line in read_jsonl(Path(out))) == 4
+    told = attnhook("verify")
+    assert "sglang" in told, told
 
 
 def test_asking_changes_no_token_and_no_logprob(server: Server, smol_path: str, tmp_path: Path) -> None:
@@ -304,7 +307,8 @@ def test_asking_changes_no_token_and_no_logprob(server: Server, smol_path: str, 
     def answers(target: Server, **extra: Any) -> list[Any]:
         found = []
         for text in texts:
-            assert target.post("/flush_cache", {})[0] == 200
+            with urllib.request.urlopen(target.url + "/flush_cache", data=b"", timeout=60) as flushed:
+                assert flushed.status == 200
             body = {"text": text, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 3, **extra}
             status, reply = target.post("/generate", body)
             meta = reply["meta_info"]
