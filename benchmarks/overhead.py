@@ -6,7 +6,7 @@ measures all modes in turn, and both servers are started anew now and then, beca
 next. Prints ratios to the server without attnhook in the same round. Trust the engine's CPU time per token: it
 counts what the processes that run the model have computed, other users of the machine left out.
 
-    python -m benchmarks.overhead
+    python -m benchmarks.overhead [--engine sglang]
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ NAME = "model"
 PATIENCE = 300.0  # seconds until a server must be up
 PAUSE = 2.5  # seconds after which an idle server really is: vLLM's processes poll for a second after a step
 
+_ROOT = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -65,7 +67,25 @@ ENGINES = {
         ("VLLM::Worker", "VLLM::EngineCore"),
         {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
     ),
-}
+    # on a CPU, with the kernel package's stand-in of the tests, whose code no token passes through
+    "sglang": Engine(
+        (sys.executable, "-m", "sglang.launch_server", "--model-path"),
+        (
+            "--served-model-name", NAME, "--context-length", "2048", "--dtype", "float32", "--device", "cpu",
+            "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
+            "--max-total-tokens", "8192", "--max-running-requests", "8", "--sleep-on-idle",
+        ),
+        ("sglang", "torch"),
+        ("sglang::scheduler",),
+        {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(_ROOT / "tests/backends/sglang/standin"), str(Path(sys.prefix) / "sglang-extra")]
+            ),
+        },
+    ),
+}  # fmt: skip
 
 
 class Sample(NamedTuple):
