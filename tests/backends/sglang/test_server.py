@@ -347,8 +347,8 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
     environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"  # one per engine
     key = {"X-Attention-Key": "sesame"}
     with serve(tmp_path, smol_path, *flags, **environ) as running:
-        body = {"model": "smol", "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
-        native = {"text": "hi", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+        body = {"model": "smol", "prompt": "hi", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        native = {"text": "hi", "sampling_params": {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}}
         print_only = {**ASK, "attention_mode": "fingerprint"}
         for _ in range(3):  # the kernel deals connections out to both front ends
             status, reply = running.post("/v1/completions", {**body, **ASK})
