@@ -16,7 +16,7 @@ def attention_layers(config: Any) -> list[int] | None:
     kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
     if kinds:
         # "hybrid" layers have both, as in Zamba2
-        return [n for n, kind in enumerate(kinds) if kind == "hybrid" or "attention" in kind and "linear" not in kind]
+        return [n for n, kind in enumerate(kinds) if kind == "hybrid" or ("attention" in kind and "linear" not in kind)]
     count = getattr(config, "num_hidden_layers", None)
     return None if count is None else list(range(count))
 
