@@ -11,6 +11,16 @@ from attnhook.records import MODES, SCHEMA_VERSION
 from attnhook.serving.policy import Policy
 
 
+def attention_layers(config: Any) -> list[int] | None:
+    """Numbers of the attention layers, from a text model's Hugging Face configuration; None where it does not tell."""
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
+    if kinds:
+        # "hybrid" layers have both, as in Zamba2
+        return [n for n, kind in enumerate(kinds) if kind == "hybrid" or ("attention" in kind and "linear" not in kind)]
+    count = getattr(config, "num_hidden_layers", None)
+    return None if count is None else list(range(count))
+
+
 def capabilities(
     engine: str,
     version: str | None,

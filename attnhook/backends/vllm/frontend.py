@@ -12,6 +12,7 @@ from typing import Any
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
 from attnhook.records import TokenRecord
+from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.policy import Policy
 from attnhook.serving.replies import Attention, Stream
 from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options
@@ -49,12 +50,7 @@ def served_name(model: Any) -> str:
 def model_shape() -> tuple[str, list[int] | None, int | None]:
     """Name, layers and query heads of the model; None where only the workers know."""
     config = getattr(_model, "hf_text_config", None)
-    layers = None if getattr(_model, "is_hybrid", False) else getattr(config, "num_hidden_layers", None)
-    return (
-        served_name(_model),
-        None if layers is None else list(range(layers)),
-        getattr(config, "num_attention_heads", None),
-    )
+    return served_name(_model), attention_layers(config), getattr(config, "num_attention_heads", None)
 
 
 def model_dtype() -> str | None:
