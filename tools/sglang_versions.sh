@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main tests of the SGLang backend with other versions of SGLang: tools/sglang_versions.sh 0.5.11 0.5.21
+# The main tests of the SGLang backend with other versions of SGLang: tools/sglang_versions.sh 0.5.21
 # By hand, not in `make test`: each version is another download and start. What it cannot do is seen in the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."

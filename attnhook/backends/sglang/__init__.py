@@ -19,33 +19,24 @@ from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
 from attnhook.serving.policy import Policy
 
-_WANTED = "SGLang 0.5.11 or newer (tested: 0.5.23)"
+_WANTED = "SGLang 0.5.21 or newer (tested: 0.5.23)"
 _SRT = "sglang.srt"
 
-# our file and wrapper: the places of SGLang that it may go to, one per range of versions, as module:Class.attribute
-_HOOKS: dict[str, tuple[str, ...]] = {
-    "worker.attending": (
-        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
-        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backend",
-    ),
-    "worker.capturing": (f"{_SRT}.model_executor.model_runner:ModelRunner.forward",),
-    "worker.generating": (f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",),
-    "worker.recomputing": (
-        f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
-        f"{_SRT}.managers.schedule_batch:Req.init_next_round_input",
-    ),
-    "results.collecting": (
-        f"{_SRT}.managers.scheduler_components.batch_result_processor:"
-        "SchedulerBatchResultProcessor._maybe_collect_customized_info",
-        f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.maybe_collect_customized_info",
-    ),
-    "stages.sending": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",),
-    "stages.receiving": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",),
-    "frontend.knowing_the_model": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
-    "frontend.serving": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
-    "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
-    "server.with_flags": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
-    "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
+# our file and wrapper: the place of SGLang that it goes to, as module:Class.attribute
+_HOOKS: dict[str, str] = {
+    "worker.attending": f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
+    "worker.capturing": f"{_SRT}.model_executor.model_runner:ModelRunner.forward",
+    "worker.generating": f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",
+    "worker.recomputing": f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
+    "results.collecting": f"{_SRT}.managers.scheduler_components.batch_result_processor:"
+    "SchedulerBatchResultProcessor._maybe_collect_customized_info",
+    "stages.sending": f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",
+    "stages.receiving": f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",
+    "frontend.knowing_the_model": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",
+    "frontend.serving": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",
+    "server.guarding": f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",
+    "server.with_flags": f"{_SRT}.server_args:ServerArgs.add_cli_args",
+    "server.with_capabilities": f"{_SRT}.entrypoints.http_server:app.router.routes",
 }
 #: What each kind of process must have; the HTTP server's are checked where there is one.
 WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.", "stages.")))
@@ -100,21 +91,18 @@ MARK = "_attnhook_hook"
 
 
 def check_hooks(names: tuple[str, ...]) -> None:
-    """Raise UnsupportedError naming the places where these hooks were looked for and are not."""
+    """Raise UnsupportedError naming the first of these hooks that is not in place."""
     for name in names:
-        if not any(_in_place(place, name) for place in _HOOKS[name]):
+        module, _, path = _HOOKS[name].partition(":")
+        try:
+            found = getattr(_resolve(import_module(module), path), MARK, None) == name
+        except (ImportError, AttributeError):
+            found = False
+        if not found:
             raise UnsupportedError(
-                f"sglang {SglangBackend().version()}: none of {', '.join(_HOOKS[name])} was found, so its attention "
-                f"cannot be captured; attnhook needs {_WANTED}"
+                f"sglang {SglangBackend().version()}: {module}.{path} was not found, so its attention cannot be "
+                f"captured; attnhook needs {_WANTED}"
             )
-
-
-def _in_place(place: str, name: str) -> bool:
-    module, _, path = place.partition(":")
-    try:
-        return getattr(_resolve(import_module(module), path), MARK, None) == name
-    except (ImportError, AttributeError):
-        return False
 
 
 def _resolve(start: object, path: str) -> object:
@@ -122,18 +110,18 @@ def _resolve(start: object, path: str) -> object:
 
 
 def _patch(installation: EngineInstallation, module: ModuleType) -> None:
-    """Put the hooks of one of SGLang's modules in place; ours is imported now, when SGLang's is."""
-    for name, places in _HOOKS.items():
-        here = [place.partition(":")[2] for place in places if place.partition(":")[0] == module.__name__]
-        for path in here:
+    """Put the hooks of one of SGLang's modules in place; ours is imported now, when SGLang's is.
+
+    A module may have moved altogether, so `check_hooks` looks for all of them when the engine starts.
+    """
+    for name, place in _HOOKS.items():
+        where, _, path = place.partition(":")
+        if where == module.__name__:
             owner, _, attribute = path.rpartition(".")
-            try:
-                holder = _resolve(module, owner)
-                installation.need(holder, attribute)
-            except (AttributeError, UnsupportedError):
-                continue  # perhaps of another version; `check_hooks` sees to it that one place is there
+            holder: object = module
+            for part in owner.split("."):
+                holder = installation.need(holder, part)
             installation.wrap(holder, attribute, partial(_marked, name))
-            break
 
 
 def _marked(name: str, original: object) -> object:
@@ -143,4 +131,4 @@ def _marked(name: str, original: object) -> object:
     return wrapped
 
 
-_PATCHERS = {place.partition(":")[0]: _patch for places in _HOOKS.values() for place in places}
+_PATCHERS = {place.partition(":")[0]: _patch for place in _HOOKS.values()}

@@ -28,7 +28,7 @@ logger = logging.getLogger("attnhook")
 Original = Callable[..., Any]
 T = TypeVar("T")
 
-_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner", "graph_runner", "piecewise_cuda_graph_runner")
+_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
 
 
 @dataclass
@@ -175,11 +175,11 @@ def generating(original: Original) -> Original:
     """``TpModelWorker.forward_batch_generation``: note whose batch it is; the pass itself is not told."""
 
     @wraps(original)
-    def forward_batch_generation(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_batch_generation(self: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
         worker = _worker
-        if worker is None or self.model_runner is not worker.runner:
+        if worker is None or batch is None or self.model_runner is not worker.runner:
             return original(self, batch, *args, **kwargs)
-        worker.reqs = list(getattr(batch, "reqs", None) or ())
+        worker.reqs = list(batch.reqs)
         try:
             return original(self, batch, *args, **kwargs)
         finally:
@@ -213,8 +213,6 @@ def capturing(original: Original) -> Original:
 
 def recomputing(original: Original) -> Original:
     """``Req._compute_max_prefix_len``: a cached prompt row is not computed, so it could not be captured."""
-    if original.__name__ == "init_next_round_input":
-        return _recomputing_before_0_5_21(original)
 
     @wraps(original)
     def _compute_max_prefix_len(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -222,25 +220,6 @@ def recomputing(original: Original) -> Original:
         return length if limit is None else min(length, limit)
 
     return _compute_max_prefix_len
-
-
-def _recomputing_before_0_5_21(original: Original) -> Original:
-    """``Req.init_next_round_input``, which reuses no further than the logprobs of the prompt that are asked for."""
-
-    @wraps(original)
-    def init_next_round_input(self: Any, *args: Any, **kwargs: Any) -> Any:
-        limit = safely(_reusable, self)
-        if limit is None:
-            return original(self, *args, **kwargs)
-        kept = self.return_logprob, self.logprob_start_len
-        self.logprob_start_len = min(limit, kept[1]) if kept[0] and kept[1] >= 0 else limit
-        self.return_logprob = True
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            self.return_logprob, self.logprob_start_len = kept
-
-    return init_next_round_input
 
 
 def _reusable(req: Any) -> int | None:
@@ -286,7 +265,9 @@ def _attention_layers(runner: Any) -> dict[int, Any]:
 
     found: dict[int, Any] = {}
     for module in runner.model.modules():
-        if isinstance(module, RadixAttention) and not module.is_cross_attention:
+        if isinstance(module, RadixAttention):
+            if module.is_cross_attention:
+                raise UnsupportedError("SGLang's model has cross-attention, whose keys lie among its own: not captured")
             if module.layer_id in found:
                 raise UnsupportedError(f"the model has two attention layers of number {module.layer_id}")
             pool.check(runner.token_to_kv_pool, module)
