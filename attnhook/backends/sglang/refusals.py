@@ -27,6 +27,8 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "enable_two_batch_overlap": ("two-batch overlap", bool, "no --enable-two-batch-overlap"),
     "enable_pdmux": ("prefill and decode side by side", bool, "no --enable-pdmux"),
     "enable_hisparse": ("hierarchical sparse attention", bool, "no --enable-hisparse"),
+    "enable_encoder_swa_bounded_replay": ("replayed rows", bool, "no --enable-encoder-swa-bounded-replay"),
+    "enable_decoder_swa_bounded_replay": ("replayed rows", bool, "no --enable-decoder-swa-bounded-replay"),
     "dllm_algorithm": ("a diffusion language model", bool, "no --dllm-algorithm"),
     "grpc_mode": ("a gRPC front end", bool, "the HTTP server"),
     "smg_grpc_mode": ("a gRPC front end", bool, "the HTTP server"),
