@@ -123,6 +123,10 @@ class ServedStep:
         """Wanted layers that have not been taken."""
         return self.wanted - self._taken.keys()
 
+    def needs_output(self, number: int) -> bool:
+        """Whether `take` wants to see the engine's output of a layer."""
+        return number not in self.served.checked or any(group.options.self_check for group in self._groups.values())
+
     def add(self, computed: Computed) -> None:
         """Plan the rows of one request that asks; what is wrong with it is told to it alone."""
         self._sampled[computed.request] = []
@@ -135,12 +139,12 @@ class ServedStep:
     def take(self, number: int, q: torch.Tensor, view: LayerView, output: torch.Tensor | None = None) -> None:
         """A layer's queries [U, Hq, D] at `index` (the step's to keep) and keys that stay until `finish`.
 
-        ``output`` [U, Hq, Dv], where given, is what the engine's own attention made of these rows: the first
-        time that a layer is captured one row of it is rebuilt, and every row of a request that asks for the
+        ``output`` [U, Hq, Dv], where it `needs_output`, is what the engine's own attention made of these rows: the
+        first time that a layer is captured one row of it is rebuilt, and every row of a request that asks for the
         self-check. Raises UnsupportedError where it differs.
         """
         self._taken[number] = q, view
-        if output is None:
+        if output is None or not self.needs_output(number):
             return
         at = 0
         for group in self._groups.values():

@@ -335,7 +335,8 @@ def _take(
     heads, places = layer.tp_q_head_num, step.index
     # copies: the engine uses its buffers again
     rows = q.reshape(-1, heads, layer.qk_head_dim)[places]
-    step.take(layer.layer_id, rows, view, out.reshape(-1, heads, layer.v_head_dim)[places])
+    seen = out.reshape(-1, heads, layer.v_head_dim)[places] if step.needs_output(layer.layer_id) else None
+    step.take(layer.layer_id, rows, view, seen)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import wraps
 from http import HTTPStatus
@@ -12,7 +11,7 @@ from attnhook.backends.vllm import frontend
 from attnhook.errors import OptionError
 from attnhook.serving.capabilities import capabilities
 from attnhook.serving.flags import add_flags
-from attnhook.serving.policy import Gate, Refusal
+from attnhook.serving.policy import Gate, Place, Refusal
 from attnhook.serving.wire import ASK
 
 Original = Callable[..., Any]
@@ -44,7 +43,7 @@ def guarded(original: Original) -> Original:
             if options is None:
                 return await original(self, request, raw_request, *args, **kwargs)
             frontend.policy().check(options, raw_request.headers if raw_request is not None else {})
-            _gate.enter(frontend.policy().max_concurrent)
+            place = _gate.place(frontend.policy().max_concurrent)
         except OptionError as error:
             return self.create_error_response(str(error), param=error.field)
         except Refusal as refusal:
@@ -55,12 +54,12 @@ def guarded(original: Original) -> Original:
             with frontend.checked(request, options):
                 reply = await original(self, request, raw_request, *args, **kwargs)
             streaming = hasattr(reply, "__aiter__")
-            return _Leaving(reply) if streaming else reply
+            return _Leaving(reply, place) if streaming else reply
         except OptionError as error:  # what only the prompt's length shows
             return self.create_error_response(str(error), param=error.field)
         finally:
             if not streaming:
-                _gate.leave()
+                place.leave()
 
     return create
 
@@ -71,9 +70,8 @@ class _Leaving:
     A generator would not do: its ``finally`` never runs where the client is gone before the first chunk is taken.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._leave = weakref.finalize(self, _gate.leave)  # once, however it is called
+    def __init__(self, stream: Any, place: Place) -> None:
+        self._stream, self._place = stream, place  # which is left where both are dropped
 
     def __aiter__(self) -> _Leaving:
         return self
@@ -82,12 +80,12 @@ class _Leaving:
         try:
             return await anext(self._stream)
         except BaseException:  # its end, an error, or the client is gone
-            self._leave()
+            self._place.leave()
             raise
 
     async def aclose(self) -> None:
         """Close the engine's stream too."""
-        self._leave()
+        self._place.leave()
         await self._stream.aclose()
 
 

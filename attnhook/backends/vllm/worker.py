@@ -276,7 +276,7 @@ class _Observer:
             view = cache.view(layer, kv_cache, worker.block_table(self._name, metadata))
             # copies: the engine uses its buffers again
             q = cache.queries(layer, self._heads(query)[step.index])
-            step.take(number, q, view, self._heads(output)[step.index])
+            step.take(number, q, view, self._heads(output)[step.index] if step.needs_output(number) else None)
         except Exception as error:
             step.give_up(error)
 
