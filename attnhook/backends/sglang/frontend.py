@@ -154,7 +154,7 @@ def serving(original: Original) -> Original:
 
     @wraps(original)
     async def generate_request(self: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any) -> Any:
-        ticket: Ticket | None = request.scope.get(KEY) if request is not None else None
+        ticket: Ticket | None = _scope(request).get(KEY)
         place = None
         if ticket is None:
             native = _native_options(obj, request)
@@ -189,15 +189,25 @@ def serving(original: Original) -> Original:
     return generate_request
 
 
+def _scope(request: Any) -> Mapping[str, Any]:
+    """What a route may have left for us; SGLang's other front ends come with requests that have none."""
+    return getattr(request, "scope", None) or {}
+
+
+def _custom_params(params: Any) -> dict[str, Any]:
+    custom = params.get("custom_params") if isinstance(params, dict) else None
+    return custom if isinstance(custom, dict) else {}
+
+
 def _native_options(obj: Any, request: Any) -> list[RequestOptions | None]:
     """What a request that came by no OpenAI route asks for, per prompt or once for all. Raises OptionError."""
     body = getattr(request, "_json", None) if request is not None else None
-    path = str(request.scope.get("path", "")) if request is not None else _GENERATE
+    path = str(_scope(request).get("path", "")) if request is not None else _GENERATE
     if isinstance(body, dict) and ASK in body and path.endswith(_GENERATE):
         return [options_of(body)]
     params = getattr(obj, "sampling_params", None)
     each = params if isinstance(params, list) else [params]
-    found = [custom if isinstance(custom := (one or {}).get("custom_params"), dict) else {} for one in each]
+    found = [_custom_params(one) for one in each]
     if any(KEY in custom for custom in found):
         raise OptionError(KEY, f"custom_params: the name {KEY!r} is attnhook's own; ask with {ASK}=true")
     if not path.endswith(_GENERATE) and (
@@ -238,7 +248,9 @@ def _marked(params: dict[str, Any], options: RequestOptions | None, reply: bool)
     custom = params.get("custom_params") or {}
     if options is None or not isinstance(custom, dict):
         return params
-    if reply and (params.get("beam_width") or 1) > 1:
+    if (params.get("beam_width") or 1) > 1:
+        if not reply:
+            return params  # all traffic that can be captured
         raise OptionError(ASK, f"{ASK}=true with beam_width={params['beam_width']}: beam search cannot be captured")
     if reply and params.get("max_new_tokens") == 0:
         raise OptionError(
