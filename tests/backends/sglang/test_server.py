@@ -206,6 +206,9 @@ def test_bad_fields_are_named(server: Server, stream: bool) -> None:
         native = {"text": "hi", "sampling_params": {"max_new_tokens": 2}, **ASK, **fields}
         status, reply = server.post("/generate", native)
         assert status == 400 and part in reply["error"]["message"], (fields, reply)
+    beams = {"text": "hi", "sampling_params": {"max_new_tokens": 2, "beam_width": 2}, **ASK}
+    status, reply = server.post("/generate", beams)
+    assert status == 400 and "beam search" in reply["error"]["message"], reply
     # where records have no place, and where the name of ours is taken
     status, reply = server.post("/v1/messages", {"model": "smol", "messages": message("hi"), "max_tokens": 2, **ASK})
     assert status == 400 and "return_attention_tokens" in str(reply), reply
