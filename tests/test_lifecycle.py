@@ -65,7 +65,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_install_twice_changes_nothing_and_uninstall_takes_it_back():
     first = attnhook.install()
-    assert "transformers" in first and set(first) <= {"transformers", "vllm"}
+    assert "transformers" in first and set(first) <= {"transformers", "vllm", "sglang"}
     assert first["transformers"].active
     hooks = first["transformers"].describe()
     assert set(hooks.values()) == {"patched"}
