@@ -85,7 +85,7 @@ def test_a_hybrid_model(tmp_path: Path) -> None:
     ids = [(37 * i) % 250 + 3 for i in range(150)]
     quiet = {"detokenize": False, "max_tokens": 8, "ignore_eos": True}
     requests = [{**ask(part), "sampling": quiet} for part in (ids[:40], ids[20:23], ids)]
-    requests += [{**ask(ids[:9], attention_layers=layers), "sampling": quiet} for layers in ("last", [-2], [0])]
+    requests += [{**ask(ids[:9], attention_layers=layers), "sampling": quiet} for layers in ("last", [-2])]
     result = offline(
         tmp_path, str(tmp_path / "model"), requests,
         skip_tokenizer_init=True, max_model_len=256, max_num_batched_tokens=64, enable_chunked_prefill=True,
@@ -97,5 +97,7 @@ def test_a_hybrid_model(tmp_path: Path) -> None:
         assert rows[0][0].layers == (1, 3)
         print(check(model, request["ids"], choice["ids"], *rows, layers=2))
     assert [records(choice["generated"])[0].layers for choice in choices[3:5]] == [(3,), (1,)]
-    assert choices[5]["generated"] == [] and "attention_layers" in choices[5]["error"], choices[5]["error"]
-    assert choices[5]["ids"] == choices[4]["ids"]  # whoever asks for what is not there still gets its answer
+    # a layer without attention is refused before anything is computed
+    bad = {**ask(ids[:9], attention_layers=[0]), "sampling": quiet}
+    with pytest.raises(AssertionError, match="layer 0 does not exist: the model's attention layers are 1, 3"):
+        offline(tmp_path, str(tmp_path / "model"), [bad], skip_tokenizer_init=True, max_model_len=256)
