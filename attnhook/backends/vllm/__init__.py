@@ -80,6 +80,7 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("GPUModelRunner", "prepare_attn", "worker.preparing"),
         ("GPUModelRunner", "sample_tokens", "worker.answering"),
     ),
+    "vllm.config.vllm": (("VllmConfig", "compute_hash", "worker.salting"),),
     "vllm.v1.core.sched.scheduler": (
         ("Scheduler", "update_from_output", "reasoning.marking"),
         ("Scheduler", "update_from_output", "scheduler.forwarding"),

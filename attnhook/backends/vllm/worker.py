@@ -5,6 +5,7 @@ Hooks of both model runners; `attnhook.serving.step` does the rest. A pass in wh
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from attnhook import __version__
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
 from attnhook.errors import UnsupportedError
@@ -25,6 +27,18 @@ logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 T = TypeVar("T")
+
+
+def salting(original: Original) -> Original:
+    """``VllmConfig.compute_hash``: what a cache on disk keeps of a run with attnhook is used by no run without it."""
+
+    @wraps(original)
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        plain = original(self, *args, **kwargs)
+        salted = f"{plain} attnhook {__version__} {graph_layers()}"
+        return hashlib.sha256(salted.encode()).hexdigest()[: len(plain)]
+
+    return compute_hash
 
 
 class _Worker:
