@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -872,6 +872,7 @@ FALLBACK = byte_fallback_tokenizer()
 
 
 @given(st.text(st.sampled_from("abenst.,' \n文é🎉\u200d")) | st.text(max_size=12))
+@example("00\x80𐀀𐀀𐀀𐀀𐀀00\x80𐀀")  # the window would begin inside a character
 def test_pieces_with_byte_fallback_join_to_the_text(text):
     pieces_join(FALLBACK, FALLBACK(text)["input_ids"])
 

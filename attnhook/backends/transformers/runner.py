@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,8 +179,9 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     ends = [0]  # where a character ends
     start, before = 0, ""  # the text from start to where the last character ended
     for end in range(1, len(ids) + 1):
-        # further back where one character, or what is none, takes more tokens than the window reaches back
-        reach = min(window_start(end), ends[max(0, len(ends) - 4)])
+        # where a character ends: half a one spoils a whole run of byte tokens. Further back where one character, or
+        # what is none, takes more tokens than the window reaches back
+        reach = ends[max(0, min(bisect_right(ends, window_start(end)) - 1, len(ends) - 4))]
         if reach != start:
             start, before = reach, tokenizer.decode(ids[reach : ends[-1]])
         text = tokenizer.decode(ids[start:end])

@@ -377,10 +377,13 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
             status, reply = running.post("/v1/completions", body)  # monitored, and none the wiser
             assert status == 200 and "attention_tokens" not in reply["choices"][0]
             assert running.get("/v1/attention/capabilities")["modes"] == ["fingerprint"]
-        wanted = 3 * 5 * 3  # those that were refused computed nothing, and the warm-up is no traffic
+        # those that were refused computed nothing; a front end's own warm-up, whose prompt is longer, may reach another
+        # that takes it for traffic
+        wanted = 3 * 5 * 3
         lines: list[dict[str, Any]] = []
         for _ in range(50):
-            lines = list(read_jsonl(sink, tolerate_torn_tail=True))
+            found = read_jsonl(sink, tolerate_torn_tail=True)
+            lines = [line for line in found if line["query_position"] < 5]
             if len(lines) >= wanted:
                 break
             time.sleep(0.2)
