@@ -165,7 +165,7 @@ def serving(original: Original) -> Original:
         asks = any(native)
         if asks:
             mark(obj, native)
-        elif policy().capture_all and hasattr(obj, "sampling_params") and _is_traffic(self, obj):
+        elif policy().capture_all and hasattr(obj, "sampling_params") and _is_traffic(obj):
             mark(obj, [RequestOptions.resolve(arguments={"mode": "fingerprint"})], reply=False)
         reader = Reader(bool(getattr(obj, "stream", False) and getattr(self, "incremental_streaming_output", False)))
         if ticket is not None:
@@ -260,11 +260,10 @@ def _marked(params: dict[str, Any], options: RequestOptions | None, reply: bool)
     return {**params, "custom_params": {**kept, KEY: pack_options(options, reply=reply)}}
 
 
-def _is_traffic(manager: Any, obj: Any) -> bool:
-    """Whether a request is a client's, and not the engine's own health check or warm-up."""
+def _is_traffic(obj: Any) -> bool:
+    """Whether a request is a client's, and not the engine's own health check; its warm-up looks like a client's."""
     rid = getattr(obj, "rid", None)
-    starting = getattr(getattr(manager, "server_status", None), "name", "") == "Starting"
-    return not starting and not (isinstance(rid, str) and rid.startswith(_HEALTH_CHECK))
+    return not (isinstance(rid, str) and rid.startswith(_HEALTH_CHECK))
 
 
 async def lines(reply: AsyncIterator[Any], ticket: Ticket, place: Any) -> AsyncIterator[Any]:

@@ -377,8 +377,7 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
             status, reply = running.post("/v1/completions", body)  # monitored, and none the wiser
             assert status == 200 and "attention_tokens" not in reply["choices"][0]
             assert running.get("/v1/attention/capabilities")["modes"] == ["fingerprint"]
-        # those that were refused computed nothing; a front end's own warm-up, whose prompt is longer, may reach another
-        # that takes it for traffic
+        # those that were refused computed nothing; SGLang's own warm-up has a longer prompt
         wanted = 3 * 5 * 3
         lines: list[dict[str, Any]] = []
         for _ in range(50):
