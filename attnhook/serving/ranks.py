@@ -38,6 +38,15 @@ class Ranks:
         self.stage = 0 if stages is None else dist.get_rank(stages)
         self._sending: list[tuple[Any, torch.Tensor]] = []
 
+    @classmethod
+    def of(cls, tensor: Any, stages: Any) -> Ranks:
+        """From an engine's tensor and pipeline groups, which have world_size, device_group and cpu_group."""
+        return cls(
+            tensor=tensor.device_group if tensor.world_size > 1 else None,
+            tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
+            stages=stages.cpu_group if stages.world_size > 1 else None,
+        )
+
     @property
     def answers(self) -> bool:
         """Whether this worker's answer is the engine's."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from attnhook.records import TokenRecord, fill_zones
-from attnhook.serving.wire import worse
+from attnhook.serving.wire import Share, worse
 
 T = TypeVar("T")
 
@@ -24,6 +24,15 @@ class Attention:
     prompt: list[TokenRecord] = field(default_factory=list)
     error: str | None = None
     check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
+
+    @classmethod
+    def of(cls, share: Share, request: str, choice: int) -> Attention:
+        """What a `Share` brings, under the names that the client knows."""
+
+        def records(rows: list[bytes]) -> list[TokenRecord]:
+            return [replace(TokenRecord.from_bytes(row), request_id=request, choice=choice) for row in rows]
+
+        return cls(records(share.generated), records(share.prompt), share.error, share.check)
 
     def extend(self, other: Attention) -> None:
         """Append what came later."""

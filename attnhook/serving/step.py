@@ -8,9 +8,9 @@ to the requests that asked and never reaches the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.capture import Row, StepCapture, wants_row
 from attnhook.errors import AttnhookError, UnsupportedError
-from attnhook.kernels.topk import LayerRows, PagedKeys
+from attnhook.kernels.topk import LayerRows, PagedKeys, topk_attention
 from attnhook.kernels.topk.cpu import gather
 from attnhook.options import RequestOptions, check_heads, resolve_layers
 from attnhook.records import TokenRecord, join_layers
@@ -26,6 +26,8 @@ from attnhook.serving.ranks import Ranks
 from attnhook.serving.wire import Share, reason, unpack_options, worse
 
 logger = logging.getLogger("attnhook")
+
+T = TypeVar("T")
 
 
 class LayerView(NamedTuple):
@@ -310,3 +312,20 @@ def _worse(one: dict[str, float], other: dict[str, float], request: str) -> floa
     error = worse(one.get(request), other.get(request))
     assert error is not None
     return error
+
+
+def safely(function: Callable[..., T], *arguments: Any) -> T | None:
+    """The result, or None: nothing of ours may end the engine. Who asked is told that no records came."""
+    try:
+        return function(*arguments)
+    except Exception:
+        logger.exception("attention capture failed in this step")
+        return None
+
+
+def warm_up() -> None:
+    """Compile the kernel before the first request needs it."""
+    keys = PagedKeys.from_dense(torch.zeros(1, 1, 64, 16))
+    for rows in (1, 16):
+        place = torch.arange(64 - rows, 64)
+        topk_attention(torch.zeros(rows, 1, 16), keys, torch.zeros(rows, dtype=torch.int32), place, top_k=1, scale=1.0)

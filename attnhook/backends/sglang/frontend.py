@@ -10,13 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
 
 from attnhook.errors import OptionError
 from attnhook.options import RequestOptions, check_heads, resolve_layers
-from attnhook.records import TokenRecord
 from attnhook.serving.policy import Gate, Policy, Refusal
 from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
 from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options
@@ -104,7 +103,7 @@ class Reader:
         new = Attention()
         for element in elements:
             if element is not None:
-                new.extend(_decode(Share.unpack(element), request, index))
+                new.extend(Attention.of(Share.unpack(element), request, index))
         whole = self.choices.setdefault(index, Attention())
         whole.extend(new)
         if not whole and meta.get("finish_reason") is not None and result.get("output_ids"):
@@ -123,13 +122,6 @@ class Reader:
         for name, value in fields.items():
             sofar[name] = sofar.get(name, []) + value if isinstance(value, list) else sofar.get(name, value)
         return dict(sofar)
-
-
-def _decode(share: Share, request: str, choice: int) -> Attention:
-    def records(rows: list[bytes]) -> list[TokenRecord]:
-        return [replace(TokenRecord.from_bytes(row), request_id=request, choice=choice) for row in rows]
-
-    return Attention(records(share.generated), records(share.prompt), share.error, share.check)
 
 
 @dataclass

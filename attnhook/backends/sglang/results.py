@@ -9,8 +9,9 @@ from typing import Any
 
 from attnhook import lifecycle
 from attnhook.backends.sglang.reasoning import phase_of_last
-from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser, safely
+from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser
 from attnhook.records import TokenRecord, with_phase
+from attnhook.serving.step import safely
 from attnhook.serving.wire import KEY, Share
 
 logger = logging.getLogger("attnhook")

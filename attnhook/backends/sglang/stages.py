@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.sglang.worker import Row, safely
+from attnhook.backends.sglang.worker import Row
+from attnhook.serving.step import safely
 from attnhook.serving.wire import KEY
 
 

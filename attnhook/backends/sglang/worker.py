@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from attnhook.backends.sglang import pool, refusals
 from attnhook.errors import UnsupportedError
-from attnhook.kernels.topk import PagedKeys, topk_attention
 from attnhook.serving.ranks import Ranks
-from attnhook.serving.step import Computed, Served, ServedStep
+from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
 from attnhook.serving.wire import KEY, reason, unpack_options
 
 logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
-T = TypeVar("T")
 
 _GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
 
@@ -165,7 +163,7 @@ def attending(original: Original) -> Original:
                 if "_attnhook" not in backend.__dict__:
                     backend._attnhook = True
                     backend.forward = _observed(backend.forward, type(backend).__name__)
-            _warm_up()
+            warm_up()
         return result
 
     return init_attention_backends
@@ -279,12 +277,7 @@ def _ranks() -> Ranks:
     """The groups of SGLang that this worker's part of the model is in."""
     from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 
-    tensor, stages = get_tp_group(), get_pp_group()
-    return Ranks(
-        tensor=tensor.device_group if tensor.world_size > 1 else None,
-        tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
-        stages=stages.cpu_group if stages.world_size > 1 else None,
-    )
+    return Ranks.of(get_tp_group(), get_pp_group())
 
 
 def _backends(runner: Any) -> list[Any]:
@@ -292,14 +285,6 @@ def _backends(runner: Any) -> list[Any]:
     group = getattr(runner, "decode_attn_backend_group", None) or ()
     found = [runner.attn_backend, getattr(runner, "decode_attn_backend", None), *group]
     return list({id(backend): backend for backend in found if backend is not None}.values())
-
-
-def _warm_up() -> None:
-    """Compile the kernel before the first request needs it."""
-    keys = PagedKeys.from_dense(torch.zeros(1, 1, 64, 16))
-    for rows in (1, 16):
-        place = torch.arange(64 - rows, 64)
-        topk_attention(torch.zeros(rows, 1, 16), keys, torch.zeros(rows, dtype=torch.int32), place, top_k=1, scale=1.0)
 
 
 def _observed(original: Original, backend: str) -> Original:
@@ -349,12 +334,3 @@ def _without_graphs(runner: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(runner, name, value)
-
-
-def safely(function: Callable[..., T], *arguments: Any) -> T | None:
-    """The result, or None: an exception of ours would end the engine. Who asked is told that no records came."""
-    try:
-        return function(*arguments)
-    except Exception:
-        logger.exception("attention capture failed in this step")
-        return None

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.records import TokenRecord
 from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.policy import Policy
 from attnhook.serving.replies import Attention, Stream
@@ -193,7 +191,9 @@ def receiving(original: Original) -> Original:
                 output.kv_transfer_params = {k: v for k, v in transfer.items() if k != KEY} or None
                 state = self.request_states.get(output.request_id)
                 if state is not None:
-                    _attention_of(state).extend(_decode(share, state))
+                    parent = state.parent_req
+                    request = state.external_req_id if parent is None else parent.external_req_id
+                    _attention_of(state).extend(Attention.of(share, request, state.request_index))
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
@@ -201,17 +201,6 @@ def receiving(original: Original) -> Original:
 
 def _attention_of(state: Any) -> Attention:
     return state.__dict__.setdefault("_attnhook", Attention())  # type: ignore[no-any-return]
-
-
-def _decode(share: Share, state: Any) -> Attention:
-    parent = state.parent_req
-    request = state.external_req_id if parent is None else parent.external_req_id
-
-    def records(rows: list[bytes]) -> list[TokenRecord]:
-        found = [TokenRecord.from_bytes(row) for row in rows]
-        return [replace(record, request_id=request, choice=state.request_index) for record in found]
-
-    return Attention(records(share.generated), records(share.prompt), share.error, share.check)
 
 
 def completing(original: Original) -> Original:

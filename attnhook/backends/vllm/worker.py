@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,13 +20,12 @@ from attnhook.errors import UnsupportedError
 from attnhook.options import graph_layers, resolve_layers
 from attnhook.serving.graphs import KeptQueries
 from attnhook.serving.ranks import Ranks
-from attnhook.serving.step import Computed, Served, ServedStep
+from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
 from attnhook.serving.wire import KEY
 
 logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
-T = TypeVar("T")
 
 
 def salting(original: Original) -> Original:
@@ -156,7 +155,7 @@ def initialising_cache(original: Original) -> Original:
                         layer.forward_impl = hook.latent(layer.forward_impl)
                     else:
                         layer.impl.forward = hook.plain(layer.impl.forward)
-            _warm_up()
+            warm_up()
         return result
 
     return initialize_kv_cache
@@ -181,12 +180,7 @@ def _ranks(config: Any) -> Ranks:
             "vLLM with dual batch overlap cannot be captured: its halves run their attention apart. Start without "
             "--enable-dbo, or without ATTNHOOK=1"
         )
-    tensor, stages = get_tp_group(), get_pp_group()
-    return Ranks(
-        tensor=tensor.device_group if tensor.world_size > 1 else None,
-        tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
-        stages=stages.cpu_group if stages.world_size > 1 else None,
-    )
+    return Ranks.of(get_tp_group(), get_pp_group())
 
 
 def loading(original: Original) -> Original:
@@ -233,16 +227,6 @@ def _attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
             continue  # a state-space layer has no attention to report
         found[extract_layer_index(name)] = name, layer
     return dict(sorted(found.items()))
-
-
-def _warm_up() -> None:
-    """Compile the kernel before the first request needs it."""
-    from attnhook.kernels.topk import PagedKeys, topk_attention
-
-    keys = PagedKeys.from_dense(torch.zeros(1, 1, 64, 16))
-    for rows in (1, 16):
-        place = torch.arange(64 - rows, 64)
-        topk_attention(torch.zeros(rows, 1, 16), keys, torch.zeros(rows, dtype=torch.int32), place, top_k=1, scale=1.0)
 
 
 class _Observer:
@@ -307,14 +291,14 @@ def scheduled(original: Original) -> Original:
         worker = _worker(self)
         if worker is None:
             return original(self, scheduler_output, *args, **kwargs)
-        _safely(worker.note, scheduler_output)
+        safely(worker.note, scheduler_output)
         try:
             output = original(self, scheduler_output, *args, **kwargs)
         finally:
             _current = None
         if worker.step is not None:  # V2: the runner's own step, which only now is over
             state = getattr(self, "execute_model_state", None)
-            _safely(worker.finish, getattr(state, "attn_metadata", None))
+            safely(worker.finish, getattr(state, "attn_metadata", None))
         return output
 
     return execute_model
@@ -329,13 +313,13 @@ def capturing(original: Original) -> Original:
         worker = _worker(self)
         if worker is None or worker.scheduled is None or not worker.asks:
             return original(self, *args, **kwargs)
-        _safely(worker.plan, self.device, _rows(self, worker, kwargs.get("positions")))
+        safely(worker.plan, self.device, _rows(self, worker, kwargs.get("positions")))
         _current = worker
         try:
             output = original(self, *args, **kwargs)
         finally:
             _current = None
-        _safely(worker.finish, _metadata())
+        safely(worker.finish, _metadata())
         return output
 
     return _model_forward
@@ -356,7 +340,7 @@ def preparing(original: Original) -> Original:
         tables = original(self, input_batch, *args, **kwargs)
         worker = _worker(self)
         if worker is not None and worker.scheduled is not None and worker.asks:
-            _safely(worker.plan, self.device, _rows_v2(self, worker, input_batch))
+            safely(worker.plan, self.device, _rows_v2(self, worker, input_batch))
             _current = worker
         return tables
 
@@ -388,15 +372,6 @@ def answering(original: Original) -> Original:
         return output
 
     return sample_tokens
-
-
-def _safely(function: Callable[..., T], *arguments: Any) -> T | None:
-    """The result, or None: nothing of ours may end the engine. Who asked is told that no records came."""
-    try:
-        return function(*arguments)
-    except Exception:
-        logger.exception("attention capture failed in this step")
-        return None
 
 
 def _rows(runner: Any, worker: _Worker, positions: torch.Tensor | None) -> Iterator[Computed]:
