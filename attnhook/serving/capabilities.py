@@ -18,7 +18,8 @@ def attention_layers(config: Any) -> list[int] | None:
         # "hybrid" layers have both, as in Zamba2
         return [n for n, kind in enumerate(kinds) if kind == "hybrid" or ("attention" in kind and "linear" not in kind)]
     count = getattr(config, "num_hidden_layers", None)
-    return None if count is None else list(range(count))
+    mixed = getattr(config, "full_attention_interval", None)  # and no list of which is which
+    return None if count is None or mixed else list(range(count))
 
 
 def capabilities(

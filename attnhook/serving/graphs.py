@@ -49,9 +49,13 @@ class KeptQueries:
         count = min(self.rows, len(q))
         try:
             torch.index_select(q, 0, self._index[:count], out=self._kept[number][:count])
-        except RuntimeError:  # an engine that hands out queries of another type or shape than its model's
-            logger.warning("layer %d is not captured under CUDA graphs", number, exc_info=True)
-            del self._kept[number]
+        except RuntimeError as error:  # an engine that hands out queries of another type or shape than its model's
+            self.drop(number, error)
+
+    def drop(self, number: int, error: Exception) -> None:
+        """Keep no queries of a layer any more."""
+        logger.warning("layer %d is not captured under CUDA graphs", number, exc_info=error)
+        self._kept.pop(number, None)
 
     def aim(self, places: torch.Tensor) -> None:
         """Set the index, int64 [U], before a pass; more rows than there is room for are left out."""

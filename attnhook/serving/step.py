@@ -125,9 +125,14 @@ class ServedStep:
         """Wanted layers that have not been taken."""
         return self.wanted - self._taken.keys()
 
+    @property
+    def self_checks(self) -> bool:
+        """Whether somebody asks for the self-check, which takes the engine's output of every row."""
+        return any(group.options.self_check for group in self._groups.values())
+
     def needs_output(self, number: int) -> bool:
         """Whether `take` wants to see the engine's output of a layer."""
-        return number not in self.served.checked or any(group.options.self_check for group in self._groups.values())
+        return number not in self.served.checked or self.self_checks
 
     def add(self, computed: Computed) -> None:
         """Plan the rows of one request that asks; what is wrong with it is told to it alone."""

@@ -34,6 +34,7 @@ _HOOKS: dict[str, str] = {
     "stages.receiving": f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",
     "frontend.knowing_the_model": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",
     "frontend.serving": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",
+    "frontend.counting": f"{_SRT}.managers.tokenizer_manager:TokenizerManager._validate_one_request",
     "server.guarding": f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",
     "server.with_flags": f"{_SRT}.server_args:ServerArgs.add_cli_args",
     "server.with_capabilities": f"{_SRT}.entrypoints.http_server:app.router.routes",

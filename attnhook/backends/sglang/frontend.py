@@ -15,10 +15,11 @@ from functools import cache, wraps
 from typing import Any
 
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions, check_heads, resolve_layers
+from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
+from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.policy import Gate, Policy, Refusal
 from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
-from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options
+from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options, unpack_options
 
 Original = Callable[..., Any]
 
@@ -54,12 +55,9 @@ def knowing_the_model(original: Original) -> Original:
 def model_shape() -> tuple[str, list[int] | None, int | None]:
     """Name, layers and query heads of the model; None where only the workers know."""
     config = getattr(_manager, "model_config", None)
-    text = getattr(config, "hf_text_config", None)
-    mixed = any(getattr(text, name, None) for name in ("layers_block_type", "full_attention_interval"))
-    layers = None if mixed else getattr(config, "num_hidden_layers", None)
     return (
         str(getattr(_manager, "served_model_name", "")),
-        None if layers is None else list(range(layers)),
+        attention_layers(getattr(config, "hf_text_config", None)),
         getattr(config, "num_attention_heads", None),
     )
 
@@ -131,6 +129,7 @@ class Ticket:
     options: RequestOptions
     stream: Stream | None
     reader: Reader | None = None
+    error: OptionError | None = None  # what only the tokenized prompt showed
 
 
 class _Refused(ValueError):
@@ -174,11 +173,33 @@ def serving(original: Original) -> Original:
                         elif isinstance(item, dict) and "meta_info" in item:
                             item["meta_info"].pop(KEY, None)  # of others in the same batch
                     yield result
+        except OptionError as error:
+            if ticket is not None:
+                ticket.error = error
+            raise
         finally:
             if place is not None:
                 place.leave()
 
     return generate_request
+
+
+def counting(original: Original) -> Original:
+    """``TokenizerManager._validate_one_request``: a span that begins where the request never comes to is an error."""
+
+    @wraps(original)
+    def _validate_one_request(self: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, obj, input_ids, *args, **kwargs)
+        params = getattr(obj, "sampling_params", None)
+        packed = _custom_params(params).get(KEY)
+        if packed is not None and input_ids is not None and isinstance(params, dict):
+            options, _ = unpack_options(packed)
+            new = params.get("max_new_tokens")  # the context is the end of what has none
+            tokens = self.context_len if new is None else min(len(input_ids) + new, self.context_len)
+            check_reach(options.spans, tokens, REQUEST_FIELDS["spans"])
+        return result
+
+    return _validate_one_request
 
 
 def _scope(request: Any) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from attnhook.kernels.topk import PagedKeys
 from attnhook.serving.step import LayerView
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_POOLS = ("MHATokenToKVPool", "MLATokenToKVPool")
 
 # these backends leave the soft-cap out, whatever the model says; what they compute is what we report
 _NO_SOFTCAP = frozenset({"TorchNativeAttnBackend", "TorchFlexAttnBackend"})
@@ -33,8 +34,17 @@ class Slots:
         return self._window
 
 
-def view(pool: Any, layer: Any, slots: Slots, backend: str, sinks: torch.Tensor | None = None) -> LayerView:
-    """What a captured row of this layer attends to. Raises UnsupportedError for what cannot be read."""
+# its decoding keeps this many keys, one less than its prompts and Transformers do (`update_sliding_window_buffer`)
+_SHORT_WINDOW = frozenset({"TritonAttnBackend"})
+
+
+def view(
+    pool: Any, layer: Any, slots: Slots, backend: str, *, decodes: bool, sinks: torch.Tensor | None = None
+) -> LayerView:
+    """What a captured row of this layer attends to. Raises UnsupportedError for what cannot be read.
+
+    ``backend`` is the name of the class that computes it, ``decodes`` whether the pass is one of decoding.
+    """
     check(pool, layer)
     number = layer.layer_id
     table = slots.of(number)
@@ -44,12 +54,16 @@ def view(pool: Any, layer: Any, slots: Slots, backend: str, sinks: torch.Tensor 
         {
             "scale": float(layer.scaling),
             "softcap": 0.0 if backend in _NO_SOFTCAP else float(layer.logit_cap or 0.0),
-            # SGLang counts the keys before the row's own
-            "window": layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else -1,
+            "window": _window(layer.sliding_window_size, backend in _SHORT_WINDOW and decodes),
             "sinks": sinks,
             "alibi_slopes": None,
         },
     )
+
+
+def _window(before: int, short: bool) -> int:
+    """Visible keys, the row's own included, where SGLang counts those before it; -1 where all are."""
+    return -1 if before < 0 else before + (not short)
 
 
 def check(pool: Any, layer: Any) -> None:
@@ -58,16 +72,17 @@ def check(pool: Any, layer: Any) -> None:
     if kinds == ["SWAKVPool"]:
         kinds = [type(part).__name__ for part in (pool.full_kv_pool, pool.swa_kv_pool)]
     for kind in kinds:
-        if kind != "MHATokenToKVPool":
+        if kind not in _POOLS:
             raise UnsupportedError(
                 f"SGLang keeps this model's keys in a {kind}, which attnhook does not read yet; it reads "
-                "MHATokenToKVPool, alone or in a SWAKVPool"
+                f"{' and '.join(_POOLS)}, alone or in a SWAKVPool"
             )
     number = layer.layer_id
     keys = pool.get_key_buffer(number)
     if keys.dtype not in _DTYPES:
         raise UnsupportedError(
-            f"layer {number}: a key cache of {keys.dtype} is not read yet: start with --kv-cache-dtype auto"
+            f"layer {number}: with a key cache of {keys.dtype} SGLang's kernels round the queries as well, each in its "
+            "own way: not captured. Start with --kv-cache-dtype auto"
         )
     layout = getattr(_part(pool, number), "kv_cache_layout", "nhd")
     if layout != "nhd" or keys.dim() != 3:

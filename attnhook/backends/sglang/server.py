@@ -55,6 +55,8 @@ def guarding(original: Original) -> Original:
         streaming = False
         try:
             reply = await original(self, request, raw_request, *args, **kwargs)
+            if ticket.error is not None:
+                return self.create_error_response(str(ticket.error), param=ticket.error.field)
             streaming = hasattr(reply, "body_iterator")
             if streaming:
                 reply.body_iterator = frontend.lines(reply.body_iterator, ticket, place)

@@ -1,7 +1,8 @@
 """In SGLang's schedulers: which rows a pass computes, and each layer's queries and keys.
 
 `attnhook.serving.step` does the rest. A pass in which nobody asks runs as it is; one in which somebody does runs
-without graphs, because Python does not run when a graph is replayed.
+without graphs, because Python does not run when a graph is replayed, unless it decodes and wants no other layers than
+those whose queries the graphs themselves keep.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from attnhook.backends.sglang import pool, refusals
+from attnhook.backends.sglang.layers import Attention, attention_layers, computing, live_backends
 from attnhook.errors import UnsupportedError
+from attnhook.options import graph_layers, resolve_layers
+from attnhook.serving.graphs import KeptQueries
 from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
 from attnhook.serving.wire import KEY, reason, unpack_options
@@ -27,6 +31,7 @@ logger = logging.getLogger("attnhook")
 Original = Callable[..., Any]
 
 _GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+_KEPT_ROWS = 512  # most requests of one replay whose queries are kept; SGLang's own graphs go to 512 by default
 
 
 @dataclass
@@ -54,14 +59,28 @@ class Row:
     error: str | None = None
 
 
+class _Call(NamedTuple):
+    """One call of an attention backend."""
+
+    module: Any
+    q: torch.Tensor
+    output: Any
+    batch: Any
+    backend: str
+    decodes: bool
+    extra: dict[str, Any]
+
+
 class _Worker:
     """What is ours of one scheduler process: it runs one model, one pass at a time."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self.layers = _attention_layers(runner)
+        self.layers = attention_layers(runner.model)
+        for layer in self.layers.values():
+            pool.check(runner.token_to_kv_pool, layer.module)
         name = str(getattr(runner.server_args, "served_model_name", None) or runner.server_args.model_path)
-        heads = {number: layer.tp_q_head_num for number, layer in self.layers.items()}
+        heads = {number: layer.heads for number, layer in self.layers.items()}
         self.served = Served(name, heads, _ranks())
         if not self.served.whole:
             raise UnsupportedError("SGLang's model has no attention layer that attnhook can capture")
@@ -69,6 +88,65 @@ class _Worker:
         self.step: ServedStep | None = None
         self.computed: dict[str, Computed] = {}
         self.slots: pool.Slots | None = None
+        self.kept = self._kept_queries()
+        self.graphed: dict[int, _Call] = {}  # the call of each layer that a graph has
+        self.replays = False  # whether the pass may be a graph's
+
+    def _kept_queries(self) -> KeptQueries | None:
+        """Buffers that graphs write into; without a GPU only where layers are named, which is how they are tested."""
+        asked, runner = graph_layers(), self.runner
+        if asked is None and not str(runner.device).startswith("cuda"):
+            return None
+        chosen = resolve_layers(asked or "auto", list(self.served.whole), "ATTNHOOK_GRAPH_LAYERS")
+        shapes = {number: self.layers[number].query_shape for number in chosen if number in self.layers}
+        rows = min(_KEPT_ROWS, int(runner.req_to_token_pool.size))
+        return KeptQueries(shapes, rows, runner.model_config.dtype, torch.device(runner.device))
+
+    def sees(self) -> bool:
+        """Whether an attention call now is of any interest."""
+        return self.step is not None or self.kept is not None
+
+    def see(self, call: _Call) -> None:
+        """An attention call: what is wanted of it is taken, or becomes part of the graph that is being captured."""
+        number, step, kept = call.module.layer_id, self.step, self.kept
+        layer = self.layers.get(number)
+        if layer is None or not layer.has(call.module):
+            return
+        if kept is not None and kept.records(number) and (step is None or self.replays):
+            if call.module is layer.module and call.decodes:
+                kept.keep(number, layer.queries(call.module, call.q, call.extra))
+                self.graphed[number] = call._replace(q=call.q[:0], output=None, batch=None)
+            return
+        if step is None or number not in step.wanted:
+            return
+        # copies: the engine uses its buffers again
+        rows = layer.queries(call.module, call.q, call.extra)[step.index]
+        output = layer.output(call.module, call.output, call.batch) if step.needs_output(number) else None
+        self._take(layer, call, rows, None if output is None else output[step.index])
+
+    def _take(self, layer: Attention, call: _Call, rows: torch.Tensor, output: torch.Tensor | None) -> None:
+        number = call.module.layer_id
+        if self.slots is None or self.step is None:
+            raise UnsupportedError(f"layer {number}: attention outside the pass that was planned")
+        view = pool.view(
+            self.runner.token_to_kv_pool, layer.module, self.slots, call.backend,
+            decodes=call.decodes, sinks=call.extra.get("sinks"),
+        )  # fmt: skip
+        view = view._replace(value_heads=layer.value_heads(call.module))
+        self.step.take(number, layer.for_pool(call.module, rows), view, output)
+
+    def _take_kept(self, step: ServedStep, kept: KeptQueries) -> None:
+        """Layers whose attention ran inside a graph."""
+        for number in step.missing:
+            rows = kept.get(number, len(step.index))
+            if rows is not None and number in self.graphed:
+                self._take(self.layers[number], self.graphed[number], rows, None)
+
+    def rest(self) -> None:
+        """Before every pass: nothing is wanted of a graph yet."""
+        self.replays = False
+        if self.kept is not None:
+            self.kept.rest()
 
     def plan(self, batch: Any) -> None:
         """Start the capture of a pass, where somebody asks; what goes wrong is told to all who do."""
@@ -87,16 +165,31 @@ class _Worker:
             longest = max(computed.first + computed.tokens for computed in self.computed.values())
             table = self.runner.req_to_token_pool.req_to_token[batch.req_pool_indices[places], :longest]
             self.slots = pool.Slots(self.runner.token_to_kv_pool, table.to(torch.int32))
+            self._aim(step, batch)
         except Exception as error:
             for _, _, ask in asking:
                 ask.error = ask.error or reason(error)
             step.give_up(error)
 
+    def _aim(self, step: ServedStep, batch: Any) -> None:
+        """Let graphs run the pass where they keep every query that is wanted."""
+        if self.kept is None or not batch.forward_mode.is_decode() or step.self_checks:
+            return
+        if step.wanted and step.wanted <= self.graphed.keys() and len(step.index) <= self.kept.rows:
+            self.kept.aim(step.index)
+            self.replays = True
+
     def finish(self, output: Any) -> None:
         """After the pass: reduce what was taken, and leave the rows with the logits that the tokens come from."""
-        step, self.step, self.slots = self.step, None, None
+        step = self.step
         if step is None:
             return
+        if self.kept is not None and self.replays:
+            try:
+                self._take_kept(step, self.kept)
+            except Exception as error:
+                step.give_up(error)
+        self.step = self.slots = None
         shares = step.finish()
         rows: dict[str, Row] = {}
         for req in self.reqs:
@@ -159,10 +252,10 @@ def attending(original: Original) -> Original:
             check_hooks(WORKER)
             refusals.check(self.server_args)
             _worker = _Worker(self)
-            for backend in _backends(self):
+            for backend in live_backends(self):
                 if "_attnhook" not in backend.__dict__:
                     backend._attnhook = True
-                    backend.forward = _observed(backend.forward, type(backend).__name__)
+                    backend.forward = _observed(backend.forward, backend)
             warm_up()
         return result
 
@@ -192,13 +285,15 @@ def capturing(original: Original) -> Original:
     @wraps(original)
     def forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         worker = _worker
-        if worker is None or self is not worker.runner or not worker.reqs:
+        if worker is None or self is not worker.runner:
             return original(self, forward_batch, *args, **kwargs)
-        safely(worker.plan, forward_batch)
+        safely(worker.rest)
+        if worker.reqs:
+            safely(worker.plan, forward_batch)
         if worker.step is None:
             return original(self, forward_batch, *args, **kwargs)
         try:
-            with _without_graphs(self):
+            with nullcontext() if worker.replays else _without_graphs(self):
                 output = original(self, forward_batch, *args, **kwargs)
         except BaseException:
             worker.step = worker.slots = None
@@ -257,22 +352,6 @@ def _rows(batch: Any, asking: list[tuple[int, Any, Asking]]) -> Iterator[Compute
         raise UnsupportedError(f"a pass of SGLang in mode {mode.name} is not captured")
 
 
-def _attention_layers(runner: Any) -> dict[int, Any]:
-    """The model's causal attention layers by their number; raises UnsupportedError."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    found: dict[int, Any] = {}
-    for module in runner.model.modules():
-        if isinstance(module, RadixAttention):
-            if module.is_cross_attention:
-                raise UnsupportedError("SGLang's model has cross-attention, whose keys lie among its own: not captured")
-            if module.layer_id in found:
-                raise UnsupportedError(f"the model has two attention layers of number {module.layer_id}")
-            pool.check(runner.token_to_kv_pool, module)
-            found[module.layer_id] = module
-    return dict(sorted(found.items()))
-
-
 def _ranks() -> Ranks:
     """The groups of SGLang that this worker's part of the model is in."""
     from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
@@ -280,48 +359,26 @@ def _ranks() -> Ranks:
     return Ranks.of(get_tp_group(), get_pp_group())
 
 
-def _backends(runner: Any) -> list[Any]:
-    """The live attention backends, each once; wrappers such as the hybrid ones, not what is in them."""
-    group = getattr(runner, "decode_attn_backend_group", None) or ()
-    found = [runner.attn_backend, getattr(runner, "decode_attn_backend", None), *group]
-    return list({id(backend): backend for backend in found if backend is not None}.values())
-
-
-def _observed(original: Original, backend: str) -> Original:
+def _observed(original: Original, backend: Any) -> Original:
     """An attention backend's ``forward`` that hands the captured rows over."""
 
     @wraps(original)
     def forward(q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(q, k, v, layer, forward_batch, *args, **kwargs)
         worker = _worker
-        step = None if worker is None else worker.step
-        if worker is not None and step is not None:
+        if worker is not None and worker.sees():
             try:
-                # a draft model's layers have the same numbers
-                if layer.layer_id in step.wanted and worker.layers[layer.layer_id] is layer:
-                    _take(worker, step, layer, q, output, backend, kwargs)
+                decodes = forward_batch.forward_mode.is_decode()
+                name = type(computing(backend, decodes)).__name__
+                worker.see(_Call(layer, q, output, forward_batch, name, decodes, kwargs))
             except Exception as error:
-                step.give_up(error)
+                if worker.step is not None:
+                    worker.step.give_up(error)
+                elif worker.kept is not None:
+                    worker.kept.drop(layer.layer_id, error)
         return output
 
     return forward
-
-
-def _take(
-    worker: _Worker, step: ServedStep, layer: Any, q: torch.Tensor, output: Any, backend: str, extra: dict[str, Any]
-) -> None:
-    unknown = [name for name, value in extra.items() if value is not None and name != "sinks"]
-    if unknown:
-        raise UnsupportedError(f"layer {layer.layer_id}: attention with {', '.join(unknown)}, which attnhook ignores")
-    if worker.slots is None:
-        raise UnsupportedError(f"layer {layer.layer_id}: attention outside the pass that was planned")
-    view = pool.view(worker.runner.token_to_kv_pool, layer, worker.slots, backend, extra.get("sinks"))
-    out = output[0] if isinstance(output, tuple) else output
-    heads, places = layer.tp_q_head_num, step.index
-    # copies: the engine uses its buffers again
-    rows = q.reshape(-1, heads, layer.qk_head_dim)[places]
-    seen = out.reshape(-1, heads, layer.v_head_dim)[places] if step.needs_output(layer.layer_id) else None
-    step.take(layer.layer_id, rows, view, seen)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def _other_models() -> str:
     found = importlib.util.find_spec("sglang")
     folders = (found.submodule_search_locations or ()) if found is not None else ()
     files = {path.stem for folder in folders for path in (Path(folder) / "srt" / "models").glob("*.py")}
-    return ",".join(sorted(files - {"llama", "gemma3_causal"}))
+    return ",".join(sorted(files - {"llama", "gemma3_causal", "mellum", "gpt_oss", "deepseek_v2"}))
 
 
 def engine_environment(**environ: str) -> dict[str, str]:

@@ -184,6 +184,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"attention_heads": [-40]}, "attention_heads", "-40"),
     ({"attention_heads": [9]}, "attention_heads", "0..8"),
     ({"attention_spans": {"a": [5, 2]}}, "attention_spans", "[5, 2]"),
+    ({"attention_spans": {"a": [0, 3], "b": [1500, 1501]}}, "attention_spans", "'b': [1500, 1501]"),
     ({"attention_mode": "all"}, "attention_mode", "raw, sketch, fingerprint"),
     ({"attention_layer": [1]}, "attention_layer", "attention_layers"),
     ({"return_attention_tokens": "yes"}, "return_attention_tokens", "true or false"),

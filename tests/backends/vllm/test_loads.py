@@ -235,7 +235,7 @@ def test_clients_that_go_away(limited: Server) -> None:
     # The allocator takes a few rounds to have its fill (16, 11, 0, 18, 4, 3, 3, 0 MB were seen); a leak would show
     # in each: the records of a round's prompts alone are more than 25 MB.
     grown: list[float] = []
-    while not grown or min(grown) > 6 and len(grown) < 8:
+    while not grown or (min(grown) > 6 and len(grown) < 8):
         before = resident(limited)
         seen = many(200)
         assert seen["200"] == 200 and seen["with records"] > 100

@@ -4,6 +4,8 @@ PyPI's torchvision is built for CUDA: next to a CPU torch its import fails for w
 SGLang imports it for image models, which no test uses; the schemas without kernels are enough.
 """
 
+import os
+
 import wrapt
 
 FAULT = 13  # a top_k that makes the capture step raise
@@ -28,3 +30,26 @@ def inject(module):
         return whole(self, dropped)
 
     step.records = records
+
+
+@wrapt.when_imported("attnhook.backends.sglang.worker")
+def tell(module):
+    """What tests want to know of a capture goes to the file SGLANG_TEST_NOTES."""
+    notes = os.environ.get("SGLANG_TEST_NOTES")
+    if not notes:
+        return
+    take_kept, view = module._Worker._take_kept, module.pool.view
+
+    def note(line):
+        with open(notes, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _take_kept(self, step, kept):
+        note(f"kept {sorted(step.missing)}")
+        return take_kept(self, step, kept)
+
+    def _view(pool, *args, **kwargs):
+        note(f"pool {type(pool).__name__}")
+        return view(pool, *args, **kwargs)
+
+    module._Worker._take_kept, module.pool.view = _take_kept, _view
