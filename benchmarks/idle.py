@@ -1,10 +1,11 @@
-"""What attnhook's hooks cost a vLLM engine in which nobody asks: the time inside them, clocked in the engine.
+"""What attnhook's hooks cost an engine in which nobody asks: the time inside them, clocked in the engine.
 
 Two runs of one server differ by more than the 1% that is allowed here (`benchmarks.overhead` shows by how much), so
 each hooked function is clocked from without and from within, where the engine's own begins. What lies between is
-attnhook's, the clocks included, so the figure is an upper bound. Runs the engine in this process.
+attnhook's, the clocks included, so the figure is an upper bound. With vLLM all hooks are clocked, with SGLang those
+of the schedulers, where the model runs.
 
-    python -m benchmarks.idle
+    python -m benchmarks.idle [--engine sglang]
 """
 
 from __future__ import annotations
@@ -12,22 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import wraps
 from importlib import import_module, metadata
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
-# read when vLLM is imported
-os.environ.update(
-    {
-        "ATTNHOOK": "0",  # its hooks come when everything is clocked from within
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-)
+import numpy as np
+
+from benchmarks.clock import Clock
 
 PER_STEP = (
     "vllm.v1.worker.gpu_model_runner",
@@ -39,30 +35,111 @@ PER_STEP = (
 ONCE = ("initialize_kv_cache", "load_model", "__init__")
 
 
-class Clock:
-    """Seconds and calls of the functions that it was put around."""
+class Reading(NamedTuple):
+    """Sums of the clocks: seconds inside the engine's own functions, seconds of the hooked ones, calls of both."""
 
-    def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
+    within: float
+    without: float
+    calls_within: float
+    calls: float
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, clocked."""
 
-        @wraps(function)
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-                self.calls += 1
+class Vllm:
+    """An engine of vLLM in this process, with attnhook's hooks between two clocks."""
 
-        return clocked
+    def __init__(self, model: str) -> None:
+        os.environ.update(  # read when vLLM is imported
+            {
+                "ATTNHOOK": "0",  # its hooks come when everything is clocked from within
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_NO_USAGE_STATS": "1",
+            }
+        )
+        from vllm import LLM
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+        import attnhook
+        from attnhook.backends.vllm import _HOOKS
+
+        self._within, self._without = within, without = Clock(), Clock()
+        places = {
+            (getattr(import_module(module), owner), name)
+            for module in PER_STEP
+            for owner, name, _ in _HOOKS[module]
+            if name not in ONCE
+        }
+        for owner, name in (*places, (CPUAttentionBackendImpl, "forward")):
+            setattr(owner, name, within.around(getattr(owner, name)))
+        attnhook.install()
+        for owner, name in places:
+            setattr(owner, name, without.around(getattr(owner, name)))
+        self._llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=2048, seed=0)
+        worker = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.__dict__["_attnhook"]
+        for _, layer in worker.layers.values():
+            layer.impl.forward = without.around(layer.impl.forward)
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Answer the prompts at once."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0)
+        self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    def read(self) -> Reading:
+        """The clocks so far."""
+        return Reading(self._within.seconds, self._without.seconds, self._within.calls, self._without.calls)
+
+    def close(self) -> None:
+        """Nothing is to be ended: the engine lives in this process."""
+
+
+class Sglang:
+    """An engine of SGLang, whose scheduler, a process of its own, has the clocks (`benchmarks.sglang_clocks`)."""
+
+    def __init__(self, model: str) -> None:
+        import sglang
+
+        self._engine = sglang.Engine(
+            model_path=model, device="cpu", attention_backend="torch_native", sampling_backend="pytorch",
+            grammar_backend="none", dtype="float32", context_length=2048, max_total_tokens=8192,
+            max_running_requests=8, sleep_on_idle=True, log_level="warning",
+        )  # fmt: skip
+        self._shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r", shape=(4,))
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Answer the prompts at once."""
+        params = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0.0}
+        self._engine.generate(input_ids=prompts, sampling_params=params)
+
+    def read(self) -> Reading:
+        """The clocks after the last pass."""
+        return Reading(*(float(value) for value in self._shared))
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._engine.shutdown()
+
+
+def again_for_sglang() -> int:
+    """Run this benchmark in a process that finds the kernel package's stand-in, as its own processes do then too."""
+    from benchmarks.overhead import ENGINES
+
+    with tempfile.TemporaryDirectory() as folder:
+        clocks = Path(folder) / "clocks"
+        np.zeros(4).tofile(clocks)
+        environ = {**os.environ, **ENGINES["sglang"].environ}
+        environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(Path(__file__).parents[1])])
+        environ.update(ATTNHOOK="1", HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore", IDLE_CLOCKS=str(clocks))
+        environ["IDLE_IMPORT"] = "benchmarks.sglang_clocks"
+        return subprocess.run([sys.executable, "-m", "benchmarks.idle", *sys.argv[1:]], env=environ).returncode
 
 
 def main() -> None:
     """Run rounds of decoding with nobody asking and print the share of the hooks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=["vllm", "sglang"], default="vllm")
     parser.add_argument("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--prompt-tokens", type=int, default=513)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -73,71 +150,42 @@ def main() -> None:
         from attnhook.backends.transformers.default_model import default_model_path
 
         options.model = str(default_model_path())
-    within, without = Clock(), Clock()
-    llm = hooked(options.model, within, without)
+    if options.engine == "sglang" and "IDLE_CLOCKS" not in os.environ:
+        raise SystemExit(again_for_sglang())
+    engine: Vllm | Sglang = Vllm(options.model) if options.engine == "vllm" else Sglang(options.model)
+    try:
+        measure(engine, options)
+    finally:
+        engine.close()
+
+
+def measure(engine: Vllm | Sglang, options: argparse.Namespace) -> None:
+    """Run the rounds and print the table in Markdown."""
     print(
-        f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new; vllm {metadata.version('vllm')}, "
-        f"{os.cpu_count()} cores; {options.rounds} rounds\n"
+        f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new; {options.engine} "
+        f"{metadata.version(options.engine)}, {os.cpu_count()} cores; {options.rounds} rounds\n"
     )
     print("| batch | hooked calls per token | microseconds per step, at most | share of the engine's time, at most |")
     print("| --- | --- | --- | --- |")
     for batch in options.batch:
         shares, costs, calls = [], [], 0.0
+        prompts = [[(7 * n + i) % 1000 + 5 for i in range(options.prompt_tokens)] for n in range(batch)]
         for turn in range(options.rounds + 1):
-            whole, ours, calls = generate(llm, options, batch, within, without)
+            before, start = engine.read(), time.perf_counter()
+            engine.generate(prompts, options.new_tokens)
+            whole, after = time.perf_counter() - start, engine.read()
+            within, without, calls_within, calls = (b - a for a, b in zip(before, after, strict=True))
+            if calls_within != calls or not calls:
+                raise SystemExit(
+                    f"{calls:.0f} hooked calls reached the engine {calls_within:.0f} times: a hook is not clocked"
+                )
             if turn:  # the first fills the prefix cache
-                shares.append(ours / whole)
-                costs.append(ours / options.new_tokens * 1e6)
+                shares.append((without - within) / whole)
+                costs.append((without - within) / options.new_tokens * 1e6)
         print(
             f"| {batch} | {calls / options.new_tokens / batch:.0f} | {statistics.median(costs):.0f} | "
             f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) |"
         )
-
-
-def hooked(model: str, within: Clock, without: Clock) -> Any:
-    """An engine with attnhook's hooks between two clocks."""
-    from vllm import LLM
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-
-    import attnhook
-    from attnhook.backends.vllm import _HOOKS
-
-    places = {
-        (getattr(import_module(module), owner), name)
-        for module in PER_STEP
-        for owner, name, _ in _HOOKS[module]
-        if name not in ONCE
-    }
-    for owner, name in (*places, (CPUAttentionBackendImpl, "forward")):
-        setattr(owner, name, within.around(getattr(owner, name)))
-    attnhook.install()
-    for owner, name in places:
-        setattr(owner, name, without.around(getattr(owner, name)))
-    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=2048, seed=0)
-    worker = llm.llm_engine.model_executor.driver_worker.worker.model_runner.__dict__["_attnhook"]
-    for _, layer in worker.layers.values():
-        layer.impl.forward = without.around(layer.impl.forward)
-    return llm
-
-
-def generate(
-    llm: Any, options: argparse.Namespace, batch: int, within: Clock, without: Clock
-) -> tuple[float, float, int]:
-    """Seconds of a round, those that are attnhook's, and hooked calls."""
-    from vllm import SamplingParams
-
-    prompts = [
-        {"prompt_token_ids": [(7 * n + i) % 1000 + 5 for i in range(options.prompt_tokens)]} for n in range(batch)
-    ]
-    params = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True, temperature=0.0)
-    within.seconds = without.seconds = 0.0
-    within.calls = without.calls = 0
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    whole = time.perf_counter() - start
-    if within.calls != without.calls:
-        raise SystemExit(f"{without.calls} hooked calls reached the engine {within.calls} times: a hook is not clocked")
-    return whole, without.seconds - within.seconds, without.calls
 
 
 if __name__ == "__main__":

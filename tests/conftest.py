@@ -14,6 +14,36 @@ for name in [name for name in os.environ if name.startswith("ATTNHOOK") and name
     del os.environ[name]  # a developer's settings must not change what the tests see
 
 
+#: Whether other tests run at the same time (pytest -n): each then has one core.
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+
+# what takes longest begins first, or one worker is left alone with it at the end
+_LONGEST = ("backends/vllm", "backends/sglang", "backends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if BESIDE_OTHERS:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup`` a file stays together, and files that share what they find do."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> str:
+        return item.path.relative_to(here).as_posix()
+
+    def rank(item: pytest.Item) -> int:
+        return next((n for n, folder in enumerate(_LONGEST) if place(item).startswith(folder)), len(_LONGEST))
+
+    items.sort(key=rank)  # stable
+    for item in items:
+        name = "the same JSON" if place(item).endswith("/test_server.py") else place(item)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def smol_path() -> str:
     """Folder of the default model, converted on first use."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.backends.servers import Server, free_port, running
+from tests.conftest import BESIDE_OTHERS
 from tests.helpers import ROOT, environment
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
@@ -56,6 +57,7 @@ def engine_environment(**environ: str) -> dict[str, str]:
             "SGLANG_DISABLED_MODEL_ARCHS": _other_models(),
             "PYTHONPATH": os.pathsep.join([*_PATHS, *_UNDER_TEST, str(ROOT)]),
             "PYTHONWARNINGS": "ignore",
+            **({"OMP_NUM_THREADS": "1"} if BESIDE_OTHERS else {}),
             **environ,
         }
     )

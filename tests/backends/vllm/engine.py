@@ -18,6 +18,7 @@ import torch
 from attnhook import TokenRecord
 from tests import oracle
 from tests.backends.servers import Server, free_port, running
+from tests.conftest import BESIDE_OTHERS
 from tests.helpers import ROOT, environment
 
 #: Found without an import: vLLM brings Triton in, which tests/kernels must import first.
@@ -35,7 +36,7 @@ def engine_environment(**environ: str) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1" if BESIDE_OTHERS else "2",
             **environ,
         }
     )

@@ -4,9 +4,13 @@ PyPI's torchvision is built for CUDA: next to a CPU torch its import fails for w
 SGLang imports it for image models, which no test uses; the schemas without kernels are enough.
 """
 
+import importlib
 import os
 
 import wrapt
+
+if os.environ.get("IDLE_IMPORT"):  # benchmarks/idle.py
+    importlib.import_module(os.environ["IDLE_IMPORT"])
 
 FAULT = 13  # a top_k that makes the capture step raise
 

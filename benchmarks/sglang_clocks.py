@@ -1,0 +1,56 @@
+"""Clocks around attnhook's hooks in SGLang's schedulers: every process of `benchmarks.idle --engine sglang` imports it.
+
+After each pass the sums go into the memory-mapped file IDLE_CLOCKS: seconds within, seconds without, and the
+calls of both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import wrapt
+
+from benchmarks.clock import Clock
+
+PER_STEP = ("worker.capturing", "worker.generating", "worker.recomputing", "results.collecting")
+
+within, without = Clock(), Clock()
+
+
+@wrapt.when_imported("attnhook.backends.sglang")
+def clock_hooks(module: Any) -> None:
+    """Every hook of the schedulers between two clocks."""
+    marked = module._marked
+    shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r+", shape=(4,))
+
+    def clocked(name: str, original: Callable[..., Any]) -> Any:
+        if name not in PER_STEP:
+            return marked(name, original)
+        hooked = without.around(marked(name, within.around(original)))
+        return told(hooked) if name == "worker.generating" else hooked
+
+    def told(hooked: Callable[..., Any]) -> Any:
+        @wraps(hooked)
+        def forward_batch_generation(*args: Any, **kwargs: Any) -> Any:
+            result = hooked(*args, **kwargs)
+            shared[:] = within.seconds, without.seconds, within.calls, without.calls
+            return result
+
+        return forward_batch_generation
+
+    module._marked = clocked
+
+
+@wrapt.when_imported("attnhook.backends.sglang.worker")
+def clock_attention(module: Any) -> None:
+    """The attention backends' ``forward`` between two clocks."""
+    observed = module._observed
+
+    def _observed(original: Callable[..., Any], backend: Any) -> Any:
+        return without.around(observed(within.around(original), backend))
+
+    module._observed = _observed
