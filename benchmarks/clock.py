@@ -1,4 +1,4 @@
-"""A clock around functions, for `benchmarks.idle`."""
+"""A clock around functions, for `benchmarks.in_engine`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Clocks around attnhook's hooks in SGLang's schedulers: every process of `benchmarks.idle --engine sglang` imports it.
+"""Clocks around attnhook's hooks in SGLang's schedulers, for `benchmarks.in_engine --engine sglang`.
+
+Every process of that engine imports it.
 
 After each pass the sums go into the memory-mapped file IDLE_CLOCKS: seconds within, seconds without, and the
 calls of both.

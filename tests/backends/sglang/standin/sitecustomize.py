@@ -9,7 +9,7 @@ import os
 
 import wrapt
 
-if os.environ.get("IDLE_IMPORT"):  # benchmarks/idle.py
+if os.environ.get("IDLE_IMPORT"):  # benchmarks/in_engine.py
     importlib.import_module(os.environ["IDLE_IMPORT"])
 
 FAULT = 13  # a top_k that makes the capture step raise

@@ -1,11 +1,12 @@
-"""What attnhook's hooks cost an engine in which nobody asks: the time inside them, clocked in the engine.
+"""What attnhook costs an engine: the time inside its hooks, clocked in the engine, idle and while capturing.
 
-Two runs of one server differ by more than the 1% that is allowed here (`benchmarks.overhead` shows by how much), so
-each hooked function is clocked from without and from within, where the engine's own begins. What lies between is
-attnhook's, the clocks included, so the figure is an upper bound. With vLLM all hooks are clocked, with SGLang those
-of the schedulers, where the model runs.
+Two runs of one server differ by more than the 1% that is allowed to idle hooks (`benchmarks.overhead` shows by how
+much), so each hooked function is clocked from without and from within, where the engine's own begins. What lies
+between is attnhook's, the clocks included, so the figure is an upper bound: of the share of tokens per second that is
+lost, but for what capture does to the processor's caches. With vLLM all hooks are clocked, with SGLang those of the
+schedulers, where the model runs.
 
-    python -m benchmarks.idle [--engine sglang]
+    python -m benchmarks.in_engine [--engine sglang]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ PER_STEP = (
     "vllm.outputs",
 )
 ONCE = ("initialize_kv_cache", "load_model", "__init__")
+MODES = {"idle": None, "last layer": "last", "4 layers": "auto", "all layers": "all"}
 
 
 class Reading(NamedTuple):
@@ -80,12 +82,13 @@ class Vllm:
         for _, layer in worker.layers.values():
             layer.impl.forward = without.around(layer.impl.forward)
 
-    def generate(self, prompts: list[list[int]], new: int) -> None:
-        """Answer the prompts at once."""
+    def generate(self, prompts: list[list[int]], new: int, fields: dict[str, Any]) -> int:
+        """Answer the prompts at once; how many tokens came with their attention."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0)
-        self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, extra_args=fields or None)
+        found = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return sum(len(getattr(result.outputs[0], "attention_tokens", ())) for result in found)
 
     def read(self) -> Reading:
         """The clocks so far."""
@@ -108,10 +111,11 @@ class Sglang:
         )  # fmt: skip
         self._shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r", shape=(4,))
 
-    def generate(self, prompts: list[list[int]], new: int) -> None:
-        """Answer the prompts at once."""
-        params = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0.0}
-        self._engine.generate(input_ids=prompts, sampling_params=params)
+    def generate(self, prompts: list[list[int]], new: int, fields: dict[str, Any]) -> int:
+        """Answer the prompts at once; how many tokens came with their attention."""
+        params = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0.0, "custom_params": fields or None}
+        found = self._engine.generate(input_ids=prompts, sampling_params=params)
+        return sum(len(result["meta_info"].get("attention_tokens", ())) for result in found)
 
     def read(self) -> Reading:
         """The clocks after the last pass."""
@@ -133,11 +137,11 @@ def again_for_sglang() -> int:
         environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(Path(__file__).parents[1])])
         environ.update(ATTNHOOK="1", HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore", IDLE_CLOCKS=str(clocks))
         environ["IDLE_IMPORT"] = "benchmarks.sglang_clocks"
-        return subprocess.run([sys.executable, "-m", "benchmarks.idle", *sys.argv[1:]], env=environ).returncode
+        return subprocess.run([sys.executable, "-m", "benchmarks.in_engine", *sys.argv[1:]], env=environ).returncode
 
 
 def main() -> None:
-    """Run rounds of decoding with nobody asking and print the share of the hooks."""
+    """Run rounds of decoding in every mode and print the share of the hooks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["vllm", "sglang"], default="vllm")
     parser.add_argument("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
@@ -145,6 +149,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
     if options.model is None:
         from attnhook.backends.transformers.default_model import default_model_path
@@ -163,29 +169,43 @@ def measure(engine: Vllm | Sglang, options: argparse.Namespace) -> None:
     """Run the rounds and print the table in Markdown."""
     print(
         f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new; {options.engine} "
-        f"{metadata.version(options.engine)}, {os.cpu_count()} cores; {options.rounds} rounds\n"
+        f"{metadata.version(options.engine)}, torch {metadata.version('torch')}, {os.cpu_count()} cores, "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads; {options.rounds} interleaved rounds, "
+        f"top_k {options.top_k}\n"
     )
-    print("| batch | hooked calls per token | microseconds per step, at most | share of the engine's time, at most |")
-    print("| --- | --- | --- | --- |")
-    for batch in options.batch:
-        shares, costs, calls = [], [], 0.0
-        prompts = [[(7 * n + i) % 1000 + 5 for i in range(options.prompt_tokens)] for n in range(batch)]
-        for turn in range(options.rounds + 1):
-            before, start = engine.read(), time.perf_counter()
-            engine.generate(prompts, options.new_tokens)
-            whole, after = time.perf_counter() - start, engine.read()
-            within, without, calls_within, calls = (b - a for a, b in zip(before, after, strict=True))
-            if calls_within != calls or not calls:
-                raise SystemExit(
-                    f"{calls:.0f} hooked calls reached the engine {calls_within:.0f} times: a hook is not clocked"
-                )
-            if turn:  # the first fills the prefix cache
-                shares.append((without - within) / whole)
-                costs.append((without - within) / options.new_tokens * 1e6)
+    found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
+    for turn in range(options.rounds + 1):
+        for batch in options.batch:
+            prompts = [[(7 * n + i) % 1000 + 5 for i in range(options.prompt_tokens)] for n in range(batch)]
+            for mode in options.modes:
+                one = clocked(engine, prompts, options.new_tokens, mode, options.top_k)
+                if turn:  # the first fills the prefix cache
+                    found.setdefault((batch, mode), []).append(one)
+    print("| mode | batch | hooked calls per token | microseconds per step, at most | share of the time, at most |")
+    print("| --- | --- | --- | --- | --- |")
+    for (batch, mode), taken in found.items():
+        calls, costs, shares = zip(*taken, strict=True)
         print(
-            f"| {batch} | {calls / options.new_tokens / batch:.0f} | {statistics.median(costs):.0f} | "
+            f"| {mode} | {batch} | {statistics.median(calls):.0f} | {statistics.median(costs):.0f} | "
             f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) |"
         )
+
+
+def clocked(
+    engine: Vllm | Sglang, prompts: list[list[int]], new: int, mode: str, top_k: int
+) -> tuple[float, float, float]:
+    """One measurement: hooked calls per token, microseconds per step, share of the whole time."""
+    asks = {"return_attention_tokens": True, "attention_layers": MODES[mode], "top_k_attention": top_k}
+    before, start = engine.read(), time.perf_counter()
+    count = engine.generate(prompts, new, asks if MODES[mode] else {})
+    whole, after = time.perf_counter() - start, engine.read()
+    expected = new * len(prompts) if MODES[mode] else 0
+    if count != expected:
+        raise SystemExit(f"{mode}: {count} tokens came with their attention instead of {expected}")
+    within, without, calls_within, calls = (b - a for a, b in zip(before, after, strict=True))
+    if calls_within != calls or not calls:
+        raise SystemExit(f"{calls:.0f} hooked calls reached the engine {calls_within:.0f} times: a hook is not clocked")
+    return calls / new / len(prompts), (without - within) / new * 1e6, (without - within) / whole
 
 
 if __name__ == "__main__":
