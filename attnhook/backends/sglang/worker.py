@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.sglang import pool, refusals
+from attnhook.backends.sglang import older, pool, refusals
 from attnhook.errors import UnsupportedError
 from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
@@ -26,7 +26,7 @@ logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 
-_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner", "graph_runner", "piecewise_cuda_graph_runner")
 
 
 @dataclass
@@ -211,6 +211,8 @@ def capturing(original: Original) -> Original:
 
 def recomputing(original: Original) -> Original:
     """``Req._compute_max_prefix_len``: a cached prompt row is not computed, so it could not be captured."""
+    if getattr(original, "__name__", "") == "init_next_round_input":
+        return older.matching(original, _reusable)
 
     @wraps(original)
     def _compute_max_prefix_len(self: Any, *args: Any, **kwargs: Any) -> Any:
