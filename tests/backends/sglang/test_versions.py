@@ -32,7 +32,9 @@ def folder_of(version: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=["given"] if GIVEN else VERSIONS)
-def server(request: pytest.FixtureRequest, smol_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, smol_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = folder_of(request.param)
     if not (folder / "sglang").is_dir():
         pytest.skip(f"no SGLang {request.param} in {folder}: tools/sglang_other.sh puts it there")
