@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
-hash=$(cat constraints.txt pyproject.toml tools/venv.sh tools/*-requirements.txt attnhook.pth | sha256sum | cut -d' ' -f1)
+hash=$(cat constraints.txt pyproject.toml tools/venv.sh tools/sglang_other.sh tools/*-requirements.txt attnhook.pth | sha256sum | cut -d' ' -f1)
 if [ -x "$venv/bin/attnhook" ] && [ "$(cat "$venv/lock-hash" 2>/dev/null)" = "$hash" ]; then
   exit 0
 fi
@@ -30,4 +30,8 @@ pip install -q --no-deps "$(grep '^sglang==' constraints.txt)"
 # SGLang imports torchvision, whose PyPI build fails next to a CPU torch, in Transformers too: in a folder of its own,
 # which only SGLang's tests put on the path
 pip install -q --no-deps --target "$venv/sglang-extra" "$(grep '^torchvision==' constraints.txt)"
+# the oldest SGLang that we support and one between, each in a folder that only its tests put on the path
+for version in 0.5.11 0.5.21; do
+  tools/sglang_other.sh "$venv/bin/python" "$version" "$venv/sglang-$version"
+done
 echo "$hash" > "$venv/lock-hash"

@@ -2,8 +2,9 @@
 
 `worker` captures rows in the scheduler processes, `pool` reads the engine's keys, `results` sends records along
 with the tokens that they belong to, `stages` from one pipeline stage to another, `frontend` takes requests and
-fills replies, `server` is the HTTP surface. SGLang loads `load` through the entry point group
-``sglang.srt.plugins``; its extra HTTP workers, which load no plugins, are reached by ``attnhook.pth``.
+fills replies, `server` is the HTTP surface, `older` does what versions before 0.5.15 lack. SGLang loads `load`
+through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, which load no plugins, are reached by
+``attnhook.pth``.
 """
 
 from __future__ import annotations
@@ -19,26 +20,60 @@ from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
 from attnhook.serving.policy import Policy
 
-_WANTED = "SGLang 0.5.21 or newer (tested: 0.5.23)"
+_WANTED = "SGLang 0.5.11 or newer (tested: 0.5.11, 0.5.21, 0.5.23)"
 _SRT = "sglang.srt"
 
-# our file and wrapper: the place of SGLang that it goes to, as module:Class.attribute
-_HOOKS: dict[str, str] = {
-    "worker.attending": f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
-    "worker.capturing": f"{_SRT}.model_executor.model_runner:ModelRunner.forward",
-    "worker.generating": f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",
-    "worker.recomputing": f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
-    "results.collecting": f"{_SRT}.managers.scheduler_components.batch_result_processor:"
-    "SchedulerBatchResultProcessor._maybe_collect_customized_info",
-    "stages.sending": f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",
-    "stages.receiving": f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",
-    "frontend.knowing_the_model": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",
-    "frontend.serving": f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",
-    "frontend.counting": f"{_SRT}.managers.tokenizer_manager:TokenizerManager._validate_one_request",
-    "server.guarding": f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",
-    "server.with_flags": f"{_SRT}.server_args:ServerArgs.add_cli_args",
-    "server.with_capabilities": f"{_SRT}.entrypoints.http_server:app.router.routes",
+# our file and wrapper: the place of SGLang that it goes to, as module:Class.attribute; where versions differ, the
+# newest first, and the first one that is there is taken
+_HOOKS: dict[str, tuple[str, ...]] = {
+    "worker.attending": (
+        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
+        f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backend",
+    ),
+    "worker.capturing": (f"{_SRT}.model_executor.model_runner:ModelRunner.forward",),
+    "worker.generating": (f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",),
+    "worker.recomputing": (
+        f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
+        f"{_SRT}.managers.schedule_batch:Req.init_next_round_input",
+    ),
+    "results.collecting": (
+        f"{_SRT}.managers.scheduler_components.batch_result_processor:"
+        "SchedulerBatchResultProcessor._maybe_collect_customized_info",
+        f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.maybe_collect_customized_info",
+    ),
+    "stages.sending": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",),
+    "stages.receiving": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",),
+    "frontend.knowing_the_model": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
+    "frontend.serving": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
+    "frontend.counting": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager._validate_one_request",),
+    "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
+    "server.with_flags": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
+    "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
 }
+# what only older versions need: the place, and a name in the same module by which a newer one shows that it does not
+_OLDER: tuple[tuple[str, str, str], ...] = (
+    (
+        "older.aligning",
+        f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.stream_output_generation",
+        "",
+    ),
+    (
+        "older.aligning",
+        f"{_SRT}.managers.scheduler_components.output_streamer:SchedulerOutputStreamer._stream_output_generation",
+        "wrap_as_pickle",
+    ),
+    ("older.separating", f"{_SRT}.managers.multi_tokenizer_mixin:_extract_field_by_index", "unwrap_from_pickle"),
+    (
+        "older.accumulating",
+        f"{_SRT}.managers.tokenizer_manager:TokenizerManager._handle_batch_output",
+        "ReqState.customized_info_accumulated",
+    ),
+    (
+        "older.with_ours",
+        f"{_SRT}.managers.tokenizer_manager:_INCREMENTAL_STREAMING_META_INFO_KEYS",
+        "ReqState.customized_info_accumulated",
+    ),
+)
 #: What each kind of process must have; the HTTP server's are checked where there is one.
 WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.", "stages.")))
 FRONTEND = tuple(name for name in _HOOKS if name.startswith("frontend."))
@@ -94,20 +129,34 @@ MARK = "_attnhook_hook"
 def check_hooks(names: tuple[str, ...]) -> None:
     """Raise UnsupportedError naming the first of these hooks that is not in place."""
     for name in names:
-        module, _, path = _HOOKS[name].partition(":")
-        try:
-            found = getattr(_resolve(import_module(module), path), MARK, None) == name
-        except (ImportError, AttributeError):
-            found = False
-        if not found:
+        if not any(_in_place(name, place) for place in _HOOKS[name]):
+            wanted = " or ".join(place.replace(":", ".") for place in _HOOKS[name])
             raise UnsupportedError(
-                f"sglang {SglangBackend().version()}: {module}.{path} was not found, so its attention cannot be "
+                f"sglang {SglangBackend().version()}: {wanted} was not found, so its attention cannot be "
                 f"captured; attnhook needs {_WANTED}"
             )
 
 
+def _in_place(name: str, place: str) -> bool:
+    module, _, path = place.partition(":")
+    try:
+        return getattr(_resolve(import_module(module), path), MARK, None) == name
+    except (ImportError, AttributeError):
+        return False
+
+
 def _resolve(start: object, path: str) -> object:
     return reduce(getattr, path.split("."), start)
+
+
+def _has(module: ModuleType, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        holder = _resolve(module, owner) if owner else module
+    except AttributeError:
+        return False
+    # a dataclass's fields without a plain default are annotations only
+    return hasattr(holder, name) or name in getattr(holder, "__annotations__", ())
 
 
 def _patch(installation: EngineInstallation, module: ModuleType) -> None:
@@ -115,14 +164,22 @@ def _patch(installation: EngineInstallation, module: ModuleType) -> None:
 
     A module may have moved altogether, so `check_hooks` looks for all of them when the engine starts.
     """
-    for name, place in _HOOKS.items():
+    for name, places in _HOOKS.items():
+        here = [path for where, _, path in (place.partition(":") for place in places) if where == module.__name__]
+        if here:
+            _put(installation, module, name, next((path for path in here if _has(module, path)), here[0]))
+    for name, place, newer in _OLDER:
         where, _, path = place.partition(":")
-        if where == module.__name__:
-            owner, _, attribute = path.rpartition(".")
-            holder: object = module
-            for part in owner.split("."):
-                holder = installation.need(holder, part)
-            installation.wrap(holder, attribute, partial(_marked, name))
+        if where == module.__name__ and not (newer and _has(module, newer)):
+            _put(installation, module, name, path)
+
+
+def _put(installation: EngineInstallation, module: ModuleType, name: str, path: str) -> None:
+    owner, _, attribute = path.rpartition(".")
+    holder: object = module
+    for part in owner.split(".") if owner else ():
+        holder = installation.need(holder, part)
+    installation.wrap(holder, attribute, partial(_marked, name))
 
 
 def _marked(name: str, original: object) -> object:
@@ -132,4 +189,5 @@ def _marked(name: str, original: object) -> object:
     return wrapped
 
 
-_PATCHERS = {place.partition(":")[0]: _patch for place in _HOOKS.values()}
+_PLACES = (*(place for places in _HOOKS.values() for place in places), *(place for _, place, _ in _OLDER))
+_PATCHERS = {place.partition(":")[0]: _patch for place in _PLACES}

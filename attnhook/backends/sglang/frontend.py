@@ -158,7 +158,7 @@ def serving(original: Original) -> Original:
             mark(obj, native)
         elif policy().capture_all and hasattr(obj, "sampling_params") and _is_traffic(obj):
             mark(obj, [RequestOptions.resolve(arguments={"mode": "fingerprint"})], reply=False)
-        reader = Reader(bool(getattr(obj, "stream", False) and getattr(self, "incremental_streaming_output", False)))
+        reader = Reader(bool(getattr(obj, "stream", False) and _streams_what_is_new(self)))
         if ticket is not None:
             reader.stream, ticket.reader = ticket.stream, reader
         try:
@@ -200,6 +200,12 @@ def counting(original: Original) -> Original:
         return result
 
     return _validate_one_request
+
+
+def _streams_what_is_new(manager: Any) -> bool:
+    """--incremental-streaming-output, which older versions leave among the server's arguments."""
+    holder = manager if hasattr(manager, "incremental_streaming_output") else manager.server_args
+    return bool(getattr(holder, "incremental_streaming_output", False))
 
 
 def _scope(request: Any) -> Mapping[str, Any]:

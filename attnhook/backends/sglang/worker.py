@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.backends.sglang import pool, refusals
+from attnhook.backends.sglang import older, pool, refusals
 from attnhook.backends.sglang.layers import Attention, attention_layers, computing, live_backends
 from attnhook.errors import UnsupportedError
 from attnhook.options import graph_layers, resolve_layers
@@ -30,7 +30,7 @@ logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 
-_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+_GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner", "graph_runner", "piecewise_cuda_graph_runner")
 _KEPT_ROWS = 512  # most requests of one replay whose queries are kept; SGLang's own graphs go to 512 by default
 
 
@@ -306,6 +306,8 @@ def capturing(original: Original) -> Original:
 
 def recomputing(original: Original) -> Original:
     """``Req._compute_max_prefix_len``: a cached prompt row is not computed, so it could not be captured."""
+    if getattr(original, "__name__", "") == "init_next_round_input":
+        return older.matching(original, _reusable)
 
     @wraps(original)
     def _compute_max_prefix_len(self: Any, *args: Any, **kwargs: Any) -> Any:

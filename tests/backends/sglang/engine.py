@@ -23,8 +23,8 @@ needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, re
 #: The kernel package's stand-in, and torchvision, which nothing else here may see (tools/venv.sh).
 _PATHS = (str(Path(__file__).parent / "standin"), str(Path(sys.prefix) / "sglang-extra"))
 
-#: A folder with another version than the environment's (tools/sglang_versions.sh).
-_UNDER_TEST = [os.environ["SGLANG_UNDER_TEST"]] if os.environ.get("SGLANG_UNDER_TEST") else []
+#: Names a folder with another version than the environment's, for all tests or in the environment of one.
+UNDER_TEST = "SGLANG_UNDER_TEST"
 
 #: How every engine of these tests runs.
 COMMON: dict[str, Any] = {
@@ -40,22 +40,24 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _other_models() -> str:
+def _other_models(version: str) -> str:
     """SGLang's model files but those that tests use: importing them all takes long at each start."""
     found = importlib.util.find_spec("sglang")
-    folders = (found.submodule_search_locations or ()) if found is not None else ()
+    folders = [f"{version}/sglang"] if version else (found.submodule_search_locations or ()) if found else ()
     files = {path.stem for folder in folders for path in (Path(folder) / "srt" / "models").glob("*.py")}
     return ",".join(sorted(files - {"llama", "gemma3_causal", "mellum", "gpt_oss", "deepseek_v2"}))
 
 
 def engine_environment(**environ: str) -> dict[str, str]:
+    version = environ.pop(UNDER_TEST, os.environ.get(UNDER_TEST, ""))
+    paths = [*_PATHS, version, str(ROOT)] if version else [*_PATHS, str(ROOT)]
     return environment(
         **{
             "ATTNHOOK": "1",
             "HF_HUB_OFFLINE": "1",
             "SGLANG_USE_CPU_ENGINE": "1",
-            "SGLANG_DISABLED_MODEL_ARCHS": _other_models(),
-            "PYTHONPATH": os.pathsep.join([*_PATHS, *_UNDER_TEST, str(ROOT)]),
+            "SGLANG_DISABLED_MODEL_ARCHS": _other_models(version),
+            "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONWARNINGS": "ignore",
             **({"OMP_NUM_THREADS": "1"} if BESIDE_OTHERS else {}),
             **environ,
@@ -66,7 +68,10 @@ def engine_environment(**environ: str) -> dict[str, str]:
 @contextlib.contextmanager
 def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
     """``sglang.launch_server`` on a free port of the loopback interface, ended with everything that it started."""
-    port, log = free_port(), folder / "server.log"
+    log = folder / "server.log"
+    # older versions want the port that is higher by 10000 too, and 65535 is the last
+    while (port := free_port()) > 55_000:
+        pass
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--served-model-name", "smol",
         "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning",
