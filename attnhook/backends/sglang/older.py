@@ -69,12 +69,11 @@ def accumulating(original: Original) -> Original:
 
 
 def _accumulate(states: dict[str, Any], output: Any) -> None:
-    pieces = (getattr(output, "customized_info", None) or {}).get(KEY)
-    for i, request in enumerate(output.rids if pieces else ()):
+    pieces = (getattr(output, "customized_info", None) or {}).get(KEY) or []
+    for i, (request, piece) in enumerate(zip(output.rids, pieces, strict=bool(pieces))):
         if request in states:
-            kept = states[request].__dict__.setdefault("_attnhook", [])
-            kept += pieces[i]
-            pieces[i] = kept
+            pieces[i] = states[request].__dict__.setdefault("_attnhook", [])
+            pieces[i] += piece
 
 
 class _Names(tuple[str, ...]):
