@@ -74,9 +74,8 @@ def _accumulate(states: dict[str, Any], output: Any) -> None:
         return
     for i, request in enumerate(output.rids):
         if request in states:
-            kept = states[request].__dict__.setdefault("_attnhook", [])
-            kept += pieces[i]
-            pieces[i] = kept
+            pieces[i] = states[request].__dict__.setdefault("_attnhook", [])
+            pieces[i] += piece
 
 
 class _Names(tuple[str, ...]):
