@@ -122,4 +122,6 @@ def test_latent_keys(tmp_path: Path) -> None:
             assert row.layers == (0, 1)
             assert abs(row.fingerprints[:, 4:20].sum(1) - 1).max() < 1e-5
         attention = oracle.eager_attention(model, torch.tensor([[*ids, *result["output_ids"]][:-1]]))
-        print(oracle.compare(rows(ids, result, 5), attention, top_k=8))
+        worst = oracle.compare(rows(ids, result, 5), attention, top_k=8)
+        print(len(ids), worst)
+        oracle.check(worst)

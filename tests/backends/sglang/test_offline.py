@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.backends.sglang.engine import needs_sglang, offline
-from tests.backends.vllm.engine import ALL, check, from_entry
+from tests import oracle
+from tests.backends.sglang.engine import check, needs_sglang, offline
+from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import tiny_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
@@ -133,3 +135,17 @@ def test_queries_that_graphs_keep(smol: Any, smol_path: str, prompts: list[list[
         layers = 30 if params is every else 2
         print(len(ids), check(smol, ids, result["output_ids"], generated, layers=layers))
     assert checked["meta_info"]["attention_self_check"]["max_error"] < 1e-4
+
+
+def test_bfloat16(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
+    """The engine's own rounding, against eager attention in float32; the bound is that of docs/numerics.md."""
+    batch = {"input_ids": prompts[0], "sampling_params": sampling(6)}
+    (result,) = offline(tmp_path, smol_path, [batch], dtype="bfloat16")
+    meta = result["meta_info"]
+    assert meta.get("attention_error") is None
+    rows = [from_entry(entry) for entry in (*meta["prompt_attention_tokens"], *meta["attention_tokens"])]
+    attention = oracle.eager_attention(smol, torch.tensor([[*prompts[0], *result["output_ids"]][:-1]]))
+    worst = oracle.compare(rows, attention, top_k=8)
+    print(worst)
+    assert worst.rows == 30 * (36 + 6)
+    assert 1e-4 < worst.probability < 6e-2 and worst.feature < 6e-2

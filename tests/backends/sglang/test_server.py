@@ -18,8 +18,8 @@ from attnhook.errors import UnsupportedError
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
 from tests.backends.servers import Server
-from tests.backends.sglang.engine import engine_environment, needs_sglang, serve
-from tests.backends.vllm.engine import ALL, check, from_entry
+from tests.backends.sglang.engine import check, engine_environment, needs_sglang, serve
+from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]

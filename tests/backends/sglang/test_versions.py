@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.backends.servers import Server
-from tests.backends.sglang.engine import UNDER_TEST, needs_sglang, serve
-from tests.backends.vllm.engine import ALL, check, from_entry
+from tests.backends.sglang.engine import UNDER_TEST, check, needs_sglang, serve
+from tests.backends.vllm.engine import ALL, from_entry
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
 
