@@ -116,6 +116,7 @@ def topk_attention(
     head_mask: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; float64 is computed by the torch path."""
     if not computes(q, keys):
