@@ -119,6 +119,14 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     "fused queries": (SCATTERED, {"q_layout": "fused"}),
     "heads-first queries": (SCATTERED, {"q_layout": "heads_first"}),
     **{f"layout {name}": (SCATTERED, {"layout": name}) for name in LAYOUTS},
+    **{
+        f"{kind}, {group} queries a key, {layout}": (
+            SCATTERED,
+            {"dtype": dtype, "heads": (2 * group, 2), "layout": layout, "page_size": 48},
+        )
+        for kind, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
+        for group, layout in ((1, "nhd"), (3, "k_transposed"), (6, "hnd"), (7, "k_transposed"))
+    },
     "bf16": (SCATTERED, {"dtype": torch.bfloat16}),
     "bf16, everything": (SCATTERED, {"dtype": torch.bfloat16, **FEATURES}),
     "bf16 mla": (SCATTERED, {"dtype": torch.bfloat16, "head_dim": 576, "heads": (8, 1)}),
@@ -301,6 +309,7 @@ def test_chunks_of_rows_change_nothing(
 ) -> None:
     case = build(rows, window=20, **FEATURES)
     calls: list[int] = []
+    limit = 4 if "recompute" in kernel else 2  # a tile of rows
 
     def recording(function: Any, rows_of: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -312,7 +321,7 @@ def test_chunks_of_rows_change_nothing(
     if "triton" in kernel:
         width = triton_plan.scratch_keys(case.keys.max_keys, 20)
         monkeypatch.setattr(triton_plan, "SCRATCH_BYTES", 2 * triton_plan.row_bytes(4, width))
-        monkeypatch.setattr(triton_plan, "_PROMPT_BYTES", 2 * triton_plan.direct_row_bytes(4, width))
+        monkeypatch.setattr(triton_plan, "_PROMPT_BYTES", 5 * triton_plan.direct_row_bytes(4, width))
         monkeypatch.setattr(triton_kernel, "allocate", recording(triton_kernel.allocate, lambda plan, _: plan.rows))
     else:
         budget = 200  # of which one row may take more
@@ -335,7 +344,7 @@ def test_chunks_of_rows_change_nothing(
 
             monkeypatch.setattr(compiled._Call, "reduction", reduction)
     assert_matches(kernel, case)
-    assert calls and max(calls) <= 2, "the budget did not bound what is computed at once"
+    assert calls and max(calls) <= limit, "the budget did not bound what is computed at once"
 
 
 def test_triton_refuses_what_it_does_not_compute() -> None:

@@ -1,0 +1,118 @@
+"""Products of queries and stored keys as vector instructions, for numba: sums stay in registers.
+
+numba's own loops leave one dot product at a time to the compiler, which then moves and adds up more than it
+multiplies. Here a few queries meet each key while it is in a register. Vectors of 16 floats are two or four on
+machines whose registers are shorter.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16
+_I32 = ir.IntType(32)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+
+
+def products_of(queries: int, keys: int, bfloat16: bool) -> Any:
+    """Intrinsic f(q, q_step, k, k_step, blocks, out, out_step): products of some queries and keys.
+
+    Every product of ``queries`` rows of float32 at address q and ``keys`` rows of stored elements at address k, both
+    ``blocks`` vectors long and some bytes apart, goes to float32 at out, a query's ``out_step`` bytes behind the
+    last one's. Written out as vector instructions, because the sums of all products must stay in registers to be
+    fast and the compiler's own vectors do not.
+    """
+
+    @intrinsic
+    def products(typing: Any, q: Any, q_step: Any, k: Any, k_step: Any, blocks: Any, out: Any, out_step: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            q, q_step, k, k_step, blocks, out, out_step = arguments
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in range(queries * keys)]
+            size = LANES * (2 if bfloat16 else 4)
+            with cgutils.for_range(builder, blocks) as loop:
+                here = [
+                    _load_floats(builder, _after(builder, _after(builder, k, k_step, n), loop.index, size), bfloat16)
+                    for n in range(keys)
+                ]
+                for g in range(queries):
+                    at = _after(builder, _after(builder, q, q_step, g), loop.index, 4 * LANES)
+                    row = _load_floats(builder, at, False)
+                    for n in range(keys):
+                        total = sums[g * keys + n]
+                        builder.store(_multiply_add(builder, row, here[n], builder.load(total)), total)
+            add = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _FLOATS)
+            zero = ir.Constant(ir.FloatType(), 0.0)
+            for g in range(queries):
+                at = _as_pointer(builder, _after(builder, out, out_step, g), ir.FloatType())
+                for n in range(keys):
+                    total = builder.call(add, [zero, builder.load(sums[g * keys + n])], fastmath=("reassoc",))
+                    builder.store(total, builder.gep(at, [ir.Constant(ir.IntType(64), n)]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return products
+
+
+def columns_of(queries: int, bfloat16: bool) -> Any:
+    """Intrinsic f(q, q_step, k, k_step, dim, out, out_step): products with 16 keys that lie side by side.
+
+    Element d of all keys stands at address k + d * k_step, in one vector.
+    """
+
+    @intrinsic
+    def columns(typing: Any, q: Any, q_step: Any, k: Any, k_step: Any, dim: Any, out: Any, out_step: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            q, q_step, k, k_step, dim, out, out_step = arguments
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in range(queries)]
+            with cgutils.for_range(builder, dim) as loop:
+                offset = builder.mul(loop.index, k_step)
+                here = _load_floats(builder, builder.add(k, offset), bfloat16)
+                for g in range(queries):
+                    at = _after(builder, _after(builder, q, q_step, g), loop.index, 4)
+                    value = builder.load(_as_pointer(builder, at, ir.FloatType()))
+                    one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_I32, 0))
+                    every = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), None))
+                    builder.store(_multiply_add(builder, every, here, builder.load(sums[g])), sums[g])
+            for g in range(queries):
+                at = _as_pointer(builder, _after(builder, out, out_step, g), _FLOATS)
+                builder.store(builder.load(sums[g]), at, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return columns
+
+
+def _after(builder: Any, address: Any, step: Any, count: int) -> Any:
+    return builder.add(address, builder.mul(step, ir.Constant(ir.IntType(64), count))) if count else address
+
+
+def _as_pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load_floats(builder: Any, address: Any, bfloat16: bool) -> Any:
+    """16 floats of 16 stored elements, wherever these lie."""
+    if not bfloat16:
+        return builder.load(_as_pointer(builder, address, _FLOATS), align=4)
+    bits = builder.load(_as_pointer(builder, address, ir.VectorType(ir.IntType(16), LANES)), align=2)
+    wide = builder.zext(bits, ir.VectorType(_I32, LANES))
+    shift = ir.Constant(ir.VectorType(_I32, LANES), [16] * LANES)
+    return builder.bitcast(builder.shl(wide, shift), _FLOATS)
+
+
+def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    function = _function(builder, f"llvm.fmuladd.v{LANES}f32", _FLOATS, _FLOATS, _FLOATS, _FLOATS)
+    return builder.call(function, [x, y, z])
+
+
+def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """An LLVM intrinsic, declared once a module."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
