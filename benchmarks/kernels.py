@@ -175,7 +175,7 @@ def graph(method: Method) -> Method:
 
 
 def peak(method: Method, device: torch.device) -> int | None:
-    """Bytes that a call holds at most beside what is there, its results included; None on a CPU, where nobody counts."""
+    """Bytes that a call holds at most beside what is there, with its results; None on a CPU, where nobody counts."""
     method()  # compiles
     if device.type == "cuda":
         torch.cuda.synchronize()

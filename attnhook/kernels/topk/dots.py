@@ -21,8 +21,9 @@ _NEAR = 1 << 12  # floats of a row's queries that leave room for keys in a core'
 _EXACT = {"contract"}  # fused multiply-add, no other liberty
 _SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, which is what vectors need
 
-_four, _three, _two, _one = (products_of(n, 1, False) for n in (4, 3, 2, 1))
-_four16, _three16, _two16, _one16 = (products_of(n, 1, True) for n in (4, 3, 2, 1))
+_four, _three, _two, _one = (products_of(n, False) for n in (4, 3, 2, 1))
+_four16, _three16, _two16, _one16 = (products_of(n, True) for n in (4, 3, 2, 1))
+_pairs, _pairs16 = products_of(4, False, pairs=True), products_of(4, True, pairs=True)
 _columns4, _columns3, _columns2, _columns1 = (columns_of(n, False) for n in (4, 3, 2, 1))
 _columns4_16, _columns3_16, _columns2_16, _columns1_16 = (columns_of(n, True) for n in (4, 3, 2, 1))
 
@@ -172,8 +173,19 @@ def dot_job(words):
             if vectors:
                 # in the order of memory, if the queries that every key meets stay in the core's cache meanwhile
                 by_slot = head_stride < slot_stride and heads * dim <= _NEAR
+                in_fours = kv_heads // 4 * 4 if group == 1 else 0  # heads whose one query meets its own keys
                 for s in range(slots if by_slot else 1):
-                    for h in range(kv_heads):
+                    for h in range(0, in_fours, 4):
+                        for j in range(s, s + (1 if by_slot else slots)):
+                            k = here + size * (j * slot_stride + h * head_stride)
+                            to = z_at + 4 * (at + h * stride + j)
+                            if size == 2:
+                                _pairs16(
+                                    own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride
+                                )
+                            else:
+                                _pairs(own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride)
+                    for h in range(in_fours, kv_heads):
                         _row_vectors(
                             size, own + 4 * h * group * dim, 4 * dim, group,
                             here + size * (s * slot_stride + h * head_stride), size * slot_stride,

@@ -19,39 +19,32 @@ _I32 = ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
-def products_of(queries: int, keys: int, bfloat16: bool) -> Any:
-    """Intrinsic f(q, q_step, k, k_step, blocks, out, out_step): products of some queries and keys.
+def products_of(queries: int, bfloat16: bool, *, pairs: bool = False) -> Any:
+    """Intrinsic f(q, q_step, k, k_step, blocks, out, out_step): products of up to four queries and one key.
 
-    Every product of ``queries`` rows of float32 at address q and ``keys`` rows of stored elements at address k, both
-    ``blocks`` vectors long and some bytes apart, goes to float32 at out, a query's ``out_step`` bytes behind the
-    last one's. Written out as vector instructions, because the sums of all products must stay in registers to be
-    fast and the compiler's own vectors do not.
+    Products of the float32 at address q + n * q_step and of the stored elements at k, ``blocks`` vectors of each, go
+    to float32 at out + n * out_step. With ``pairs`` query n has a key of its own, at k + n * k_step. Written out as
+    vector instructions, because the sums must stay in registers to be fast and the compiler's own do not.
     """
 
     @intrinsic
     def products(typing: Any, q: Any, q_step: Any, k: Any, k_step: Any, blocks: Any, out: Any, out_step: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             q, q_step, k, k_step, blocks, out, out_step = arguments
-            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in range(queries * keys)]
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in range(queries)]
             size = LANES * (2 if bfloat16 else 4)
             with cgutils.for_range(builder, blocks) as loop:
-                here = [
-                    _load_floats(builder, _after(builder, _after(builder, k, k_step, n), loop.index, size), bfloat16)
-                    for n in range(keys)
-                ]
-                for g in range(queries):
-                    at = _after(builder, _after(builder, q, q_step, g), loop.index, 4 * LANES)
+                for n, total in enumerate(sums):
+                    if n == 0 or pairs:
+                        at = _after(builder, _after(builder, k, k_step, n), loop.index, size)
+                        here = _load_floats(builder, at, bfloat16)
+                    at = _after(builder, _after(builder, q, q_step, n), loop.index, 4 * LANES)
                     row = _load_floats(builder, at, False)
-                    for n in range(keys):
-                        total = sums[g * keys + n]
-                        builder.store(_multiply_add(builder, row, here[n], builder.load(total)), total)
-            add = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType(), ir.FloatType(), _FLOATS)
-            zero = ir.Constant(ir.FloatType(), 0.0)
-            for g in range(queries):
-                at = _as_pointer(builder, _after(builder, out, out_step, g), ir.FloatType())
-                for n in range(keys):
-                    total = builder.call(add, [zero, builder.load(sums[g * keys + n])], fastmath=("reassoc",))
-                    builder.store(total, builder.gep(at, [ir.Constant(ir.IntType(64), n)]))
+                    builder.store(_multiply_add(builder, row, here, builder.load(total)), total)
+            added = _four_sums(builder, [builder.load(total) for total in sums])
+            for n in range(queries):
+                at = _as_pointer(builder, _after(builder, out, out_step, n), ir.FloatType())
+                builder.store(builder.extract_element(added, ir.Constant(_I32, 4 * n)), at)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -60,7 +53,7 @@ def products_of(queries: int, keys: int, bfloat16: bool) -> Any:
 
 
 def columns_of(queries: int, bfloat16: bool) -> Any:
-    """Intrinsic f(q, q_step, k, k_step, dim, out, out_step): products with 16 keys that lie side by side.
+    """Intrinsic f(q, q_step, k, k_step, dim, out, out_step): products of some queries and 16 keys side by side.
 
     Element d of all keys stands at address k + d * k_step, in one vector.
     """
@@ -105,6 +98,24 @@ def _load_floats(builder: Any, address: Any, bfloat16: bool) -> Any:
     wide = builder.zext(bits, ir.VectorType(_I32, LANES))
     shift = ir.Constant(ir.VectorType(_I32, LANES), [16] * LANES)
     return builder.bitcast(builder.shl(wide, shift), _FLOATS)
+
+
+def _four_sums(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of up to four vectors, in elements 0, 4, 8 and 12: half as many steps as one vector at a time."""
+    first, *rest = vectors
+    a, b, c, d = (first, *rest, *[first] * (3 - len(rest)))
+    parts = list(range(2 * LANES))
+
+    def fold(x: Any, y: Any, half: list[int], other: list[int]) -> Any:
+        picked = (ir.Constant(ir.VectorType(_I32, LANES), places) for places in (half, other))
+        low, high = (builder.shuffle_vector(x, y, places) for places in picked)
+        return builder.fadd(low, high)
+
+    halves = parts[:8] + parts[16:24], parts[8:16] + parts[24:]
+    quarters = [n for n in parts if n % 8 < 4], [n for n in parts if n % 8 >= 4]
+    x = fold(fold(a, b, *halves), fold(c, d, *halves), *quarters)
+    x = fold(x, x, parts[:LANES], [n ^ 2 for n in parts[:LANES]])
+    return fold(x, x, parts[:LANES], [n ^ 1 for n in parts[:LANES]])
 
 
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
