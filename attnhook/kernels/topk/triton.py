@@ -1,4 +1,4 @@
-"""Top-k attention as Triton kernels: the path for GPUs. Compiles with Triton 3.4 to 3.7.
+"""Top-k attention as Triton kernels: the path for GPUs. Compiled with Triton 3.7.
 
 First the attention of each row, averaged over the heads, float32 in scratch with the sums and the best key of every
 tile of keys; `make_plan` chooses one of two ways by the shapes:
