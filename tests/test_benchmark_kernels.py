@@ -52,7 +52,7 @@ def test_a_wrong_kernel_is_not_timed(spoil: str, monkeypatch: pytest.MonkeyPatch
         return result._replace(**{spoil: getattr(result, spoil) * 0.8})
 
     monkeypatch.setattr(kernel_rivals, "topk_attention", wrong)
-    with pytest.raises(AssertionError, match="mass is missing|not the naive answer"):
+    with pytest.raises(AssertionError, match=r"mass is missing|not the naive answer"):
         kernels.measure(SMALL, CPU, top_k=8, rounds=1)
 
 

@@ -11,7 +11,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import overload
 
 from attnhook.kernels.topk.intrinsics import bits_float, fetch_add, pointer
-from attnhook.kernels.topk.vectors import LANES, columns_of, products_of
+from attnhook.kernels.topk.vectors import LANES, TOGETHER, columns_of, products_of
 
 f32, i32 = np.float32, np.int32
 
@@ -23,6 +23,8 @@ _SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, which is what vecto
 
 _four, _three, _two, _one = (products_of(n, False) for n in (4, 3, 2, 1))
 _four16, _three16, _two16, _one16 = (products_of(n, True) for n in (4, 3, 2, 1))
+_both, _both16 = products_of(4, False, keys=TOGETHER), products_of(4, True, keys=TOGETHER)
+_both3, _both3_16 = products_of(3, False, keys=TOGETHER), products_of(3, True, keys=TOGETHER)
 _pairs, _pairs16 = products_of(4, False, pairs=True), products_of(4, True, pairs=True)
 _columns4, _columns3, _columns2, _columns1 = (columns_of(n, False) for n in (4, 3, 2, 1))
 _columns4_16, _columns3_16, _columns2_16, _columns1_16 = (columns_of(n, True) for n in (4, 3, 2, 1))
@@ -83,7 +85,21 @@ def _row_vectors(size, q, q_step, group, k, k_step, slots, blocks, out, out_step
     g = 0
     while g < group:
         at, count = q + g * q_step, min(group - g, 4)
-        for s in range(slots):
+        done = 0
+        if TOGETHER > 1 and count > 2:
+            done = slots // TOGETHER * TOGETHER
+            for s in range(0, done, TOGETHER):
+                key, to = k + s * k_step, out + g * out_step + 4 * s
+                if size == 2:
+                    if count == 4:
+                        _both16(at, q_step, key, k_step, blocks, to, out_step)
+                    else:
+                        _both3_16(at, q_step, key, k_step, blocks, to, out_step)
+                elif count == 4:
+                    _both(at, q_step, key, k_step, blocks, to, out_step)
+                else:
+                    _both3(at, q_step, key, k_step, blocks, to, out_step)
+        for s in range(done, slots):
             key, to = k + s * k_step, out + g * out_step + 4 * s
             if size == 2:
                 if count == 4:
@@ -174,9 +190,11 @@ def dot_job(words):
                 # in the order of memory, if the queries that every key meets stay in the core's cache meanwhile
                 by_slot = head_stride < slot_stride and heads * dim <= _NEAR
                 in_fours = kv_heads // 4 * 4 if group == 1 else 0  # heads whose one query meets its own keys
-                for s in range(slots if by_slot else 1):
+                step = min(TOGETHER, slots) if by_slot else slots
+                for s in range(0, slots, step):
+                    some = min(step, slots - s)
                     for h in range(0, in_fours, 4):
-                        for j in range(s, s + (1 if by_slot else slots)):
+                        for j in range(s, s + some):
                             k = here + size * (j * slot_stride + h * head_stride)
                             to = z_at + 4 * (at + h * stride + j)
                             if size == 2:
@@ -189,7 +207,7 @@ def dot_job(words):
                         _row_vectors(
                             size, own + 4 * h * group * dim, 4 * dim, group,
                             here + size * (s * slot_stride + h * head_stride), size * slot_stride,
-                            1 if by_slot else slots, dim // LANES,
+                            some, dim // LANES,
                             z_at + 4 * (at + h * group * stride + s), 4 * stride,
                         )  # fmt: skip
             else:

@@ -11,40 +11,53 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 16
+#: Keys that four queries meet at once: as many sums as fit in the registers.
+TOGETHER = 2 if get_host_cpu_features().get("avx512f") else 1
 _I32 = ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
-def products_of(queries: int, bfloat16: bool, *, pairs: bool = False) -> Any:
-    """Intrinsic f(q, q_step, k, k_step, blocks, out, out_step): products of up to four queries and one key.
+def products_of(queries: int, bfloat16: bool, *, keys: int = 1, pairs: bool = False) -> Any:
+    """Intrinsic f(q, q_step, k, k_step, blocks, out, out_step): products of up to four queries and one key, or two.
 
-    Products of the float32 at address q + n * q_step and of the stored elements at k, ``blocks`` vectors of each, go
-    to float32 at out + n * out_step. With ``pairs`` query n has a key of its own, at k + n * k_step. Written out as
-    vector instructions, because the sums must stay in registers to be fast and the compiler's own do not.
+    Products of the float32 at address q + n * q_step and of the stored elements at k + m * k_step, ``blocks`` vectors
+    of each, go to float32 at out + n * out_step + 4 * m. With ``pairs`` query n has a key of its own, at k + n *
+    k_step. Written out as vector instructions, because the sums must stay in registers to be fast and the compiler's
+    own do not.
     """
 
     @intrinsic
     def products(typing: Any, q: Any, q_step: Any, k: Any, k_step: Any, blocks: Any, out: Any, out_step: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             q, q_step, k, k_step, blocks, out, out_step = arguments
-            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in range(queries)]
+            zero = ir.Constant(_FLOATS, None)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(queries)] for _ in range(keys)]
             size = LANES * (2 if bfloat16 else 4)
             with cgutils.for_range(builder, blocks) as loop:
-                for n, total in enumerate(sums):
-                    if n == 0 or pairs:
-                        at = _after(builder, _after(builder, k, k_step, n), loop.index, size)
-                        here = _load_floats(builder, at, bfloat16)
-                    at = _after(builder, _after(builder, q, q_step, n), loop.index, 4 * LANES)
-                    row = _load_floats(builder, at, False)
-                    builder.store(_multiply_add(builder, row, here, builder.load(total)), total)
-            added = _four_sums(builder, [builder.load(total) for total in sums])
-            for n in range(queries):
-                at = _as_pointer(builder, _after(builder, out, out_step, n), ir.FloatType())
-                builder.store(builder.extract_element(added, ir.Constant(_I32, 4 * n)), at)
+
+                def elements(start: Any, step: Any, n: int, size: int, short: bool) -> Any:
+                    return _load_floats(
+                        builder, _after(builder, _after(builder, start, step, n), loop.index, size), short
+                    )
+
+                here = [elements(k, k_step, m, size, bfloat16) for m in range(queries if pairs else keys)]
+                for n in range(queries):
+                    row = elements(q, q_step, n, 4 * LANES, False)
+                    for m in range(keys):
+                        total = sums[m][n]
+                        key = here[n if pairs else m]
+                        builder.store(_multiply_add(builder, row, key, builder.load(total)), total)
+            for m in range(keys):
+                added = _four_sums(builder, [builder.load(total) for total in sums[m]])
+                for n in range(queries):
+                    at = _as_pointer(builder, _after(builder, out, out_step, n), ir.FloatType())
+                    at = builder.gep(at, [ir.Constant(ir.IntType(64), m)])
+                    builder.store(builder.extract_element(added, ir.Constant(_I32, 4 * n)), at)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
