@@ -1,7 +1,7 @@
 """What `benchmarks.kernels` compares with: other ways from queries and keys to the keys attended to most.
 
-Each is a function without arguments over inputs that are in place. They get dense keys, so that no gathering from
-pages counts against them, and return (positions, scores) or positions alone.
+Each is a function without arguments over inputs that are in place. They get dense keys, a matrix per kv head, so that
+no gathering from pages counts against them, and return (scores, positions) or positions alone.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random bfloat16 queries and keys, the keys once in shuffled pages and once, the same memory, dense."""
+    """Random bfloat16 queries and keys, the keys once in shuffled pages and once as matrix products want them."""
 
     size: Size
     q: torch.Tensor  # [B, Hq, D]
     paged: PagedKeys
-    dense: torch.Tensor  # [B, Hkv, N, D]: the pages in their own order, which is as good for timing
+    dense: torch.Tensor  # [B, Hkv, N, D], contiguous: the pages in their own order
     rows: torch.Tensor
     positions: torch.Tensor
 
@@ -69,7 +69,7 @@ def make_inputs(size: Size, device: torch.device) -> Inputs:
     page, slot, head, dim = cache.stride()
     return Inputs(
         size, q.to(torch.bfloat16), PagedKeys(cache, table, PAGE, (page, slot, head, dim), size.kv_heads),
-        cache.view(size.batch, size.keys, size.kv_heads, size.dim).transpose(1, 2),
+        cache.view(size.batch, size.keys, size.kv_heads, size.dim).transpose(1, 2).contiguous(),
         torch.arange(size.batch, dtype=torch.int32, device=device),
         torch.full((size.batch,), size.keys - 1, dtype=torch.int32, device=device),
     )  # fmt: skip

@@ -189,7 +189,10 @@ def peak(method: Method, device: torch.device) -> int | None:
 
 def free_bytes(device: torch.device) -> int:
     """Memory to plan with; on the CPU little, because others work there too."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 << 30
+    if device.type != "cuda":
+        return 2 << 30
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def draw(device: torch.device, out: Path, rounds: int) -> dict[str, list[tuple[int, float]]]:
