@@ -241,6 +241,7 @@ def draw(device: torch.device, out: Path, rounds: int) -> dict[str, list[tuple[i
 def plot(curves: dict[str, list[tuple[int, float]]], title: str, out: Path) -> None:
     """kernels.svg, if matplotlib is installed."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         print("matplotlib is not installed: no plots")
@@ -251,7 +252,8 @@ def plot(curves: dict[str, list[tuple[int, float]]], title: str, out: Path) -> N
         axis.set(xlabel=name, ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.suptitle(f"Cost of the capture kernel: {title}", fontsize=10)
-    figure.savefig(out / "kernels.svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kernels"}):
+        figure.savefig(out / "kernels.svg", metadata={"Date": None})
 
 
 def name_of(device: torch.device) -> str:
