@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 LANES = 16
 #: Keys that four queries meet at once: as many sums as fit in the registers.
 TOGETHER = 2 if get_host_cpu_features().get("avx512f") else 1
+_AHEAD = 4096  # bytes
 _I32 = ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
@@ -46,6 +47,9 @@ def products_of(queries: int, bfloat16: bool, *, keys: int = 1, pairs: bool = Fa
                     )
 
                 here = [elements(k, k_step, m, size, bfloat16) for m in range(queries if pairs else keys)]
+                for m in range(queries if pairs else keys):
+                    ahead = builder.add(k, ir.Constant(ir.IntType(64), _AHEAD))
+                    _prefetch(builder, _after(builder, _after(builder, ahead, k_step, m), loop.index, size))
                 for n in range(queries):
                     row = elements(q, q_step, n, 4 * LANES, False)
                     for m in range(keys):
@@ -134,6 +138,13 @@ def _four_sums(builder: Any, vectors: list[Any]) -> Any:
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     function = _function(builder, f"llvm.fmuladd.v{LANES}f32", _FLOATS, _FLOATS, _FLOATS, _FLOATS)
     return builder.call(function, [x, y, z])
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for the line at an address that will be read soon, wherever it is."""
+    pointer = ir.IntType(8).as_pointer()
+    function = _function(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _I32, _I32, _I32)
+    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
 
 
 def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
