@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
-from attnhook.kernels.topk import naive
+from attnhook.kernels.topk import naive, triton_plan
 from attnhook.kernels.topk.types import PagedKeys, TopK
 
 #: The contract is 1e-5 (DESIGN section 3). The kernels do better on these sizes, and a closer bound
@@ -42,15 +43,31 @@ class Case:
 def run(kernel: str, case: Case) -> TopK:
     """Call one implementation; the Triton kernel on the GPU where there is one.
 
-    "compiled, products" is the compiled kernel with every row computed as a prompt's.
+    "compiled, products" is the compiled kernel with every row computed as a prompt's; "triton, one pass" and
+    "triton, recompute" go one way whatever the shapes.
     """
-    name, _, products = kernel.partition(", ")
+    name, _, way = kernel.partition(", ")
     module = importlib.import_module(f"attnhook.kernels.topk.{name}")
     if name == "triton" and torch.cuda.is_available():
         case = to_device(case, "cuda")
-    with mock.patch.object(module, "_PROMPT_ROWS", 1) if products else nullcontext():
+    forced: AbstractContextManager[Any] = nullcontext()
+    if way == "products":
+        forced = mock.patch.object(module, "_PROMPT_ROWS", 1)
+    elif way:
+        forced = mock.patch.object(module, "make_plan", partial(forced_plan, way))
+    with forced:
         out = module.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
     return TopK(*(x.cpu() for x in out))
+
+
+def forced_plan(way: str, q: torch.Tensor, keys: PagedKeys, window: int | torch.Tensor, *, lse: bool = False) -> Any:
+    """What `make_plan` might have chosen for other shapes; two kv heads at a time where there are more."""
+    width = triton_plan.scratch_keys(keys.max_keys, window)
+    if way == "recompute":
+        return triton_plan.recompute(q, keys, width, lse=lse)
+    plan = triton_plan.one_pass(q, keys, width, share=100.0)
+    assert way == "one pass" and plan is not None and not lse
+    return plan._replace(kv_heads=min(plan.kv_heads, 2))
 
 
 def to_device(case: Case, device: str) -> Case:

@@ -82,6 +82,7 @@ def split(case: Case, rank: int, ranks: int, layers: int = 2) -> list[TopK]:
 def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
     """One process of a group; only the first looks at the results."""
     os.environ["ATTNHOOK_KERNEL"] = kernel
+    torch.set_num_threads(1)  # the ranks share the machine
     if kernel == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)

@@ -38,6 +38,7 @@ def topk_attention(
     head_mask: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> TopK:
     """Head-averaged attention of each query row over its visible keys, reduced to what a record keeps.
 
@@ -76,6 +77,12 @@ def topk_attention(
         Half-open position ranges per request whose attention mass is wanted.
     first_reported : [R] int32 or int64, optional
         Positions below this are left out of the top k (and of nothing else).
+    lse : [T, Hq] float32 or float64, optional
+        The engine's own log-sum-exp: the natural logarithm of the whole denominator above, over the row's
+        visible keys and with the sink where there is one (which ``sinks`` must still tell). Probabilities are
+        then ``exp(z_h(s) - lse_h)``, as true as the engine's number is; it saves the Triton kernel all scratch
+        for logits and a pass. The torch and the compiled path, which have the logits at hand, find the
+        normaliser themselves and only look at the shape. FlashInfer's is a base-2 logarithm: times ln 2.
 
     Returns
     -------
@@ -90,7 +97,7 @@ def topk_attention(
         Shapes, dtypes or devices do not fit together.
     """
     check_inputs(
-        q, keys, row_request, row_position, top_k, window, sinks, alibi_slopes, head_mask, spans, first_reported
+        q, keys, row_request, row_position, top_k, window, sinks, alibi_slopes, head_mask, spans, first_reported, lse
     )
     result: TopK = _implementation(q.device.type).topk_attention(
         q,
@@ -106,6 +113,7 @@ def topk_attention(
         head_mask=head_mask,
         spans=spans,
         first_reported=first_reported,
+        lse=lse,
     )
     return result
 
@@ -139,7 +147,7 @@ class TopKStep:
         for n, layer in enumerate(layers):
             check_inputs(
                 layer.q, layer.keys, self._request, layer.row_position, window=layer.window, sinks=layer.sinks,
-                alibi_slopes=layer.alibi_slopes, **self._shared,
+                alibi_slopes=layer.alibi_slopes, lse=layer.lse, **self._shared,
             )  # fmt: skip
             if self._step is not None and self._impl.computes(layer.q, layer.keys):
                 kind = layer.q.shape[1:], layer.keys.num_kv_heads, layer.keys.page_table.shape[0]

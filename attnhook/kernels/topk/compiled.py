@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnhook.kernels.topk import cpu, loops
+from attnhook.kernels.topk import cpu, dots, loops
 from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK
 
 _BLOCK_ELEMENTS = 3 << 18  # logits of a block of prompt rows: 3 MiB, about the cores' caches
@@ -116,6 +116,7 @@ def topk_attention(
     head_mask: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; float64 is computed by the torch path."""
     if not computes(q, keys):
@@ -287,6 +288,7 @@ def _single_rows(call: _Call, table: np.ndarray) -> _Again | None:
     if len(q) > table.shape[1]:  # the others were prompt rows
         q = q[torch.from_numpy(table[_RESULT])]
     ends = np.cumsum(table[_KEYS]) * heads
+    parts = (table[_FIRST] + table[_KEYS] - 1) // dots.PART - table[_FIRST] // dots.PART + 1
     start = 0
     again = None
     while start < len(ends):
@@ -296,19 +298,19 @@ def _single_rows(call: _Call, table: np.ndarray) -> _Again | None:
         part[_STRIDE] = part[_KEYS]
         part[_OFFSET] = ends[start:stop] - base - part[_KEYS] * heads
         z = cpu.buffer("logits", int(ends[stop - 1]) - base, q, torch.float32)
-        dots = _Job(
-            loops.dot_job,
+        products = _Job(
+            dots.dot_job,
             _threads(z.numel()),
             [
                 stop - start, heads, kv_heads, dim, z.data_ptr(), z.numel(), part.ctypes.data, q[start:].data_ptr(),
-                pools.ctypes.data, len(pools), scales.ctypes.data,
+                pools.ctypes.data, len(pools), scales.ctypes.data, int(parts[start:stop].max()),
             ],
         )  # fmt: skip
         reduction = call.reduction(z, part)
-        dots.run()
+        products.run()
         reduction.run()
         if len(layers) == 1 and stop - start == len(call.result.entropy):
-            again = _Again(layers[0], dots, reduction, pools, (call, z, part, pages, scales))
+            again = _Again(layers[0], products, reduction, pools, (call, z, part, pages, scales))
         start = stop
     return again
 
@@ -326,8 +328,8 @@ class _Again:
     Preparing them costs more than running them where rows are few, as in decoding.
     """
 
-    def __init__(self, layer: LayerRows, dots: _Job, reduction: _Job, pools: np.ndarray, kept: Any) -> None:
-        self._layer, self._dots, self._reduction, self._pools, self._kept = layer, dots, reduction, pools, kept
+    def __init__(self, layer: LayerRows, products: _Job, reduction: _Job, pools: np.ndarray, kept: Any) -> None:
+        self._layer, self._products, self._reduction, self._pools, self._kept = layer, products, reduction, pools, kept
 
     def fits(self, layer: LayerRows) -> bool:
         """Whether nothing differs from the layer before but q, the keys' place and the results'."""
@@ -348,9 +350,9 @@ class _Again:
         q = layer.q.to(torch.float32).contiguous()
         self._pools[0, 0] = layer.keys.cache.data_ptr()
         self._pools[0, 2:6] = layer.keys.strides
-        self._dots.words[9] = q.data_ptr()
+        self._products.words[9] = q.data_ptr()
         self._reduction.words[12:17] = [x.data_ptr() for x in result]
-        self._dots.run()
+        self._products.run()
         self._reduction.run()
 
 

@@ -44,6 +44,7 @@ def topk_attention(
     head_mask: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`."""
     out = empty_result(q.shape[0], top_k, 0 if spans is None else spans.shape[1], q.device, _result_type(q))
@@ -69,6 +70,7 @@ def attention_rows(
     row_position: torch.Tensor,
     *,
     width: int,
+    lse: torch.Tensor | None = None,
     **softmax: Any,
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`."""

@@ -1,7 +1,7 @@
 """The inner loops of the CPU kernel, compiled by numba.
 
-Each loop runs over contiguous float32 so that LLVM turns it into vector instructions; `dot_job` and
-`row_job` are C functions that any number of threads may enter at once: they share work by a counter.
+Each loop runs over contiguous float32 so that LLVM turns it into vector instructions; `row_job`, and
+`dot_job` of `dots.py`, are C functions that any number of threads may enter at once: they share work by a counter.
 A job's one argument is an array of int64 words: two counters, then sizes and addresses as `compiled.py`
 writes them. Rows come as a table of int64 columns, described there too.
 
@@ -15,7 +15,6 @@ import math
 
 import numpy as np
 from numba import carray, cfunc, njit, types
-from numba.extending import overload
 
 from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk.intrinsics import bits_float, fetch_add, float_bits, pointer
@@ -401,95 +400,3 @@ def row_job(words):
         for j in range(size):
             positions[t, j] = first + where[j]
             scores[t, j] = bits_float(values[j])
-
-
-def _widen(x):
-    raise NotImplementedError
-
-
-@overload(_widen, inline="always")
-def _widen_compiled(x):
-    """float32 of a stored key element: float32 itself, or bfloat16 as its bits."""
-    if x == types.float32:
-        return lambda x: x
-    return lambda x: bits_float(i32(x) << i32(16))
-
-
-@njit(cache=True, fastmath=_SUMS)
-def _dot(q, k):
-    total = f32(0.0)
-    for d in range(len(q)):
-        total += q[d] * _widen(k[d])
-    return total
-
-
-@njit(cache=True, fastmath=_EXACT)
-def _add_product(z, k, factor):
-    for j in range(len(z)):
-        z[j] += factor * _widen(k[j])
-
-
-@njit(cache=True, fastmath=_EXACT)
-def _scale(z, factor):
-    for j in range(len(z)):
-        z[j] *= factor
-
-
-@njit(cache=True)
-def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
-    """Logits of one kv head's queries q [G, D] over consecutive slots."""
-    group, dim = q.shape
-    if dim_stride == 1:
-        for j in range(slots):
-            key = k[j * slot_stride : j * slot_stride + dim]
-            for g in range(group):
-                z[offset + g * stride + j] = _dot(q[g], key)
-    else:  # slots lie side by side
-        for g in range(group):
-            row = z[offset + g * stride : offset + g * stride + slots]
-            row[:] = 0
-            for d in range(dim):
-                _add_product(row, k[d * dim_stride : d * dim_stride + slots], q[g, d])
-
-
-@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
-def dot_job(words):
-    """Logits of rows over paged keys read in place; a unit of work is one row and kv head."""
-    w = carray(words, 16)
-    counters = carray(words, 1).ctypes.data
-    rows, heads, kv_heads, dim = w[2], w[3], w[4], w[5]
-    z = carray(pointer(w[6]), w[7], np.float32)
-    table = carray(pointer(w[8]), (7, rows), np.int64)
-    q = carray(pointer(w[9]), (rows, heads, dim), np.float32)
-    pools = carray(pointer(w[10]), (w[11], 9), np.int64)
-    scales = carray(pointer(w[12]), (w[11], kv_heads), np.float32)
-    group = heads // kv_heads
-    while True:
-        unit = fetch_add(counters)
-        if unit >= rows * kv_heads:
-            break
-        row, h = unit // kv_heads, unit % kv_heads
-        offset, stride, n, first = table[0, row], table[1, row], table[2, row], table[3, row]
-        request, layer = table[4, row], table[5, row]
-        cache, size = pools[layer, 0], pools[layer, 1]
-        factor = scales[layer, h]
-        page_stride, slot_stride, head_stride, dim_stride = pools[layer, 2:6]
-        page_size, columns = pools[layer, 6], pools[layer, 8]
-        pages = carray(pointer(pools[layer, 7]), (request + 1) * columns, np.int64)[request * columns :]
-        queries = q[row, h * group : (h + 1) * group]
-        done = 0
-        while done < n:
-            slot = (first + done) % page_size
-            slots = min(page_size - slot, n - done)
-            page = pages[(first + done) // page_size]
-            here = cache + size * (page * page_stride + slot * slot_stride + h * head_stride)
-            extent = (slots - 1) * slot_stride + (dim - 1) * dim_stride + 1
-            at = offset + h * group * stride + done
-            if size == 2:
-                _dots(carray(pointer(here), extent, np.uint16), slot_stride, dim_stride, slots, queries, z, at, stride)
-            else:
-                _dots(carray(pointer(here), extent, np.float32), slot_stride, dim_stride, slots, queries, z, at, stride)
-            done += slots
-        for g in range(group):
-            at = offset + (h * group + g) * stride
-            _scale(z[at : at + n], factor)

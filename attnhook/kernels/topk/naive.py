@@ -29,6 +29,7 @@ def topk_attention(
     head_mask: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; scores, histogram and entropy come back in float64."""
     rows = q.shape[0]
@@ -47,6 +48,7 @@ def topk_attention(
         a = row_attention(
             q[t], keys, request, p, first, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
             head_mask=None if head_mask is None else head_mask.expand(keys.page_table.shape[0], -1)[request],
+            lse=None if lse is None else lse[t],
         )  # fmt: skip
         seen = torch.arange(first, p + 1, device=q.device)
 
@@ -81,6 +83,7 @@ def attention_rows(
     width: int,
     window: int | torch.Tensor = -1,
     head_mask: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     **softmax: Any,
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`; float64."""
@@ -90,7 +93,8 @@ def attention_rows(
         size = int(window[t]) if isinstance(window, torch.Tensor) else window
         first = 0 if size < 0 else max(0, p - size + 1)
         mask = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], -1)[request]
-        dense[t, first : p + 1] = row_attention(q[t], keys, request, p, first, head_mask=mask, **softmax)
+        own = None if lse is None else lse[t]
+        dense[t, first : p + 1] = row_attention(q[t], keys, request, p, first, head_mask=mask, lse=own, **softmax)
     return dense
 
 
@@ -120,6 +124,7 @@ def head_probabilities(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each head's attention float64 ``[Hq, position + 1 - first]`` of one query ``[Hq, D]``."""
     heads, head_dim = q.shape
@@ -137,6 +142,8 @@ def head_probabilities(
     z = torch.where(torch.isfinite(z), z, math.nan)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
+    if lse is not None:
+        return torch.exp(z - torch.where(torch.isfinite(lse), lse, math.nan).double()[:, None])
     if sinks is None:
         return torch.softmax(z, dim=-1)
     return torch.softmax(torch.cat([z, sinks.double()[:, None]], dim=-1), dim=-1)[:, :-1]

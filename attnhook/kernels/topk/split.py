@@ -81,19 +81,19 @@ class SplitStep:
         if not selected:
             return torch.zeros((part.stop - part.start, self._width), device=layer.q.device)
         window = layer.window[part] if isinstance(layer.window, torch.Tensor) else layer.window
-        mean = attention_rows(
-            layer._replace(q=layer.q[part], row_position=layer.row_position[part], window=window),
-            self._request[part],
-            width=self._width,
-            head_mask=self._mask,
-        )
+        lse = None if layer.lse is None else layer.lse[part]
+        own = layer._replace(q=layer.q[part], row_position=layer.row_position[part], window=window, lse=lse)
+        mean = attention_rows(own, self._request[part], width=self._width, head_mask=self._mask)
         return mean.mul_(selected / self._heads).float()
 
     def _reduce(self, layer: LayerRows, attention: torch.Tensor, part: slice, out: TopK) -> None:
         request, last = self._request[part].long(), layer.row_position[part].long()
         window = layer.window[part] if isinstance(layer.window, torch.Tensor) else torch.tensor(layer.window)
         first = torch.where(window < 0, 0, (last - window + 1).clamp(min=0))
-        reduce_rows(
+        from attnhook.kernels.topk import _implementation
+
+        reduce = getattr(_implementation(attention.device.type), "reduce_rows", reduce_rows)
+        reduce(
             attention, first, last, out,
             spans=None if self._spans is None else self._spans[request],
             report_from=None if self._report_from is None else self._report_from[request],
@@ -111,10 +111,10 @@ def attention_rows(
     """
     from attnhook.kernels.topk import _implementation
 
-    q, keys, row_position, scale, softcap, window, sinks, alibi_slopes = layer
+    q, keys, row_position, scale, softcap, window, sinks, alibi_slopes, lse = layer
     dense: torch.Tensor = _implementation(q.device.type).attention_rows(
         q, keys, row_request, row_position, width=width, scale=scale, softcap=softcap, window=window, sinks=sinks,
-        alibi_slopes=alibi_slopes, head_mask=head_mask,
+        alibi_slopes=alibi_slopes, head_mask=head_mask, lse=lse,
     )  # fmt: skip
     return dense
 

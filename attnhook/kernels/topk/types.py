@@ -78,6 +78,7 @@ class LayerRows(NamedTuple):
     window: int | torch.Tensor = -1
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 def check_inputs(
@@ -92,6 +93,7 @@ def check_inputs(
     head_mask: torch.Tensor | None,
     spans: torch.Tensor | None,
     first_reported: torch.Tensor | None,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError where shapes disagree; reads no device value."""
     if q.dim() != 3:
@@ -113,6 +115,7 @@ def check_inputs(
         ("head_mask", head_mask, ((heads,), (requests, heads))),
         ("spans", spans, ((requests, spans.shape[1] if spans is not None and spans.dim() == 3 else 0, 2),)),
         ("first_reported", first_reported, ((requests,),)),
+        ("lse", lse, ((rows, heads),)),
     ]
     for name, tensor, shapes in expected:
         if tensor is None:
@@ -122,3 +125,5 @@ def check_inputs(
             raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: move it there")
+    if lse is not None and lse.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse is {lse.dtype}: a normaliser in less than float32 moves every probability")

@@ -1,0 +1,236 @@
+"""Logits of the CPU kernel, compiled by numba: queries times keys that are read where the cache has them.
+
+`dot_job` is a C function as `loops.py` describes them.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.extending import overload
+
+from attnhook.kernels.topk.intrinsics import bits_float, fetch_add, pointer
+from attnhook.kernels.topk.vectors import LANES, TOGETHER, columns_of, products_of
+
+f32, i32 = np.float32, np.int32
+
+PART = 512  # keys of a unit of work
+_NEAR = 1 << 12  # floats of a row's queries that leave room for keys in a core's first cache
+
+_EXACT = {"contract"}  # fused multiply-add, no other liberty
+_SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, which is what vectors need
+
+_four, _three, _two, _one = (products_of(n, False) for n in (4, 3, 2, 1))
+_four16, _three16, _two16, _one16 = (products_of(n, True) for n in (4, 3, 2, 1))
+_both, _both16 = products_of(4, False, keys=TOGETHER), products_of(4, True, keys=TOGETHER)
+_both3, _both3_16 = products_of(3, False, keys=TOGETHER), products_of(3, True, keys=TOGETHER)
+_pairs, _pairs16 = products_of(4, False, pairs=True), products_of(4, True, pairs=True)
+_columns4, _columns3, _columns2, _columns1 = (columns_of(n, False) for n in (4, 3, 2, 1))
+_columns4_16, _columns3_16, _columns2_16, _columns1_16 = (columns_of(n, True) for n in (4, 3, 2, 1))
+
+
+def _widen(x):
+    raise NotImplementedError
+
+
+@overload(_widen, inline="always")
+def _widen_compiled(x):
+    """float32 of a stored key element: float32 itself, or bfloat16 as its bits."""
+    if x == types.float32:
+        return lambda x: x
+    return lambda x: bits_float(i32(x) << i32(16))
+
+
+@njit(cache=True, fastmath=_SUMS)
+def _dot(q, k):
+    total = f32(0.0)
+    for d in range(len(q)):
+        total += q[d] * _widen(k[d])
+    return total
+
+
+@njit(cache=True, fastmath=_EXACT)
+def _add_product(z, k, factor):
+    for j in range(len(z)):
+        z[j] += factor * _widen(k[j])
+
+
+@njit(cache=True, fastmath=_EXACT)
+def _scale(z, factor):
+    for j in range(len(z)):
+        z[j] *= factor
+
+
+@njit(cache=True)
+def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
+    """Logits of one kv head's queries q [G, D] over consecutive slots."""
+    group, dim = q.shape
+    if dim_stride == 1:
+        for j in range(slots):
+            key = k[j * slot_stride : j * slot_stride + dim]
+            for g in range(group):
+                z[offset + g * stride + j] = _dot(q[g], key)
+    else:  # slots lie side by side
+        for g in range(group):
+            row = z[offset + g * stride : offset + g * stride + slots]
+            row[:] = 0
+            for d in range(dim):
+                _add_product(row, k[d * dim_stride : d * dim_stride + slots], q[g, d])
+
+
+@njit(cache=True)
+def _row_vectors(size, q, q_step, group, k, k_step, slots, blocks, out, out_step):
+    """Products of one kv head's queries and keys of whole vectors; addresses and bytes."""
+    g = 0
+    while g < group:
+        at, count = q + g * q_step, min(group - g, 4)
+        done = 0
+        if TOGETHER > 1 and count > 2:
+            done = slots // TOGETHER * TOGETHER
+            for s in range(0, done, TOGETHER):
+                key, to = k + s * k_step, out + g * out_step + 4 * s
+                if size == 2:
+                    if count == 4:
+                        _both16(at, q_step, key, k_step, blocks, to, out_step)
+                    else:
+                        _both3_16(at, q_step, key, k_step, blocks, to, out_step)
+                elif count == 4:
+                    _both(at, q_step, key, k_step, blocks, to, out_step)
+                else:
+                    _both3(at, q_step, key, k_step, blocks, to, out_step)
+        for s in range(done, slots):
+            key, to = k + s * k_step, out + g * out_step + 4 * s
+            if size == 2:
+                if count == 4:
+                    _four16(at, q_step, key, 0, blocks, to, out_step)
+                elif count == 3:
+                    _three16(at, q_step, key, 0, blocks, to, out_step)
+                elif count == 2:
+                    _two16(at, q_step, key, 0, blocks, to, out_step)
+                else:
+                    _one16(at, q_step, key, 0, blocks, to, out_step)
+            elif count == 4:
+                _four(at, q_step, key, 0, blocks, to, out_step)
+            elif count == 3:
+                _three(at, q_step, key, 0, blocks, to, out_step)
+            elif count == 2:
+                _two(at, q_step, key, 0, blocks, to, out_step)
+            else:
+                _one(at, q_step, key, 0, blocks, to, out_step)
+        g += count
+
+
+@njit(cache=True)
+def _column_vectors(size, q, q_step, group, k, k_step, dim, out, out_step):
+    """Products of one kv head's queries and 16 keys whose elements d lie side by side."""
+    g = 0
+    while g < group:
+        at, to, count = q + g * q_step, out + g * out_step, min(group - g, 4)
+        if size == 2:
+            if count == 4:
+                _columns4_16(at, q_step, k, k_step, dim, to, out_step)
+            elif count == 3:
+                _columns3_16(at, q_step, k, k_step, dim, to, out_step)
+            elif count == 2:
+                _columns2_16(at, q_step, k, k_step, dim, to, out_step)
+            else:
+                _columns1_16(at, q_step, k, k_step, dim, to, out_step)
+        elif count == 4:
+            _columns4(at, q_step, k, k_step, dim, to, out_step)
+        elif count == 3:
+            _columns3(at, q_step, k, k_step, dim, to, out_step)
+        elif count == 2:
+            _columns2(at, q_step, k, k_step, dim, to, out_step)
+        else:
+            _columns1(at, q_step, k, k_step, dim, to, out_step)
+        g += count
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+def dot_job(words):
+    """Logits of rows over paged keys read in place; a unit of work is some keys of one row, for all heads."""
+    w = carray(words, 16)
+    counters = carray(words, 1).ctypes.data
+    rows, heads, kv_heads, dim = w[2], w[3], w[4], w[5]
+    z_at = w[6]
+    z = carray(pointer(z_at), w[7], np.float32)
+    table = carray(pointer(w[8]), (7, rows), np.int64)
+    q = carray(pointer(w[9]), (rows, heads, dim), np.float32)
+    pools = carray(pointer(w[10]), (w[11], 9), np.int64)
+    scales = carray(pointer(w[12]), (w[11], kv_heads), np.float32)
+    parts = w[13]  # units a row, of the longest
+    group = heads // kv_heads
+    while True:
+        unit = fetch_add(counters)
+        if unit >= rows * parts:
+            break
+        row, part = unit // parts, unit % parts
+        offset, stride, n, first = table[0, row], table[1, row], table[2, row], table[3, row]
+        request, layer = table[4, row], table[5, row]
+        # parts begin at whole multiples, which are where pages begin
+        start = max(first // PART * PART + part * PART - first, 0)
+        stop = min((first // PART + part + 1) * PART - first, n)
+        if start >= stop:
+            continue
+        cache, size = pools[layer, 0], pools[layer, 1]
+        page_stride, slot_stride, head_stride, dim_stride = pools[layer, 2:6]
+        page_size, columns = pools[layer, 6], pools[layer, 8]
+        pages = carray(pointer(pools[layer, 7]), (request + 1) * columns, np.int64)[request * columns :]
+        own = q[row].ctypes.data
+        vectors = dim_stride == 1 and dim % LANES == 0
+        done = start
+        while done < stop:
+            slot = (first + done) % page_size
+            slots = min(page_size - slot, stop - done)
+            page = pages[(first + done) // page_size]
+            here = cache + size * (page * page_stride + slot * slot_stride)
+            at = offset + done
+            if vectors:
+                # in the order of memory, if the queries that every key meets stay in the core's cache meanwhile
+                by_slot = head_stride < slot_stride and heads * dim <= _NEAR
+                in_fours = kv_heads // 4 * 4 if group == 1 else 0  # heads whose one query meets its own keys
+                step = min(TOGETHER, slots) if by_slot else slots
+                for s in range(0, slots, step):
+                    some = min(step, slots - s)
+                    for h in range(0, in_fours, 4):
+                        for j in range(s, s + some):
+                            k = here + size * (j * slot_stride + h * head_stride)
+                            to = z_at + 4 * (at + h * stride + j)
+                            if size == 2:
+                                _pairs16(
+                                    own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride
+                                )
+                            else:
+                                _pairs(own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride)
+                    for h in range(in_fours, kv_heads):
+                        _row_vectors(
+                            size, own + 4 * h * group * dim, 4 * dim, group,
+                            here + size * (s * slot_stride + h * head_stride), size * slot_stride,
+                            some, dim // LANES,
+                            z_at + 4 * (at + h * group * stride + s), 4 * stride,
+                        )  # fmt: skip
+            else:
+                whole = slots // LANES * LANES if slot_stride == 1 and dim_stride != 1 else 0
+                for h in range(kv_heads):
+                    k, to = here + size * h * head_stride, at + h * group * stride
+                    queries = q[row, h * group : (h + 1) * group]
+                    for j in range(0, whole, LANES):
+                        _column_vectors(
+                            size, own + 4 * h * group * dim, 4 * dim, group, k + size * j, size * dim_stride, dim,
+                            z_at + 4 * (to + j), 4 * stride,
+                        )  # fmt: skip
+                    left = slots - whole
+                    if left == 0:
+                        continue
+                    k, to = k + size * slot_stride * whole, to + whole
+                    extent = (left - 1) * slot_stride + (dim - 1) * dim_stride + 1
+                    steps = slot_stride, dim_stride, left
+                    if size == 2:
+                        _dots(carray(pointer(k), extent, np.uint16), *steps, queries, z, to, stride)
+                    else:
+                        _dots(carray(pointer(k), extent, np.float32), *steps, queries, z, to, stride)
+            done += slots
+        for head in range(heads):
+            at = offset + head * stride
+            _scale(z[at + start : at + stop], scales[layer, head // group])
