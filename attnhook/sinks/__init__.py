@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from attnhook.errors import PluginError
 from attnhook.hookspecs import RegisterSink, hookimpl
 from attnhook.records import TokenRecord
 
@@ -37,10 +39,21 @@ class Sink(ABC):
         self.flush()
 
 
+@contextmanager
+def needs(what: str) -> Iterator[None]:
+    """Around an import of an optional library: where it is missing, PluginError with the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise PluginError(f"{what} needs {error.name}: pip install 'attnhook[sinks]'") from error
+
+
 @hookimpl
 def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink
+    from attnhook.sinks.sqlite import SqliteSink
 
     register("memory", MemorySink)
     register("jsonl", JsonlSink)
+    register("sqlite", SqliteSink)
