@@ -1,13 +1,12 @@
-"""``host:port?name=value`` addresses of sinks and of the collector, and which of them leave this machine."""
+"""``host:port`` addresses of sinks and of the collector, and which of them leave this machine."""
 
 from __future__ import annotations
 
 import errno
+import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from attnhook.errors import PluginError
 
@@ -20,7 +19,7 @@ def host_port(text: str, *, user: str, default_host: str = "127.0.0.1") -> tuple
     try:
         parts = urlsplit(f"//{text}")
         port, host = parts.port, parts.hostname or default_host
-        if port is None or parts.path or parts.query or parts.username is not None:
+        if port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
             raise ValueError("it is not host:port")
     except ValueError as error:
         raise PluginError(f"{user}: bad address {text!r}: {error}; write one such as 127.0.0.1:9464") from error
@@ -35,13 +34,29 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def require_token(host: str, token: str | None, *, user: str) -> None:
+    """Refuse, by PluginError, an address that other machines can reach without a token."""
+    if token is not None and (len(token) < 8 or not (token.isascii() and token.isprintable()) or " " in token):
+        raise PluginError(f"{user}: the token must be at least 8 printable ASCII characters without spaces")
+    if token is None and not is_loopback(host):
+        raise PluginError(
+            f"{user}: {host} can be reached from other machines: give a token, or listen on 127.0.0.1 (the default)"
+        )
+
+
+def same_token(given: str | None, token: str) -> bool:
+    """Whether they are equal, in a time that does not tell how much of them is."""
+    return given is not None and hmac.compare_digest(given.encode(errors="replace"), token.encode())
+
+
 def listener(host: str, port: int, *, user: str) -> socket.socket:
-    """A bound and listening TCP socket. Raises PluginError where the port is taken or the host is not ours."""
+    """A bound TCP socket that listens. Raises PluginError where the port is taken or the host is not ours."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise PluginError(f"{user} cannot listen on {host}:{port}: {error}; {listen_remedy(error.errno)}") from error
+    except (OSError, OverflowError) as error:
+        code = getattr(error, "errno", None)
+        raise PluginError(f"{user} cannot listen on {host}:{port}: {error}; {listen_remedy(code)}") from error
 
 
 def listen_remedy(code: int | None) -> str:
@@ -53,48 +68,3 @@ def listen_remedy(code: int | None) -> str:
     if code == errno.EACCES:
         return "ports below 1024 are for root: choose a higher one"
     return "choose another address"
-
-
-def split_options(config: str, allowed: Mapping[str, Callable[[str], Any]], *, user: str) -> tuple[str, dict[str, Any]]:
-    """Split ``address?name=value&...``; ``allowed`` has a parser per name, which raises ValueError.
-
-    Raises PluginError for an unknown name or a bad value.
-    """
-    address, _, query = config.partition("?")
-    options: dict[str, Any] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in allowed:
-            known = ", ".join(allowed)
-            raise PluginError(f"{user}: unknown option {name!r} in {config!r}; it takes {known}")
-        try:
-            options[name] = allowed[name](text)
-        except ValueError as error:
-            raise PluginError(f"{user}: {name}={text!r} in {config!r}: {error}") from error
-    return address, options
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.isdecimal() else low - 1
-        if not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def seconds(low: float, high: float) -> Callable[[str], float]:
-    """A parser of seconds from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return value
-
-    return parse

@@ -1,4 +1,4 @@
-"""The command line: ``attnhook run``, ``verify`` and ``model-path``."""
+"""The command line: ``attnhook run``, ``verify`` and ``model-path``; others add theirs in modules of their own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnhook import __version__
+from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+collector_commands.register(app)
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def decode(data: bytes) -> Frame:
         ) from error
     if not isinstance(message, list) or len(message) < 2 or message[0] != FORMAT:
         raise FrameError(
-            "not_a_frame", f"msgpack that is no attnhook frame: {str(message)[:60]}; send with the zmq: sink of attnhook"
+            "not_a_frame",
+            f"msgpack that is no attnhook frame: {str(message)[:60]}; send with the zmq: sink of attnhook",
         )
     if message[1] != VERSION:
         raise FrameError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,9 @@ from attnhook import fingerprint as fp
 from attnhook.analysis.zones import ZONE_NAMES, classify_many
 from attnhook.errors import RecordError
 from attnhook.records import HEADER_FIELDS, MAGIC, MODES, NAME_SEPARATOR, PHASES, SCHEMA_VERSION, TokenRecord, row_size
+from attnhook.sinks.columns import NAMES, Columns
 
+_FINGERPRINT = MODES.index("fingerprint")
 _HEADER = np.dtype(HEADER_FIELDS)
 
 
@@ -77,9 +81,49 @@ class RowBlock:
                 found[row] = record
         return found
 
+    def columns(self, time: int) -> Columns:
+        """The rows as the stores' columns, stored at ``time`` (microseconds since 1970, UTC); no record is decoded."""
+        header = self._header
+        rows: list[bytes | None] = [*self._rows()]
+        layer: list[int | None] = [None] * len(self)
+        lean = (header["mode"] == _FINGERPRINT) & (header["layers"] == 1) & (header["k"] == 0) & (header["spans"] == 0)
+        for row in np.flatnonzero(lean).tolist():  # the columns alone hold all of such a record
+            at = int(self._starts[row]) + _HEADER.itemsize + int(_text(header[row : row + 1])[0])
+            layer[row] = int(np.frombuffer(self._data, "<i2", 1, at)[0])
+            rows[row] = None
+        return Columns(
+            request_id=self.ids,
+            choice=header["choice"].tolist(),
+            query_position=header["position"].tolist(),
+            decode_step=[None if step < 0 else step for step in self.steps.tolist()],
+            model=self.models,
+            time=[time] * len(self),
+            zone=[ZONE_NAMES[code] for code in self.zones.tolist()],
+            mode=[MODES[code] for code in header["mode"].tolist()],
+            think_phase=[PHASES[code] for code in header["phase"].tolist()],
+            layer=layer,
+            fingerprint=self.fingerprints,
+            record=rows,
+        )
+
+    def part(self, start: int, stop: int) -> RowBlock:
+        """Rows ``start`` to ``stop``, as a block."""
+        return RowBlock(self._rows()[start:stop], self.zones[start:stop])
+
+    def without(self, keys: set[tuple[str, int, int]]) -> RowBlock:
+        """The rows whose (request id, choice, query position) is not in ``keys``, as a block."""
+        own = zip(self.ids, self._header["choice"].tolist(), self._header["position"].tolist(), strict=True)
+        kept = np.array([key not in keys for key in own], bool)
+        rows = [row for row, keep in zip(self._rows(), kept.tolist(), strict=True) if keep]
+        return RowBlock(rows, self.zones[kept])
+
+    def _rows(self) -> list[bytes]:
+        ends = np.append(self._starts[1:], len(self._data)).tolist()
+        return [self._data[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
+
     def sound(self) -> np.ndarray:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite."""
-        sound = np.isfinite(self.fingerprints).all(axis=1)
+        sound: np.ndarray = np.isfinite(self.fingerprints).all(axis=1)
         for where, (layers, k, spans, text) in self._shapes():
             at = _HEADER.itemsize + text + layers * (2 + 4 * k)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)
@@ -151,9 +195,10 @@ class RowBlock:
         """uint8 [len(starts), size], contiguous and writable by nobody else."""
         if not len(starts) or not size:
             return np.zeros((len(starts), size), np.uint8)
-        if len(starts) == len(self._starts) and len(self._flat) == len(starts) * (step := len(self._flat) // len(starts)):
-            if (starts == np.arange(len(starts)) * step).all():  # rows of one length: columns of a table
-                return np.ascontiguousarray(self._flat.reshape(-1, step)[:, at : at + size])
+        step, rest = divmod(len(self._flat), len(starts))
+        if not rest and len(starts) == len(self._starts) and (starts == np.arange(len(starts)) * step).all():
+            # all rows, of one length: columns of a table
+            return np.ascontiguousarray(self._flat.reshape(-1, step)[:, at : at + size])
         return self._flat[(starts + at)[:, None] + np.arange(size)]
 
 
@@ -180,6 +225,15 @@ def read_rows(rows: Sequence[bytes]) -> tuple[RowBlock, Counter[str]]:
     return block, bad
 
 
+def joined(parts: Sequence[Columns]) -> Columns:
+    """The rows of several columns, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    lists: dict[str, Any] = {name: list(chain.from_iterable(getattr(part, name) for part in parts)) for name in NAMES}
+    lists["fingerprint"] = np.concatenate([part.fingerprint for part in parts])
+    return Columns(**lists)
+
+
 def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     """The rows of this version that are as long as their headers announce."""
     size = _HEADER.itemsize
@@ -200,7 +254,8 @@ def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
 
 
 def _text(header: np.ndarray) -> np.ndarray:
-    return np.sum([header[name].astype(np.int64) for name in ("id_size", "model_size", "names_size")], axis=0)
+    sizes: np.ndarray = header["id_size"].astype(np.int64) + header["model_size"] + header["names_size"]
+    return sizes
 
 
 def _zones(fingerprints: np.ndarray) -> np.ndarray:

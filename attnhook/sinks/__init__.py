@@ -52,8 +52,16 @@ def needs(what: str) -> Iterator[None]:
 def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink
+    from attnhook.sinks.otlp import OtlpSink
+    from attnhook.sinks.prometheus import PrometheusSink
     from attnhook.sinks.sqlite import SqliteSink
+    from attnhook.sinks.websocket import WebsocketSink
+    from attnhook.sinks.zmq import ZmqSink
 
     register("memory", MemorySink)
     register("jsonl", JsonlSink)
     register("sqlite", SqliteSink)
+    register("zmq", ZmqSink)
+    register("prometheus", PrometheusSink)
+    register("otlp", OtlpSink)
+    register("websocket", WebsocketSink)
