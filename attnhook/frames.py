@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from attnhook.errors import RecordError
 

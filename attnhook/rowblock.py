@@ -123,7 +123,8 @@ class RowBlock:
 
     def sound(self) -> np.ndarray:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite."""
-        sound: np.ndarray = np.isfinite(self.fingerprints).all(axis=1)
+        sound = np.ones(len(self), bool)
+        sound &= np.isfinite(self.fingerprints).all(axis=1)
         for where, (layers, k, spans, text) in self._shapes():
             at = _HEADER.itemsize + text + layers * (2 + 4 * k)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from attnhook.errors import PluginError
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 from attnhook.errors import PluginError
 from attnhook.rowblock import RowBlock
@@ -38,8 +40,8 @@ def _stored(url: str, requests: set[str]) -> set[Key]:
         return set()  # there is no store yet; its sink says what is wrong otherwise
     with store:
         if len(requests) <= _FEW_REQUESTS:
-            batches: Iterable = (
-                batch for name in requests for batch in store.fingerprints(request_id=name, columns=_KEYS)
+            batches: Iterable[Any] = chain.from_iterable(
+                store.fingerprints(request_id=name, columns=_KEYS) for name in requests
             )
         else:
             batches = store.fingerprints(columns=_KEYS)

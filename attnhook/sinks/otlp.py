@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -74,7 +74,7 @@ class OtlpSink(Sink):
         self.dropped = Counter()
         self._counting = _Counting(exporter, self.dropped)
         self._ended = 0
-        self._provider.add_span_processor(BatchSpanProcessor(self._counting))
+        self._provider.add_span_processor(BatchSpanProcessor(cast(Any, self._counting)))
         self._tracer = self._provider.get_tracer("attnhook")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._expire, name="attnhook otlp", daemon=True)

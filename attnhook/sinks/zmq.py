@@ -48,7 +48,7 @@ class ZmqSink(Sink):
         self._hwm = options.get("hwm", HIGH_WATER_MARK)
         self._linger = options.get("linger", LINGER_SECONDS)
         with needs("the sink zmq:"):
-            import msgpack  # noqa: F401
+            import msgpack  # type: ignore[import-untyped] # noqa: F401
             import zmq
         try:
             self._connect()
@@ -94,8 +94,8 @@ class ZmqSink(Sink):
                 raise DroppedError(
                     "collector_busy",
                     left,
-                    f"{left} records dropped: {self._hwm} frames wait already for the collector at {self._address}; see "
-                    "that it runs and keeps up, or allow more with ?hwm=",
+                    f"{left} records dropped: {self._hwm} frames wait already for the collector at {self._address}; "
+                    "see that it runs and keeps up, or allow more with ?hwm=",
                 )
             self.sent += stop - start
 
