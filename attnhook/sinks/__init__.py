@@ -52,8 +52,10 @@ def needs(what: str) -> Iterator[None]:
 def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink
+    from attnhook.sinks.parquet import ParquetSink
     from attnhook.sinks.sqlite import SqliteSink
 
     register("memory", MemorySink)
     register("jsonl", JsonlSink)
+    register("parquet", ParquetSink)
     register("sqlite", SqliteSink)
