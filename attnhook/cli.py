@@ -1,4 +1,4 @@
-"""The command line: ``attnhook run``, ``verify`` and ``model-path``."""
+"""The command line: ``attnhook run``, ``verify``, ``sinks`` and ``model-path``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnhook import __version__
+from attnhook.cli_sinks import app as sinks_app
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
 
@@ -34,6 +35,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(sinks_app, name="sinks")
+
+
 def main() -> None:
     """Entry point: attnhook's own errors and wrong usage become one line and exit status 2."""
     try:
@@ -42,7 +46,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except _UsageError as error:
-        if len(sys.argv) == 1:
+        if len(sys.argv) == 1 or type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # the help
         else:
             print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)

@@ -82,7 +82,7 @@ def connect(path: str, *, read_only: bool = False, busy: float = BUSY_SECONDS) -
     with refusals(path):
         fresh = _check_header(name)
         if read_only and fresh:
-            raise PluginError(f"sqlite:{path} is empty: there is no store to read; name a file that the sink wrote")
+            raise PluginError(f"sqlite:{path} is not there, or empty: name a file that the sink wrote")
         mode = "ro" if read_only else "rwc"
         if read_only and not os.access(Path(name).parent, os.W_OK) and not os.path.exists(name + "-wal"):
             mode += "&immutable=1"  # SQLite reads a WAL store only where it may write its index file, or nobody writes

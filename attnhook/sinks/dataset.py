@@ -16,9 +16,9 @@ from datetime import datetime, timezone
 from urllib.parse import quote, urlencode
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError

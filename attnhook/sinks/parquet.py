@@ -181,7 +181,7 @@ class ParquetSink(Sink):
 
     def _finish(self, journal: Journal) -> None:
         """Files in the place of a journal."""
-        import pyarrow as pa
+        import pyarrow as pa  # type: ignore[import-untyped]
 
         from attnhook.sinks.columns import arrow_schema
 
