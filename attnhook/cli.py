@@ -33,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
 app.add_typer(sinks_app, name="sinks")
 
 
