@@ -106,7 +106,8 @@ def measure(records: int, producers: int, store: str, *, top_k: int = 32, queue:
     each = records // producers
     with tempfile.TemporaryDirectory() as folder, collector(Path(folder), store, queue) as (address, stats):
         workers = [
-            _start("--produce", address, f"p{i}", str(each), str(top_k), stdin=subprocess.PIPE) for i in range(producers)
+            _start("--produce", address, f"p{i}", str(each), str(top_k), stdin=subprocess.PIPE)
+            for i in range(producers)
         ]
         for worker in workers:
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
@@ -193,7 +194,9 @@ def main() -> None:
     parser.add_argument("--queue", default="256MB", help="the collector's --queue")
     options = parser.parse_args()
 
-    print(f"{options.records:,} records of top-k {options.top_k}, {options.producers} producer(s), queue {options.queue}")
+    print(
+        f"{options.records:,} records of top-k {options.top_k}, {options.producers} producer(s), queue {options.queue}"
+    )
     print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
     print("| store | received / s | stored / s | dropped by the store's queue | lost | producer µs / record |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,15 +15,18 @@ _KEYS = ("request_id", "choice", "query_position")
 _FEW_REQUESTS = 32  # up to so many are asked for one by one
 
 
-def not_stored(url: str, waiting: Sequence[tuple[int, RowBlock]]) -> list[tuple[int, RowBlock]]:
-    """The blocks without the records that the store has.
+def not_stored(
+    url: str, waiting: Sequence[tuple[int, RowBlock]], stored_id: Callable[[str], str]
+) -> list[tuple[int, RowBlock]]:
+    """The blocks without the records that the store has, where request ids are as ``stored_id`` makes them.
 
     A process that is killed between a write and its acknowledgement leaves records in both. The sqlite store finds
     out by itself; one that would keep them twice is asked.
     """
     if not waiting or url.startswith("sqlite:"):
         return list(waiting)
-    known = _stored(url, {name for _, block in waiting for name in block.ids})
+    names = {stored_id(name): name for _, block in waiting for name in block.ids}
+    known = {(names[name], choice, position) for name, choice, position in _stored(url, set(names))}
     if not known:
         return list(waiting)
     return [(number, block.without(known)) for number, block in waiting]

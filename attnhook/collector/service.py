@@ -221,7 +221,7 @@ class Collector:
                 for url in lacking:
                     waiting[url].append((entry.number, block))
         for writer in self._writers:
-            for number, block in not_stored(writer.url, waiting[writer.url]):
+            for number, block in not_stored(writer.url, waiting[writer.url], writer.stored_id):
                 writer.put(block, number)
         if self.replayed:
             logger.warning("%d records wait in the journal of an earlier run and are written now", self.replayed)

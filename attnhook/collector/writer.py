@@ -14,6 +14,7 @@ from attnhook.errors import PluginError
 from attnhook.rowblock import RowBlock, joined
 from attnhook.sinks import Sink
 from attnhook.sinks.columns import now_us
+from attnhook.sinks.privacy import hashed
 
 logger = logging.getLogger("attnhook")
 
@@ -78,6 +79,11 @@ class StoreWriter:
             self._changed.notify()
         self._thread.join(seconds + 30)  # a write that hangs is left to the journal
         return not self._queue
+
+    def stored_id(self, request_id: str) -> str:
+        """What a request id becomes in the store."""
+        rules = getattr(self._sink, "rules", None)
+        return hashed(request_id, rules.key) if rules is not None and rules.key else request_id
 
     def abandon(self) -> None:
         """Close the store of a writer that was never started."""
@@ -158,9 +164,9 @@ class StoreWriter:
         blocks = [block for block in blocks if len(block)]
         if not blocks:
             return
-        write_columns = getattr(self._sink, "write_columns", None)
-        if write_columns is not None:
-            write_columns(joined([block.columns(time_us) for block in blocks]))
+        sink: Any = self._sink
+        if hasattr(getattr(sink, "inner", sink), "write_columns"):  # a store, perhaps behind privacy rules
+            sink.write_columns(joined([block.columns(time_us) for block in blocks]))
         else:
             self._sink.write([record for block in blocks for record in block.records()])
             self._sink.flush()

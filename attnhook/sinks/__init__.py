@@ -53,6 +53,7 @@ def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink
     from attnhook.sinks.otlp import OtlpSink
+    from attnhook.sinks.parquet import ParquetSink
     from attnhook.sinks.prometheus import PrometheusSink
     from attnhook.sinks.sqlite import SqliteSink
     from attnhook.sinks.websocket import WebsocketSink
@@ -60,6 +61,7 @@ def attnhook_register_sinks(register: RegisterSink) -> None:
 
     register("memory", MemorySink)
     register("jsonl", JsonlSink)
+    register("parquet", ParquetSink)
     register("sqlite", SqliteSink)
     register("zmq", ZmqSink)
     register("prometheus", PrometheusSink)

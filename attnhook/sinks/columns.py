@@ -17,10 +17,10 @@ import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord
+from attnhook.records import TokenRecord, fill_zones
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
 #: Version of the columns, in the metadata of every Parquet file and Arrow journal.
 SCHEMA_VERSION = 1
@@ -76,6 +76,15 @@ class Columns:
 
     def __len__(self) -> int:
         return len(self.request_id)
+
+    @classmethod
+    def from_arrow(cls, batch: pa.RecordBatch) -> Columns:
+        """The rows of an Arrow batch that has all columns."""
+        import pyarrow as pa
+
+        lists = {name: batch.column(name).to_pylist() for name in NAMES if name not in ("fingerprint", "time")}
+        time = batch.column("time").cast(pa.int64()).to_pylist()
+        return cls(**lists, time=time, fingerprint=fingerprints_of(batch))
 
     def to_arrow(self) -> pa.RecordBatch:
         """The rows as an Arrow batch of `arrow_schema`."""
@@ -140,6 +149,12 @@ def now_us() -> int:
     return clock.time_ns() // 1000
 
 
+def fingerprints_of(batch: pa.RecordBatch) -> np.ndarray:
+    """The column ``fingerprint`` as float32 [n, 20]."""
+    flat = batch.column("fingerprint").flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(flat, np.float32).reshape(-1, fp.SIZE)
+
+
 def mean_fingerprints(records: Sequence[TokenRecord]) -> np.ndarray:
     """`TokenRecord.fingerprint` of each record, float32 [n, 20], without a numpy call per record.
 
@@ -169,11 +184,9 @@ def from_records(records: Sequence[TokenRecord], time: int | None = None) -> Col
 
     Raises RecordError where a record does not fit its binary row or has no valid fingerprint.
     """
-    from attnhook.analysis.zones import ZONE_NAMES, classify_many
-
     fingerprints = mean_fingerprints(records)
-    codes, _ = classify_many(fingerprints)
-    lean = [_is_lean(record) for record in records]
+    fill_zones(records, fingerprints)
+    lean = [is_lean(record) for record in records]
     return Columns(
         request_id=[record.request_id for record in records],
         choice=[record.choice for record in records],
@@ -181,7 +194,7 @@ def from_records(records: Sequence[TokenRecord], time: int | None = None) -> Col
         decode_step=[record.decode_step for record in records],
         model=[record.model for record in records],
         time=[now_us() if time is None else time] * len(records),
-        zone=[ZONE_NAMES[code] for code in codes.tolist()],
+        zone=[record.zone for record in records],
         mode=[record.mode for record in records],
         think_phase=[record.think_phase for record in records],
         layer=[record.layers[0] if bare else None for record, bare in zip(records, lean, strict=True)],
@@ -223,8 +236,7 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
 
     Raises RecordError where a row is damaged, or came from a JSON entry that holds no more than a fingerprint.
     """
-    flat = batch.column("fingerprint").flatten().to_numpy(zero_copy_only=False)
-    fingerprints = np.ascontiguousarray(flat, np.float32).reshape(-1, fp.SIZE)
+    fingerprints = fingerprints_of(batch)
     columns = {name: batch.column(name).to_pylist() for name in NAMES if name not in ("fingerprint", "time")}
     for i in range(batch.num_rows):
         row = {name: column[i] for name, column in columns.items()}
@@ -252,7 +264,7 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
         )
 
 
-def _is_lean(record: TokenRecord) -> bool:
+def is_lean(record: TokenRecord) -> bool:
     """Whether the columns alone hold all of the record: one layer's fingerprint, and nothing else."""
     return (
         record.mode == "fingerprint"

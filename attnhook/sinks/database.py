@@ -82,10 +82,8 @@ def connect(path: str, *, read_only: bool = False, busy: float = BUSY_SECONDS) -
     with refusals(path):
         fresh = _check_header(name)
         if read_only and fresh:
-            raise PluginError(f"sqlite:{path} is empty: there is no store to read; name a file that the sink wrote")
-        mode = "ro" if read_only else "rwc"
-        if read_only and not os.access(Path(name).parent, os.W_OK) and not os.path.exists(name + "-wal"):
-            mode += "&immutable=1"  # SQLite reads a WAL store only where it may write its index file, or nobody writes
+            raise PluginError(f"sqlite:{path} is not there, or empty: name a file that the sink wrote")
+        mode = _reading_mode(Path(name)) if read_only else "rwc"
         connection = sqlite3.connect(
             f"file:{quote(os.path.abspath(name))}?mode={mode}",
             uri=True,
@@ -94,6 +92,7 @@ def connect(path: str, *, read_only: bool = False, busy: float = BUSY_SECONDS) -
             check_same_thread=False,
         )
         try:
+            connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA cache_size = -65536")  # KiB
             _check_schema(connection, path)
@@ -125,6 +124,18 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _reading_mode(path: Path) -> str:
+    """How to open a store that is only read.
+
+    A reader of a write-ahead log keeps an index file beside it, and only one that may write can clear it away.
+    """
+    effective = os.access in os.supports_effective_ids
+    if all(os.access(place, os.W_OK, effective_ids=effective) for place in (path, path.parent)):
+        return "rw"
+    logged = path.with_name(path.name + "-wal").exists()
+    return "ro" if logged or os.access(path.parent, os.W_OK, effective_ids=effective) else "ro&immutable=1"
 
 
 def _check_header(name: str) -> bool:

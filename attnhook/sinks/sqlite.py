@@ -21,7 +21,9 @@ _inherited: list[sqlite3.Connection] = []  # of a parent process: closing one he
 
 
 class SqliteSink(Sink):
-    """``sqlite:path``: a store in one file, for one machine; ``?busy=30s``, ``?keep_days=30``.
+    """``sqlite:path``: a store in one file, without duplicates, for one machine.
+
+    Options: ``busy=30s`` (how long to wait for another writer), ``keep_days=30``.
 
     Delivery guarantee: when `write` returned, the batch is committed: a killed process loses none of it, a power
     cut perhaps the last seconds, and the file stays whole. A batch is stored whole or not at all. A record whose
