@@ -23,7 +23,7 @@ from attnhook.metrics import registry
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     from attnhook.collector.service import Collector
 
