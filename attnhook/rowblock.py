@@ -118,7 +118,7 @@ class RowBlock:
         return RowBlock(rows, self.zones[kept])
 
     def _rows(self) -> list[bytes]:
-        ends = np.append(self._starts[1:], len(self._data)).tolist()
+        ends = [*self._starts[1:].tolist(), len(self._data)] if len(self) else []
         return [self._data[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
 
     def sound(self) -> np.ndarray:
@@ -241,7 +241,7 @@ def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     header = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), _HEADER)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ours = header["magic"] == MAGIC
-    other = ours & (header["version"] != SCHEMA_VERSION)
+    other = ours & (lengths >= size) & (header["version"] != SCHEMA_VERSION)
     wide = {name: header[name].astype(np.int64) for name in ("layers", "k", "spans")}
     announced = row_size(wide["layers"], wide["k"], wide["spans"], _text(header))
     fine = ours & ~other & (announced == lengths) & (wide["layers"] > 0)

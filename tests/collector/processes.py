@@ -15,13 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.helpers import ROOT, environment
 
 PATIENCE = 120.0  # seconds; a loaded machine takes long to start a process
-
-pytest.importorskip("zmq", reason="pip install 'attnhook[sinks]'")
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
@@ -62,7 +58,7 @@ class Collect:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("collecting on "):
-            self.process.wait(PATIENCE)
+            self.process.communicate(timeout=PATIENCE)
             raise RuntimeError(self.log.read_text())
         self.address, self.url = line.split()[2], line.split()[-1].removesuffix("/stats")
 

@@ -138,7 +138,7 @@ def test_eight_producers_at_once(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tmp_path):
-    with small_disk(tmp_path / "disk", 12_000) as disk, collect(disk, "--store", "sqlite:x.db") as collector:
+    with small_disk(tmp_path / "disk", 12_000) as disk, collect(tmp_path, "--store", "sqlite:disk/x.db") as collector:
         worker = producer(collector.address, "a", 20, 250)
         ballast = disk / "ballast"
         with open(ballast, "wb", buffering=0) as file:
@@ -156,10 +156,12 @@ def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tm
         assert any("disk" in problem for problem in stats["problems"]), stats["problems"]
         assert stats["journal"]["failed"] > 0  # that disk is full as well
         assert collector.get("/health") == (503, b'{"status":"failing"}')
-        written = stats["stores"]["sqlite:x.db"]["written"]
+        written = stats["stores"]["sqlite:disk/x.db"]["written"]
         assert written < said["sent"]
         ballast.unlink()
-        wait_for(lambda: collector.stats()["stores"]["sqlite:x.db"]["written"] == said["sent"], "all records written")
+        wait_for(
+            lambda: collector.stats()["stores"]["sqlite:disk/x.db"]["written"] == said["sent"], "all records written"
+        )
         # the journal is used again as soon as there is something to put there
         second = producer(collector.address, "b", 1, 50)
         go(second)
@@ -175,14 +177,8 @@ def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tm
 def test_a_store_that_stays_full_drops_by_count_and_the_journal_keeps_the_rest(tmp_path):
     """The journal lies on a good disk: the queue's bound is what drops, and the next run writes what was queued."""
     with small_disk(tmp_path / "disk", 3_000) as disk:
-        arguments = [
-            "--store",
-            f"sqlite:{disk / 'x.db'}",
-            "--journal",
-            str(tmp_path / "journal"),
-            "--stop-seconds",
-            "1",
-        ]
+        url = f"sqlite:{disk / 'x.db'}"
+        arguments = ["--store", url, "--journal", str(tmp_path / "journal"), "--stop-seconds", "1"]
         with collect(tmp_path, *arguments, "--queue", "1MB") as first:
             worker = producer(first.address, "a", 40, 250)
             go(worker)
@@ -190,7 +186,7 @@ def test_a_store_that_stays_full_drops_by_count_and_the_journal_keeps_the_rest(t
             stats = wait_for(
                 lambda: (now := first.stats())["records"]["received"] == said["sent"] and now, "all received"
             )
-            dropped = stats["records"]["dropped"][f"sqlite:{disk / 'x.db'}"]["queue_full"]
+            dropped = stats["records"]["dropped"][url]["queue_full"]
             assert 0 < dropped < said["sent"]
             first.stop()
             assert first.process.returncode == 1
@@ -241,7 +237,11 @@ def test_nonsense_is_counted_by_kind_and_never_run(tmp_path):
         host, port = collector.address.removeprefix("tcp://").split(":")
         with socket.create_connection((host, int(port)), timeout=60) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
-            wait_for(lambda: collector.stats()["messages"]["strangers"] >= 1, "a stranger counted")
+            # an old form of ZeroMQ's protocol has no greeting: such bytes can pass for messages
+            counted = wait_for(
+                lambda: (now := collector.stats()["messages"]) and (now["strangers"] or now["rejected"]) and now,
+                "a count",
+            )
         push = context.socket(zmq.PUSH)
         push.linger = 60_000
         push.connect(collector.address)
@@ -255,7 +255,7 @@ def test_nonsense_is_counted_by_kind_and_never_run(tmp_path):
             lambda: (now := collector.stats())["records"]["received"] == len(rows) + 1 and now, "the good ones"
         )
         push.close()
-        expected = {kind: len(some) for kind, some in messages.items()}
+        expected = Counter({kind: len(some) for kind, some in messages.items()}) + Counter(counted["rejected"])
         expected["not_msgpack"] += 1  # the frame that was cut
         assert stats["messages"]["rejected"] == expected
         assert stats["records"]["bad"] == {"damaged_record": 3, "record_version": 1}
@@ -290,9 +290,7 @@ def test_a_second_collector_on_a_store_and_ports_in_use_are_refused_by_name(tmp_
         assert f"another collector already (process {collector.process.pid})" in text
         assert "another process has that port" in refused(*other, listen=collector.address)
         taken = collector.url.removeprefix("http://")
-        assert "another process has that port" in refused(
-            "tcp://127.0.0.1:*", "--store", "sqlite:y.db", "--http", taken
-        )
+        assert "another process has that port" in refused(*other, "--http", taken)
         assert "give a token" in refused(*other, "--http", "0.0.0.0:0")
         # all the while the first one works
         worker = producer(collector.address, "a", 1, 50)
