@@ -41,7 +41,8 @@ class Figures(NamedTuple):
     stored: float  # from the first record sent until the store has all that was not dropped
     dropped: int  # by the store's full queue
     lost: int
-    producer_us: float  # of each producer's processor time per record, waiting not counted
+    producer_us: float  # of processor time per record in the producers, waiting not counted
+    collector_us: float  # of processor time per record in the collector, all threads, the store's writer too
 
 
 def make_records(count: int, name: str, *, top_k: int = 32) -> list[TokenRecord]:
@@ -103,6 +104,8 @@ def produce(address: str, name: str, count: int, top_k: int) -> None:
 
 def measure(records: int, producers: int, store: str, *, top_k: int = 32, queue: str = "256MB") -> Figures:
     """One run with a collector of its own."""
+    import psutil
+
     each = records // producers
     with tempfile.TemporaryDirectory() as folder, collector(Path(folder), store, queue) as (address, stats):
         workers = [
@@ -111,6 +114,8 @@ def measure(records: int, producers: int, store: str, *, top_k: int = 32, queue:
         ]
         for worker in workers:
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        process = psutil.Process(stats()["pid"])
+        before = sum(process.cpu_times()[:2])
         began = time.monotonic()
         for worker in workers:
             assert worker.stdin is not None
@@ -128,6 +133,7 @@ def measure(records: int, producers: int, store: str, *, top_k: int = 32, queue:
                 break
             time.sleep(0.02)
         ended = time.monotonic()
+        spent = sum(process.cpu_times()[:2]) - before
         said = [json.loads(worker.communicate()[0]) for worker in workers]
         if sum(one["sent"] for one in said) != total or counted["received"] + counted["lost"] != total:
             raise RuntimeError(f"{total} records were to be sent; producers say {said}, the collector {counted}")
@@ -138,6 +144,7 @@ def measure(records: int, producers: int, store: str, *, top_k: int = 32, queue:
             dropped,
             counted["lost"],
             1e6 * sum(one["seconds"] for one in said) / total,
+            1e6 * spent / total,
         )
 
 
@@ -198,14 +205,16 @@ def main() -> None:
         f"{options.records:,} records of top-k {options.top_k}, {options.producers} producer(s), queue {options.queue}"
     )
     print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
-    print("| store | received / s | stored / s | dropped by the store's queue | lost | producer µs / record |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| store | received / s | stored / s | dropped by the store's queue | lost | producer µs / record | collector µs / record |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for _ in range(options.rounds):
         for store in options.stores:
             found = measure(options.records, options.producers, store, top_k=options.top_k, queue=options.queue)
             print(
                 f"| {store.partition(':')[0]} | {found.received:,.0f} | {found.stored:,.0f} | {found.dropped:,} "
-                f"| {found.lost:,} | {found.producer_us:.1f} |",
+                f"| {found.lost:,} | {found.producer_us:.1f} | {found.collector_us:.1f} |",
                 flush=True,
             )
 
