@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from attnhook import fingerprint as fp
 from attnhook.delivery import BATCH, Delivery
@@ -134,8 +135,6 @@ def count_rows(folder: Path) -> int:
 
 def count_parquet(folder: Path) -> int:
     """Rows of the data set, by pyarrow alone."""
-    import pyarrow.parquet as pq
-
     return sum(pq.read_metadata(file).num_rows for file in (folder / "records").rglob("*.parquet"))
 
 
@@ -226,7 +225,6 @@ def main() -> None:
     options = parser.parse_args()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("attnhook", "pyarrow"))
     load = os.getloadavg()[0]
-    import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401 - a second of imports belongs to no sink
 
     print(
         f"{versions}, SQLite {sqlite3.sqlite_version}, Python {platform.python_version()}, {os.cpu_count()} cores, "
