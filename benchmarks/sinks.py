@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -181,40 +181,46 @@ def measure(mode: Mode, kind: str, count: int) -> Run:
 
 @dataclass(frozen=True)
 class Put:
-    """What `Delivery.put` costs the thread that calls it, microseconds a record, and what came of the records."""
+    """What a call costs the thread that makes it, microseconds a record: its CPU time, its time, and the slowest 1%."""
 
     cpu: float
     wall: float
-    worst: float  # 99th percentile of the calls, wall
-    dropped: int
+    worst: float
+    dropped: int = 0
 
 
-def measure_put(url: str, count: int, step: int) -> Put:
-    """Put steps of ``step`` records at the pace of an engine, 1,000 steps a second at most, while a sink writes."""
-    records = make_records("fingerprint", count)
-    folder = Path(tempfile.mkdtemp(prefix="attnhook-bench-"))
+def clock(
+    call: Callable[[Sequence[TokenRecord]], object], records: Sequence[TokenRecord], step: int, pause: float
+) -> Put:
+    """Call with ``step`` records at a time, ``pause`` seconds apart, as an engine puts those of its steps."""
     walls, cpu = [], 0.0
+    for start in range(0, len(records), step):
+        batch = records[start : start + step]
+        wall, own = time.perf_counter(), time.thread_time()
+        call(batch)
+        cpu += time.thread_time() - own
+        walls.append((time.perf_counter() - wall) / len(batch))
+        if pause:
+            time.sleep(pause)
+    walls.sort()
+    return Put(cpu / len(records) * 1e6, statistics.fmean(walls) * 1e6, walls[int(len(walls) * 0.99)] * 1e6)
+
+
+def measure_put(url: str, step: int, pause: float) -> Put:
+    """`Delivery.put` of 2,000 steps while the sink's thread writes; no url: an empty function in its place."""
+    records = make_records("fingerprint", 2000 * step)
+    if not url:
+        return clock(len, records, step, pause)
+    folder = Path(tempfile.mkdtemp(prefix="attnhook-bench-"))
     try:
-        with Delivery.from_urls([url.format(folder)], observe=False) as delivery:
-            for start in range(0, count, step):
-                batch = records[start : start + step]
-                wall, own = time.perf_counter(), time.thread_time()
-                delivery.put(batch)
-                cpu += time.thread_time() - own
-                walls.append((time.perf_counter() - wall) / len(batch))
-                time.sleep(0.001)  # the engine's step: the writer has the interpreter meanwhile
+        with Delivery.from_urls([url.format(folder)], queue_size=len(records), observe=False) as delivery:
+            found = clock(delivery.put, records, step, pause)
             delivery.flush()
             (stats,) = delivery.stats().values()
-        assert stats["written"] + sum(stats["dropped"].values()) == count
+        assert stats["written"] + sum(stats["dropped"].values()) == len(records)
     finally:
         shutil.rmtree(folder)
-    walls.sort()
-    return Put(
-        cpu=cpu / count * 1e6,
-        wall=statistics.fmean(walls) * 1e6,
-        worst=walls[int(len(walls) * 0.99)] * 1e6,
-        dropped=sum(stats["dropped"].values()),
-    )
+    return replace(found, dropped=sum(stats["dropped"].values()))
 
 
 def main() -> None:
@@ -249,15 +255,17 @@ def main() -> None:
                 f"| {statistics.median(run.cpu for run in runs):,.0f} | {middle / base:.1f} | {runs[0].size:,.0f} |"
             )
         print()
-    print("| put of | sink | CPU µs/record | wall µs/record | 99th percentile | dropped |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for step in (1, STEP):
-        for url in ("sqlite:{}/records.db", "parquet:{}/records"):
-            count = min(options.records, 2000 * step)
-            rounds = [measure_put(url, count, step) for _ in range(options.rounds)]
-            put = sorted(rounds, key=lambda each: each.cpu)[len(rounds) // 2]
-            name = url.partition(":")[0]
-            print(f"| {step} | {name}: | {put.cpu:.2f} | {put.wall:.2f} | {put.worst:.2f} | {put.dropped} |")
+    print("| records a put | between puts | into | CPU µs/record | wall µs/record | 99th percentile | dropped |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    urls = {"nothing (the clock)": "", "sqlite:": "sqlite:{}/records.db", "parquet:": "parquet:{}/records"}
+    for step, pause in ((1, 0.0), (1, 0.001), (8, 0.001), (STEP, 0.001)):
+        for name, url in urls.items():
+            rounds = sorted((measure_put(url, step, pause) for _ in range(options.rounds)), key=lambda put: put.cpu)
+            put = rounds[len(rounds) // 2]
+            print(
+                f"| {step} | {pause * 1000:g} ms | {name} | {put.cpu:.2f} | {put.wall:.2f} | {put.worst:.2f} "
+                f"| {put.dropped} |"
+            )
 
 
 if __name__ == "__main__":
