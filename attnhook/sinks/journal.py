@@ -120,9 +120,9 @@ class Journal:
 
 
 def _lock(fd: int) -> bool:
-    """Lock the file for as long as it stays open here; False where another process has it."""
+    """Lock the file for as long as it stays open here; False where another process has it, or may have."""
     if sys.platform == "win32":
-        return True
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

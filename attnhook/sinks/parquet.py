@@ -81,9 +81,7 @@ class ParquetSink(Sink):
         self._dataset = dataset
         self._pid = os.getpid()
         self._heir()
-        before = self._retention.due(dataset.newest)
-        if before is not None:
-            dataset.prune(before)
+        self._retention.keep(dataset.newest, dataset.prune)
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Add the records to the journal, all or none; every now and then make files of it.
@@ -105,9 +103,7 @@ class ParquetSink(Sink):
             self.written += len(columns)
             if self._journal.size >= self._rotate:
                 self._try_publish()
-            before = self._retention.due(dataset.newest)
-        if before is not None:
-            dataset.prune(before)
+        self._retention.keep(dataset.newest, dataset.prune)
 
     def publish(self) -> None:
         """Make files of everything written so far, now.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 
+from attnhook.errors import AttnhookError
 from attnhook.sinks.columns import now_us
 
 logger = logging.getLogger("attnhook")
@@ -29,6 +31,17 @@ class Retention:
         self._next = 0.0
         self._opened = _elapsed(), now_us()
         self._jumped = False
+
+    def keep(self, newest: Callable[[], int | None], prune: Callable[[int], int]) -> None:
+        """Prune if it is time. A failure is logged and tried again later: it must not fail the write before it."""
+        try:
+            before = self.due(newest)
+            removed = prune(before) if before is not None else 0
+        except (AttnhookError, OSError, sqlite3.Error) as error:
+            logger.warning("records older than %g days could not be removed: %s", self.days, error)
+        else:
+            if removed:
+                logger.info("%d records older than %g days were removed", removed, self.days)
 
     def due(self, newest: Callable[[], int | None]) -> int | None:
         """The time (microseconds since 1970) before which records go now; None where nothing is to be done.

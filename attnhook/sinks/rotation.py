@@ -96,9 +96,7 @@ class Rotation:
 
     def retain(self) -> None:
         """Remove rotated files that are past their days."""
-        before = self._retention.due(lambda: _newest(self._path))
-        if before is not None:
-            self.prune(before)
+        self._retention.keep(lambda: _newest(self._path), self.prune)
 
     def prune(self, before: int) -> int:
         """Remove rotated files last changed before that time (microseconds since 1970); returns their lines."""

@@ -52,8 +52,7 @@ class SqliteSink(Sink):
         self._retention = Retention(options.get("keep_days"))
         self.written = self.duplicates = 0
         self._connect()
-        with database.refusals(self._path):
-            self._retain()
+        self._retain()
 
     def _connect(self) -> None:
         self._connection = database.connect(self._path, busy=self._busy)
@@ -184,6 +183,4 @@ class SqliteSink(Sink):
 
     def _retain(self) -> None:
         connection = self._ready()
-        before = self._retention.due(lambda: connection.execute("SELECT max(time) FROM records").fetchone()[0])
-        if before is not None:
-            self.prune(before)
+        self._retention.keep(lambda: connection.execute("SELECT max(time) FROM records").fetchone()[0], self.prune)

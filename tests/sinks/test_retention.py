@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from pathlib import Path
 
@@ -99,6 +100,25 @@ def test_a_store_that_rested_is_not_emptied_when_it_is_opened(make, tmp_path: Pa
     clocks.pass_days(0.1)
     open_sink(url).close()
     assert positions(url) == [1]  # new records show that the time has passed
+
+
+def test_pruning_that_fails_does_not_fail_the_write(tmp_path: Path, clocks: Clocks, caplog):
+    url = f"sqlite:{tmp_path}/records.db"
+    sink = open_sink(url + "?keep_days=1")
+    sink.write([record(0)])
+    clocks.pass_days(0.5)
+    sink.write([record(1)])
+    blocker = sqlite3.connect(tmp_path / "records.db")
+    blocker.execute("CREATE TRIGGER stop BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'stop'); END")
+    clocks.pass_days(1)
+    sink.write([record(2)])
+    assert "older than 1 days could not be removed: stop" in caplog.text
+    assert (sink.written, positions(url)) == (3, [0, 1, 2])
+    blocker.execute("DROP TRIGGER stop")
+    clocks.pass_days(0.01)
+    sink.write([record(3)])
+    sink.close()
+    assert positions(url) == [2, 3]
 
 
 def test_without_days_nothing_is_asked():
