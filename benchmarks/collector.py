@@ -206,7 +206,8 @@ def main() -> None:
     )
     print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
     print(
-        "| store | received / s | stored / s | dropped by the store's queue | lost | producer µs / record | collector µs / record |"
+        "| store | received / s | stored / s | dropped by the store's queue | lost | producer µs / record "
+        "| collector µs / record |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for _ in range(options.rounds):
