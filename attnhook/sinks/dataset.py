@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -21,8 +22,9 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pyarrow import fs
 
+from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
-from attnhook.sinks.columns import SCHEMA_VERSION, check_version
+from attnhook.sinks.columns import SCHEMA_VERSION, Columns, check_version
 
 MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
@@ -123,13 +125,7 @@ class Dataset:
         target = posixpath.join(folder, f".{name}.tmp") if self.is_local else final
         try:
             with self.filesystem.open_output_stream(target) as file:
-                pq.write_table(
-                    table,
-                    file,
-                    compression="zstd",
-                    row_group_size=65536,
-                    use_dictionary=["request_id", "model", "zone", "mode", "think_phase"],
-                )
+                _write_table(table, file)
             if self.is_local:
                 _sync(target)
                 os.replace(target, final)
@@ -180,6 +176,21 @@ class Dataset:
                 raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
         check_version(metadata.metadata, path)
         return metadata
+
+
+def warm_up() -> None:
+    """Let pyarrow import what it imports late: while an interpreter ends, when the last rows are written, it cannot."""
+    row: dict[str, list[Any]] = {name: [""] for name in ("request_id", "model", "zone", "mode", "think_phase")}
+    row |= {"choice": [0], "query_position": [0], "decode_step": [None], "time": [0], "layer": [0], "record": [b""]}
+    batch = Columns(**row, fingerprint=np.zeros((1, fp.SIZE), np.float32)).to_arrow()
+    table = _distinct(pa.Table.from_batches([batch, batch]))
+    table = table.filter(pc.equal(table["time"].cast(pa.date32()), table["time"].cast(pa.date32())))
+    _write_table(table, pa.BufferOutputStream())
+
+
+def _write_table(table: pa.Table, file: Any) -> None:
+    dictionaries = ["request_id", "model", "zone", "mode", "think_phase"]
+    pq.write_table(table, file, compression="zstd", row_group_size=65536, use_dictionary=dictionaries)
 
 
 def _distinct(table: pa.Table) -> pa.Table:

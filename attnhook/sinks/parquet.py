@@ -51,6 +51,7 @@ class ParquetSink(Sink):
         self._pid = 0
         self._lock = threading.RLock()  # a timer makes files while nobody writes
         self._timer: threading.Timer | None = None
+        self._failing = False  # the last try to make files failed: the timer tries again, not every write
 
     def open(self, config_text: str) -> None:
         """Make the folder (not its parent), finish journals of processes that died, remove what is past its days.
@@ -61,7 +62,7 @@ class ParquetSink(Sink):
         known |= dict.fromkeys(S3_OPTIONS, str) if "://" in config_text else {}
         path, options = config.parse("parquet", config_text, known)
         with needs("the sink parquet:"):
-            from attnhook.sinks.dataset import Dataset
+            from attnhook.sinks.dataset import Dataset, warm_up
             from attnhook.sinks.journal import Journal
         self._url = path
         self._rotate = options.get("rotate", ROTATE_BYTES)
@@ -71,13 +72,14 @@ class ParquetSink(Sink):
         dataset.check(create=True)
         self._folder = _spool(dataset, options.get("spool"))
         try:
-            self._folder.mkdir(parents=not dataset.is_local, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             Journal.begin(self._folder).remove()  # now, and not at the first record, is the time to find out
         except OSError as error:
             raise PluginError(
                 f"parquet:{path}: the journal in {self._folder} cannot be written: {error}; make the folder writable, "
                 "or name another with ?spool=dir"
             ) from error
+        warm_up()
         self._dataset = dataset
         self._pid = os.getpid()
         self._heir()
@@ -101,7 +103,7 @@ class ParquetSink(Sink):
             assert self._journal is not None
             self._journal.append(columns.to_arrow())
             self.written += len(columns)
-            if self._journal.size >= self._rotate:
+            if self._journal.size >= self._rotate and not self._failing:
                 self._try_publish()
         self._retention.keep(dataset.newest, dataset.prune)
 
@@ -116,6 +118,7 @@ class ParquetSink(Sink):
             if journal is not None:
                 self._finish(journal)
                 self._journal = None
+                self._failing = False
                 self._stop_timer()
 
     def close(self) -> None:
@@ -163,7 +166,10 @@ class ParquetSink(Sink):
         self._stop_timer()
         self._timer = threading.Timer(self._every, self._tick)
         self._timer.daemon = True
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError:  # the interpreter is ending: `close` comes next
+            self._timer = None
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
@@ -192,6 +198,7 @@ class ParquetSink(Sink):
         except (OSError, ValueError) as error:  # pyarrow's errors are one of these
             # not raised: the rows are safe in the journal, and whoever wrote them has nothing to repeat
             self.failed += 1
+            self._failing = True
             self._start_timer()
             logger.warning("parquet:%s: no file could be written, the rows wait in the journal: %s", self._url, error)
 
@@ -208,11 +215,11 @@ class ParquetSink(Sink):
 
 def _spool(dataset: Dataset, chosen: str | None) -> Path:
     """The folder of the journals: in the data set, or in the cache where that is not local."""
-    if chosen:
-        return Path(chosen).expanduser()
-    if dataset.is_local:
+    if dataset.is_local and not chosen:
         return Path(dataset.base, "_journal")
     cache = os.environ.get("ATTNHOOK_CACHE") or Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "attnhook"
     )
-    return Path(cache, "spool", hashlib.sha256(dataset.url.encode()).hexdigest()[:16])
+    # one folder per data set: whoever finds a journal has to know where it belongs
+    base = Path(chosen) if chosen else Path(cache, "spool")
+    return base.expanduser() / hashlib.sha256(dataset.base.encode()).hexdigest()[:16]

@@ -10,11 +10,14 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from attnhook.errors import PluginError
+from attnhook.errors import PluginError, RecordError
 from attnhook.sinks.columns import Columns, from_entries
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.sinks.rotation import rotated_files
 from attnhook.store import Filters, Store
+
+_NEEDED = ("request_id", "choice", "model", "query_position", "decode_step", "mode", "think_phase", "fingerprint",
+           "manifold")  # fmt: skip
 
 
 class JsonlStore(Store):
@@ -47,6 +50,11 @@ class JsonlStore(Store):
                 ):
                     continue
                 for entry in read_jsonl(path, tolerate_torn_tail=True):
+                    if missing := [name for name in _NEEDED if name not in entry]:
+                        raise RecordError(
+                            f"{path}: a line has no {', '.join(missing)}; it is no line of the sink jsonl: "
+                            f"{str(entry)[:80]}"
+                        )
                     if (
                         filters.model in (None, entry["model"])
                         and filters.request_id in (None, entry["request_id"])

@@ -22,6 +22,7 @@ from attnhook.records import SCHEMA_VERSION, TokenRecord
 from attnhook.sinks import columns
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import open_store
+from tests.helpers import python
 from tests.sinks.samples import batches, lean, record
 from tests.test_records import assert_same
 
@@ -236,3 +237,31 @@ def test_replacing_nothing_but_the_request_keeps_both(tmp_path):
     with open_store(url) as store:
         assert store.count() == 3
         assert store.count(request_id="r") == 2
+
+
+def test_lines_of_something_else_are_named(tmp_path):
+    (tmp_path / "records.jsonl").write_text(json.dumps(record().to_dict()) + "\n")  # an entry of a reply
+    with open_store(f"jsonl:{tmp_path}/records.jsonl") as store:
+        with pytest.raises(RecordError, match=r"records\.jsonl: a line has no request_id, choice, model"):
+            list(store.fingerprints())
+        with pytest.raises(RecordError, match="has no request_id"):
+            store.count()
+
+
+@pytest.mark.parametrize("scheme", MAKE)
+def test_what_is_queued_is_stored_when_a_process_ends(scheme, tmp_path):
+    url = MAKE[scheme].format(tmp_path)
+    run = python(
+        "-c",
+        f"""
+        from attnhook.delivery import Delivery
+        from tests.sinks.samples import lean
+        delivery = Delivery.from_urls(["{url}"], observe=False)
+        delivery.put([lean(i) for i in range(5000)])
+        raise SystemExit(3)
+        """,
+    )
+    assert (run.returncode, run.stderr) == (3, "")
+    with open_store(url) as store:
+        rows = [p for batch in store.fingerprints() for p in batch["query_position"].to_pylist()]
+    assert rows == list(range(5000))
