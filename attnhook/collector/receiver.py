@@ -16,7 +16,7 @@ logger = logging.getLogger("attnhook")
 
 _WAITING = 64  # messages per producer that ZeroMQ holds for us
 _POLL_MS = 100
-_QUIET_SECONDS = 0.3  # at the end: nothing came for so long
+_QUIET_POLLS = 4  # at the end: so many in a row found nothing; one alone may have come before ZeroMQ's own thread
 
 
 class Receiver:
@@ -74,21 +74,20 @@ class Receiver:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        self._quiet = False
-        last = time.monotonic()
+        self._quiet, empty = False, 0
         try:
             while True:
                 ready = dict(poller.poll(_POLL_MS))
                 if self._monitor in ready:
                     self._monitor.recv_multipart()
                     self.strangers += 1
-                now = time.monotonic()
                 if self._socket in ready:
                     self._take()
-                    last = time.monotonic()
+                    empty = 0
                 if self._stop is not None:
-                    self._quiet = now - last > _QUIET_SECONDS
-                    if self._quiet or now > self._stop:
+                    empty += not ready
+                    self._quiet = empty >= _QUIET_POLLS
+                    if self._quiet or time.monotonic() > self._stop:
                         return
         finally:
             self._close()
