@@ -72,7 +72,7 @@ class JsonlSink(Sink):
         self._rotation.retain()
 
     def _open_file(self) -> None:
-        self.close()
+        self._close_file()
         self._moved = False
         # reading is needed to see whether the last line is whole
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
@@ -143,6 +143,9 @@ class JsonlSink(Sink):
 
     def close(self) -> None:
         """Close the file; standard output stays open."""
+        self._close_file()
+
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
