@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,30 @@ logger = logging.getLogger("attnhook")
 
 _sessions: tuple[Session, ...] = ()  # replaced whole, so that an engine thread reads it without a lock
 _lock = threading.Lock()
+
+
+class Spent:
+    """What capture took of this process's time, counted over all sessions (on a GPU: of the host's time)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0  # forward steps whose records were made
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def count(self, steps: int = 0) -> Iterator[None]:
+        """Around a piece of work."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - began
+            with self._lock:
+                self.seconds += taken
+                self.steps += steps
+
+
+spent = Spent()
 
 
 class Session:
@@ -166,6 +191,10 @@ class StepCapture:
 
     def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor) -> None:
         """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
+        with spent.count():
+            self._reduce(layers, rows, shift)
+
+    def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor) -> None:
         import torch
 
         # layers with different windows, or on other devices, come with a shift of their own
@@ -225,6 +254,10 @@ class StepCapture:
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
+        with spent.count(steps=1):
+            return self._finished(dropped)
+
+    def _finished(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         import numpy as np
 
         results = self._results

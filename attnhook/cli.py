@@ -1,4 +1,4 @@
-"""The command line: ``attnhook run``, ``verify`` and ``model-path``."""
+"""The command line: ``attnhook run``, ``verify`` and ``model-path``; ``sinks``, ``collect`` and ``monitor`` beside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnhook import __version__
+from attnhook.cli_sinks import app as sinks_app
+from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
 
@@ -32,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(sinks_app, name="sinks")
+
+collector_commands.register(app)
 
 
 def main() -> None:
@@ -42,7 +47,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except _UsageError as error:
-        if len(sys.argv) == 1:
+        if len(sys.argv) == 1 or type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # the help
         else:
             print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from attnhook import plugins
-from attnhook.errors import OptionError, PluginError
+from attnhook.errors import DroppedError, OptionError, PluginError
 from attnhook.records import TokenRecord
 from attnhook.sinks import Sink
 
@@ -149,8 +149,8 @@ class Delivery:
         """Records per sink: ``queued`` (waiting or being written), ``written``, ``dropped`` by reason.
 
         They add up to what was put, save for a batch that is changing hands this instant. A write or an
-        observer that raises counts its records as ``write_failed`` or ``observer_failed``; nothing is tried
-        twice.
+        observer that raises counts its records as ``write_failed`` or ``observer_failed``, a live sink gives its
+        own reasons (`DroppedError`); nothing is tried twice.
         """
         return {
             writer.name: {
@@ -373,6 +373,10 @@ class _SinkWriter(_Writer):
         count = len(self.batch)  # before the plugin has it
         try:
             self._sink.write(self.batch)
+        except DroppedError as error:
+            self.dropped[error.reason] += error.count
+            self.written += count - error.count
+            self._log_once("%s drops records", error)
         except (Exception, SystemExit) as error:
             self.dropped["write_failed"] += count
             self._log_once("%s failed to write", error)

@@ -39,3 +39,12 @@ class ServerError(AttnhookError, RuntimeError):
 
 class RecordError(AttnhookError, ValueError):
     """Bytes or JSON that are not a token record of a schema version that this release reads."""
+
+
+class DroppedError(AttnhookError):
+    """A sink could not take ``count`` records, the last ones of a batch, and dropped them for ``reason`` (one word)."""
+
+    def __init__(self, reason: str, count: int, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.count = count

@@ -338,6 +338,7 @@ _PROCESS_VARIABLES = {
     "ATTNHOOK_QUEUE_SIZE",
     "ATTNHOOK_KERNEL",
     "ATTNHOOK_CACHE",
+    "ATTNHOOK_HASH_KEY",  # sinks with hash_ids=1; see sinks/privacy.py
     # servers; see serving/policy.py
     "ATTNHOOK_RETURN_ATTENTION_TOKENS",
     "ATTNHOOK_MAX_CONCURRENT",

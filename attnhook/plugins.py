@@ -108,13 +108,19 @@ def _call_each(hook: str, register: Callable[..., None]) -> None:
 def open_sink(url: str) -> Sink:
     """Open the sink that ``scheme:config`` names.
 
+    The options ``fingerprints=1`` and ``hash_ids=1`` work with every sink: `attnhook.sinks.privacy` sees to them.
     Raises PluginError where the scheme is unknown (listing the known ones) or the sink cannot open.
     """
+    from attnhook.sinks import privacy
+
     scheme, colon, config = url.partition(":")
     classes = sink_classes()
     if scheme not in classes or not colon:
         known = ", ".join(f"{name}:" for name in classes)
         raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")
+    config, rules = privacy.take(scheme, config)
     sink = classes[scheme]()
+    if rules != privacy.Rules():
+        sink = privacy.PrivateSink(sink, rules)
     sink.open(config)
     return sink

@@ -23,9 +23,17 @@ SCHEMA_VERSION = 1
 # magic, version, mode, phase, spans, choice, layers, k, request id bytes, model bytes, span name bytes,
 # decode step (-1 for a prompt row), query position
 _HEADER = struct.Struct("<2sBBBBHHHHHHii")
-_MAGIC = b"AH"
+#: The same header for `numpy.dtype`, for readers of many rows at once.
+HEADER_FIELDS: list[tuple[str, str]] = [
+    ("magic", "S2"),
+    *((name, "u1") for name in ("version", "mode", "phase", "spans")),
+    *((name, "<u2") for name in ("choice", "layers", "k", "id_size", "model_size", "names_size")),
+    ("step", "<i4"),
+    ("position", "<i4"),
+]
+MAGIC = b"AH"
 _PHASE_AT = 4  # its byte in the header
-_NAME_SEPARATOR = "\x1f"
+NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
 _DECIMALS = 7
 
@@ -228,10 +236,10 @@ class TokenRecord:
         try:
             # a JSON body can hold lone surrogates, which have no UTF-8
             request_id, model = self.request_id.encode(), self.model.encode()
-            names = _NAME_SEPARATOR.join(self.span_names).encode()
+            names = NAME_SEPARATOR.join(self.span_names).encode()
             numbers = np.asarray(self.layers, "<i2")
             header = _HEADER.pack(
-                _MAGIC,
+                MAGIC,
                 SCHEMA_VERSION,
                 MODES.index(self.mode),
                 PHASES.index(self.think_phase),
@@ -262,7 +270,7 @@ class TokenRecord:
             self.span_mass.astype("<f4", copy=False),
         )
         data = b"".join((header, request_id, model, names, *(array.tobytes() for array in arrays)))
-        if len(data) != _size(layers, k, len(self.span_names), len(request_id) + len(model) + len(names)):
+        if len(data) != row_size(layers, k, len(self.span_names), len(request_id) + len(model) + len(names)):
             shapes = [array.shape for array in arrays]
             raise RecordError(f"record {self.key!r} does not fit the binary row: its arrays disagree, {shapes}")
         return data
@@ -273,7 +281,7 @@ class TokenRecord:
 
         Raises RecordError if ``data`` is not one whole row of a known version.
         """
-        if len(data) < _HEADER.size or data[:2] != _MAGIC:
+        if len(data) < _HEADER.size or data[:2] != MAGIC:
             raise RecordError(f"not an attnhook record: {len(data)} bytes that begin with {bytes(data[:4])!r}")
         _, version, mode, phase, spans, choice, layers, k, id_size, model_size, names_size, step, position = (
             _HEADER.unpack_from(data)
@@ -282,7 +290,7 @@ class TokenRecord:
             raise RecordError(
                 f"record of schema version {version}; this attnhook reads {SCHEMA_VERSION}: upgrade attnhook"
             )
-        expected = _size(layers, k, spans, id_size + model_size + names_size)
+        expected = row_size(layers, k, spans, id_size + model_size + names_size)
         if len(data) != expected:
             raise RecordError(f"damaged record: {len(data)} bytes where its header announces {expected}")
         if mode >= len(MODES) or phase >= len(PHASES) or layers == 0:
@@ -345,27 +353,31 @@ def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
     return data[:_PHASE_AT] + bytes([PHASES.index(phase)]) + data[_PHASE_AT + 1 :]
 
 
-def fill_zones(records: Sequence[TokenRecord]) -> None:
+def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None = None) -> None:
     """Find the zones of many records at once, a hundred times faster than `TokenRecord.zone` one by one.
 
-    Call it before `TokenRecord.to_dict` on each. Raises RecordError where one has no valid fingerprint.
+    Call it before `TokenRecord.to_dict` on each. ``fingerprints``, float32 [n, 20], are the records' own where the
+    caller has them. Where every record knows its zone already, nothing is done. Raises RecordError where one has
+    no valid fingerprint.
     """
     from attnhook.analysis.zones import ZONE_NAMES, classify_many
 
-    if records:
-        codes, _ = classify_many(np.stack([record.fingerprint for record in records]))
+    if not all("zone" in record.__dict__ for record in records):
+        if fingerprints is None:
+            fingerprints = np.stack([record.fingerprint for record in records])
+        codes, _ = classify_many(fingerprints)
         for record, code in zip(records, codes.tolist(), strict=True):
             record.__dict__["zone"] = ZONE_NAMES[code]  # where cached_property keeps it
 
 
-def _size(layers: int, k: int, spans: int, text: int) -> int:
-    """Bytes of a row whose names take ``text`` bytes."""
+def row_size(layers: Any, k: Any, spans: Any, text: Any) -> Any:
+    """Bytes of a row whose names take ``text`` bytes; of many rows, where arrays are given."""
     return _HEADER.size + text + layers * (2 + 8 * k + 4 * fp.SIZE + 4 * spans)
 
 
 def _split(names: str, count: int) -> tuple[str, ...] | None:
     """The ``count`` joined names, or None where there are more or fewer."""
-    parts = tuple(names.split(_NAME_SEPARATOR)) if count or names else ()
+    parts = tuple(names.split(NAME_SEPARATOR)) if count or names else ()
     return parts if len(parts) == count else None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from attnhook.errors import PluginError
 from attnhook.hookspecs import RegisterSink, hookimpl
 from attnhook.records import TokenRecord
 
@@ -37,10 +39,31 @@ class Sink(ABC):
         self.flush()
 
 
+@contextmanager
+def needs(what: str) -> Iterator[None]:
+    """Around an import of an optional library: where it is missing, PluginError with the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise PluginError(f"{what} needs {error.name}: pip install 'attnhook[sinks]'") from error
+
+
 @hookimpl
 def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink
+    from attnhook.sinks.otlp import OtlpSink
+    from attnhook.sinks.parquet import ParquetSink
+    from attnhook.sinks.prometheus import PrometheusSink
+    from attnhook.sinks.sqlite import SqliteSink
+    from attnhook.sinks.websocket import WebsocketSink
+    from attnhook.sinks.zmq import ZmqSink
 
     register("memory", MemorySink)
     register("jsonl", JsonlSink)
+    register("parquet", ParquetSink)
+    register("sqlite", SqliteSink)
+    register("zmq", ZmqSink)
+    register("prometheus", PrometheusSink)
+    register("otlp", OtlpSink)
+    register("websocket", WebsocketSink)

@@ -15,6 +15,8 @@ from typing import Any
 from attnhook.errors import PluginError, RecordError
 from attnhook.records import SCHEMA_VERSION, TokenRecord, fill_zones
 from attnhook.sinks import Sink
+from attnhook.sinks.config import parse
+from attnhook.sinks.rotation import OPTIONS, Rotation, open_rotated
 
 if sys.platform != "win32":
     import fcntl
@@ -24,6 +26,10 @@ logger = logging.getLogger("attnhook")
 
 class JsonlSink(Sink):
     """``jsonl:path`` appends to a file, ``jsonl:-`` writes to standard output.
+
+    Options: ``rotate=64MB`` and ``every=1h`` (size and age at which the file gets another name, with the time, and
+    a new one begins), ``zstd=1`` (rotated files are compressed), ``keep_days=30`` (rotated files last changed
+    before that go). Processes that share a file should all have the same options.
 
     A line is ``request_id``, ``choice``, ``model`` and then what `TokenRecord.to_dict` gives, in ASCII.
 
@@ -38,28 +44,41 @@ class JsonlSink(Sink):
         self._fd: int | None = None
         self._regular = False
         self._torn = False  # a failed write may have left a part of a line
+        self._moved = False  # the open file has been rotated away
+        self._rotation = Rotation()
 
     def open(self, config: str) -> None:
-        """Open ``config`` for append, making the file but not its folder.
+        """Open the path for append, making the file but not its folder.
 
         A file whose last line was cut short by a crash gets a line break first, and a log warning.
         Raises PluginError where the path cannot be opened or mended.
         """
-        self._path = os.path.expanduser(config)  # no shell expands the ~ behind "jsonl:"
+        path, options = parse("jsonl", config, OPTIONS)
+        self._path = os.path.expanduser(path)  # no shell expands the ~ behind "jsonl:"
+        self._rotation = Rotation(self._path, **options)
         self._torn = False
-        if config == "-":
+        if path == "-":
+            self._rotation.refuse("standard output")
             return
-        if not config:
+        if not path:
             raise PluginError("sink jsonl: has no path; write jsonl:records.jsonl, or jsonl:- for standard output")
         try:
-            # reading is needed to see whether the last line is whole
-            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            if self._regular:
-                self._finish_torn_line(self._fd)
+            self._open_file()
         except (OSError, ValueError) as error:
             self.close()
             raise PluginError(f"sink jsonl:{config} cannot be opened: {error}. {_remedy(self._path, error)}") from error
+        if not self._regular:
+            self._rotation.refuse(self._path)
+        self._rotation.retain()
+
+    def _open_file(self) -> None:
+        self._close_file()
+        self._moved = False
+        # reading is needed to see whether the last line is whole
+        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if self._regular:
+            self._finish_torn_line(self._fd)
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Append the records, all lines in one write.
@@ -80,14 +99,53 @@ class JsonlSink(Sink):
             if self._torn:
                 self._finish_torn_line(self._fd)
             self._torn = True
-            with _exclusive(self._fd):
-                _append(self._fd, text.encode("ascii"))
+            self._append_lines(text.encode("ascii"))
             self._torn = False
         else:
             _write_all(self._fd, text.encode("ascii"))
 
+    def _append_lines(self, data: bytes) -> None:
+        if self._moved:
+            self._open_file()
+        assert self._fd is not None
+        with _exclusive(self._fd):
+            self._moved = self._rotation.moved(self._fd)  # by another process, while we waited for the lock
+            if not self._moved:
+                _append(self._fd, data)
+                self._moved = self._rotation.step(self._fd)
+                data = b""
+        if data:
+            self._append_lines(data)
+
+    def prune(self, before: int) -> int:
+        """Remove rotated files last changed before that time (microseconds since 1970); returns their lines."""
+        return self._rotation.prune(before)
+
+    def delete(self, request_id: str) -> int:
+        """Remove the lines of a request from the live file, in place; returns how many.
+
+        A crash meanwhile can spoil the lines behind the first one that goes.
+        """
+        start = f'{{"request_id":{json.dumps(request_id)},'.encode("ascii")
+        removed = 0
+        if self._fd is None:
+            raise ValueError(f"sink jsonl:{self._path} is closed")
+        with _exclusive(self._fd), open(self._path, "rb") as source, open(self._path, "r+b") as target:
+            for line in source:
+                if line.startswith(start):
+                    removed += 1
+                elif removed:
+                    target.write(line)
+                else:
+                    target.seek(len(line), os.SEEK_CUR)
+            target.truncate()
+        return removed
+
     def close(self) -> None:
         """Close the file; standard output stays open."""
+        self._close_file()
+
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -113,7 +171,7 @@ def read_jsonl(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False
     one that a later run continued below. Nothing else is ever skipped.
     Raises OSError where the file cannot be read, RecordError naming the line that is no record.
     """
-    with open(path, "rb") as file:
+    with open_rotated(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)

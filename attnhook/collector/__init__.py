@@ -1,0 +1,1 @@
+"""``attnhook collect``: one process that takes the records of many and keeps them."""

@@ -1,0 +1,121 @@
+"""``attnhook collect`` and ``attnhook monitor``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnhook.errors import OptionError
+from attnhook.sinks import config, needs
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(collect)
+    app.command()(monitor)
+
+
+def collect(
+    store: Annotated[
+        list[str], typer.Option(help="Where records are kept: sqlite:records.db, parquet:folder; may be given again.")
+    ],
+    listen: Annotated[str, typer.Option(help="Where zmq: sinks connect to.")] = "tcp://127.0.0.1:9001",
+    http: Annotated[str, typer.Option(help="Where HTTP is served: host:port.")] = "127.0.0.1:9002",
+    token: Annotated[str | None, typer.Option(help="Ask for this bearer token over HTTP; others see it in ps.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Read the token from this file.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Folder of the journal. Default: beside the first store, x.db.journal.")
+    ] = None,
+    queue: Annotated[str, typer.Option(help="Most bytes that may wait for a store; more is dropped.")] = "256MB",
+    drain_seconds: Annotated[float, typer.Option(help="At the end: take what is on its way for at most so long.")] = 5,
+    stop_seconds: Annotated[float, typer.Option(help="At the end: try to write what waits for at most so long.")] = 30,
+) -> None:
+    """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        size = config.size(queue)
+    except ValueError as error:
+        raise OptionError("queue", f"--queue {queue}: must be {error}") from error
+    with needs("attnhook collect"):
+        import zmq  # noqa: F401
+
+        from attnhook.collector.http import application
+        from attnhook.collector.server import Server
+        from attnhook.collector.service import Collector
+
+    # many small pieces of work: a thread that computes is not to hold up the one that receives
+    sys.setswitchinterval(0.0005)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    secret = _token(token, token_file)
+    server = Server(http, token=secret)
+    collector = Collector(listen, store, journal=journal, queue_bytes=size)
+    collector.start()
+    server.start(application(collector, token=secret))
+    print(f"collecting on {collector.receiver.address} into {', '.join(store)}; {server.url}/stats", flush=True)
+    while not stopping.wait(1.0):
+        continue
+    server.stop()
+    done = collector.stop(drain=drain_seconds, seconds=stop_seconds)
+    records = collector.stats()["records"]
+    print(f"stopped: {records['received']} records received, {records['lost']} lost", flush=True)
+    if not done:
+        print(
+            f"error: not everything could be written; the rest waits in {collector.journal.folder} and is written at "
+            "the next start",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+def monitor(
+    url: Annotated[str, typer.Option(help="The collector's address.")] = "http://127.0.0.1:9002",
+    token: Annotated[str | None, typer.Option(help="The collector's token.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Read the token from this file.")] = None,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
+    count: Annotated[int, typer.Option(help="Look so often and end; 0: until Ctrl-C.")] = 0,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print the stats as one JSON object a line.")] = False,
+    prometheus: Annotated[
+        bool, typer.Option("--prometheus", help="Print the metrics as Prometheus text, once unless --count is given.")
+    ] = False,
+) -> None:
+    """Watch a collector: zone shares, entropy, rates, drops and the busiest requests."""
+    if jsonl and prometheus:
+        raise OptionError("jsonl", "--jsonl and --prometheus were both given: choose one")
+    if not 0.1 <= interval <= 3600:
+        raise OptionError("interval", f"--interval {interval:g} must be from 0.1 to 3600 seconds")
+    if count < 0:
+        raise OptionError("count", f"--count {count} must be 0 or more")
+    from attnhook import monitor as screen
+
+    source = screen.Source(url, _token(token, token_file))
+    if prometheus:
+        screen.print_metrics(source, interval, count or 1)
+    elif jsonl:
+        screen.print_stats(source, interval, count)
+    else:
+        screen.show(source, interval, count)
+
+
+def _token(token: str | None, file: Path | None) -> str | None:
+    if token is not None and file is not None:
+        raise OptionError("token", "--token and --token-file were both given: choose one")
+    if file is None:
+        return token
+    try:
+        text = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError("token_file", f"--token-file {file} cannot be read: {error}") from error
+    if not text:
+        raise OptionError("token_file", f"--token-file {file} is empty")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        logging.getLogger("attnhook").warning("%s can be read by other users: chmod 600 it", file)
+    return text

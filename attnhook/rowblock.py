@@ -1,0 +1,270 @@
+"""Many binary rows read at once: several times faster than `TokenRecord.from_bytes` one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from attnhook import fingerprint as fp
+from attnhook.analysis.zones import ZONE_NAMES, classify_many
+from attnhook.errors import RecordError
+from attnhook.records import HEADER_FIELDS, MAGIC, MODES, NAME_SEPARATOR, PHASES, SCHEMA_VERSION, TokenRecord, row_size
+from attnhook.sinks.columns import NAMES, Columns
+
+_FINGERPRINT = MODES.index("fingerprint")
+_HEADER = np.dtype(HEADER_FIELDS)
+
+
+class RowBlock:
+    """Good rows, decoded as far as counting needs; `records` decodes the rest.
+
+    ``ids`` and ``models`` are the rows' request ids and model names, ``steps`` int32 [N] (-1 for prompt rows),
+    ``fingerprints`` float32 [N, 20] the means over each row's layers, ``zones`` int8 [N] indices into
+    `ZONE_NAMES`, and ``nbytes`` the size of the rows. Made by `read_rows`.
+    """
+
+    def __init__(self, rows: Sequence[bytes], zones: np.ndarray | None = None) -> None:
+        self._data = b"".join(rows)
+        self._flat = np.frombuffer(self._data, np.uint8)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        self._starts = np.cumsum(lengths) - lengths
+        self.nbytes = len(self._data)
+        self._header = self._gather(self._starts, 0, _HEADER.itemsize).view(_HEADER).reshape(len(rows))
+        self._names()
+        self.steps: np.ndarray = self._header["step"]
+        self.fingerprints = np.zeros((len(rows), fp.SIZE), np.float32)
+        for where, (layers, k, _, text) in self._shapes():
+            at = _HEADER.itemsize + text + layers * (2 + 8 * k)
+            own = self._numbers(where, at, "<f4", layers, fp.SIZE)
+            self.fingerprints[where] = own[:, 0] if layers == 1 else own.mean(axis=1, dtype=np.float64)
+        self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def records(self) -> list[TokenRecord]:
+        """The rows as records, in order, with their fingerprints and zones filled in."""
+        header = {name: self._header[name].tolist() for name in ("mode", "phase", "choice", "position", "step")}
+        zones = [ZONE_NAMES[code] for code in self.zones.tolist()]
+        found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row is in one shape
+        for where, (layers, k, spans, text) in self._shapes():
+            at = _HEADER.itemsize + text
+            numbers = self._numbers(where, at, "<i2", layers)
+            tokens = self._numbers(where, at := at + 2 * layers, "<i4", layers, k)
+            scores = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, k)
+            prints = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, fp.SIZE)
+            masses = self._numbers(where, at + 4 * layers * fp.SIZE, "<f4", layers, spans)
+            for i, row in enumerate(where.tolist()):
+                record = object.__new__(TokenRecord)
+                # a frozen dataclass sets its fields by one slow call each
+                record.__dict__.update(
+                    request_id=self.ids[row],
+                    query_position=header["position"][row],
+                    layers=tuple(numbers[i].tolist()),
+                    token_positions=tokens[i],
+                    attention_scores=scores[i],
+                    fingerprints=prints[i],
+                    decode_step=None if header["step"][row] < 0 else header["step"][row],
+                    choice=header["choice"][row],
+                    mode=MODES[header["mode"][row]],
+                    think_phase=PHASES[header["phase"][row]],
+                    model=self.models[row],
+                    span_names=self._span_names(row, spans),
+                    span_mass=masses[i],
+                    fingerprint=self.fingerprints[row],  # where cached_property keeps it, as the zone
+                    zone=zones[row],
+                )
+                found[row] = record
+        return found
+
+    def columns(self, time: int) -> Columns:
+        """The rows as the stores' columns, stored at ``time`` (microseconds since 1970, UTC); no record is decoded."""
+        header = self._header
+        rows: list[bytes | None] = [*self._rows()]
+        layer: list[int | None] = [None] * len(self)
+        lean = (header["mode"] == _FINGERPRINT) & (header["layers"] == 1) & (header["k"] == 0) & (header["spans"] == 0)
+        for row in np.flatnonzero(lean).tolist():  # the columns alone hold all of such a record
+            at = int(self._starts[row]) + _HEADER.itemsize + int(_text(header[row : row + 1])[0])
+            layer[row] = int(np.frombuffer(self._data, "<i2", 1, at)[0])
+            rows[row] = None
+        return Columns(
+            request_id=self.ids,
+            choice=header["choice"].tolist(),
+            query_position=header["position"].tolist(),
+            decode_step=[None if step < 0 else step for step in self.steps.tolist()],
+            model=self.models,
+            time=[time] * len(self),
+            zone=[ZONE_NAMES[code] for code in self.zones.tolist()],
+            mode=[MODES[code] for code in header["mode"].tolist()],
+            think_phase=[PHASES[code] for code in header["phase"].tolist()],
+            layer=layer,
+            fingerprint=self.fingerprints,
+            record=rows,
+        )
+
+    def part(self, start: int, stop: int) -> RowBlock:
+        """Rows ``start`` to ``stop``, as a block."""
+        return RowBlock(self._rows()[start:stop], self.zones[start:stop])
+
+    def without(self, keys: set[tuple[str, int, int]]) -> RowBlock:
+        """The rows whose (request id, choice, query position) is not in ``keys``, as a block."""
+        own = zip(self.ids, self._header["choice"].tolist(), self._header["position"].tolist(), strict=True)
+        kept = np.array([key not in keys for key in own], bool)
+        rows = [row for row, keep in zip(self._rows(), kept.tolist(), strict=True) if keep]
+        return RowBlock(rows, self.zones[kept])
+
+    def _rows(self) -> list[bytes]:
+        ends = [*self._starts[1:].tolist(), len(self._data)] if len(self) else []
+        return [self._data[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
+
+    def sound(self) -> np.ndarray:
+        """bool [N]: the names are UTF-8 and as many as announced, the numbers finite."""
+        sound = np.ones(len(self), bool)
+        sound &= np.isfinite(self.fingerprints).all(axis=1)
+        for where, (layers, k, spans, text) in self._shapes():
+            at = _HEADER.itemsize + text + layers * (2 + 4 * k)
+            sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)
+            at += layers * (4 * k + 4 * fp.SIZE)
+            sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * spans)).all(axis=1)
+            if spans or self._header["names_size"][where].any():
+                for row in where.tolist():
+                    sound[row] &= len(self._span_names(row, spans)) == spans
+        for row in self._unreadable:
+            sound[row] = False
+        return sound
+
+    def _names(self) -> None:
+        known: dict[bytes, str | None] = {}  # a frame has few requests and models
+
+        def text(raw: bytes) -> str:
+            if raw not in known:
+                try:
+                    known[raw] = raw.decode()
+                except UnicodeDecodeError:
+                    known[raw] = None
+            found = known[raw]
+            if found is None:
+                self._unreadable.append(len(self.ids))
+            return found or ""
+
+        self.ids: list[str] = []
+        self.models: list[str] = []
+        self._unreadable: list[int] = []
+        starts = (self._starts + _HEADER.itemsize).tolist()
+        sizes = self._header["id_size"].tolist(), self._header["model_size"].tolist()
+        for start, id_size, model_size in zip(starts, *sizes, strict=True):
+            middle = start + id_size
+            model = text(self._data[middle : middle + model_size])
+            self.ids.append(text(self._data[start:middle]))
+            self.models.append(model)
+
+    def _span_names(self, row: int, spans: int) -> tuple[str, ...]:
+        """The names of a row's spans; a tuple of another length than ``spans`` where they cannot be read."""
+        if not spans and not self._header["names_size"][row]:
+            return ()
+        header = self._header[row]
+        start = int(self._starts[row]) + _HEADER.itemsize + int(header["id_size"]) + int(header["model_size"])
+        try:
+            names = self._data[start : start + int(header["names_size"])].decode()
+        except UnicodeDecodeError:
+            return ("",) * (spans + 1)
+        return tuple(names.split(NAME_SEPARATOR))
+
+    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
+        """The rows of each (layers, k, spans, bytes of text); in a frame all are alike, as a rule."""
+        header = self._header
+        if not len(header):
+            return
+        columns = np.stack([header[name].astype(np.int64) for name in ("layers", "k", "spans")] + [_text(header)])
+        if (columns == columns[:, :1]).all():
+            yield np.arange(len(header)), tuple(columns[:, 0].tolist())
+            return
+        kinds, which = np.unique(columns, axis=1, return_inverse=True)
+        for i in range(kinds.shape[1]):
+            yield np.flatnonzero(which.ravel() == i), tuple(kinds[:, i].tolist())
+
+    def _numbers(self, where: np.ndarray, at: int, dtype: str, *shape: int) -> np.ndarray:
+        """Array [len(where), *shape] of what lies ``at`` bytes from the start of these rows."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self._gather(self._starts[where], at, size).view(dtype).reshape(len(where), *shape)
+
+    def _gather(self, starts: np.ndarray, at: int, size: int) -> np.ndarray:
+        """uint8 [len(starts), size], contiguous and writable by nobody else."""
+        if not len(starts) or not size:
+            return np.zeros((len(starts), size), np.uint8)
+        step, rest = divmod(len(self._flat), len(starts))
+        if not rest and len(starts) == len(self._starts) and (starts == np.arange(len(starts)) * step).all():
+            # all rows, of one length: columns of a table
+            return np.ascontiguousarray(self._flat.reshape(-1, step)[:, at : at + size])
+        return self._flat[(starts + at)[:, None] + np.arange(size)]
+
+
+def read_rows(rows: Sequence[bytes]) -> tuple[RowBlock, Counter[str]]:
+    """Decode rows that `TokenRecord.to_bytes` made.
+
+    Returns the good ones and how many are not: ``record_version`` for those of another schema version,
+    ``damaged_record`` for the rest (cut, not finite, no attention fingerprint).
+    """
+    bad: Counter[str] = Counter()
+    rows = _whole(rows, bad)
+    block = RowBlock(rows)
+    sound = block.sound()
+    if not sound.all():
+        bad["damaged_record"] += int((~sound).sum())
+        rows = [row for row, good in zip(rows, sound.tolist(), strict=True) if good]
+        block = RowBlock(rows)
+    zones = _zones(block.fingerprints)
+    if (zones < 0).any():
+        bad["damaged_record"] += int((zones < 0).sum())
+        rows = [row for row, zone in zip(rows, zones.tolist(), strict=True) if zone >= 0]
+        return RowBlock(rows, zones[zones >= 0]), bad
+    block.zones = zones
+    return block, bad
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """The rows of several columns, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    lists: dict[str, Any] = {name: list(chain.from_iterable(getattr(part, name) for part in parts)) for name in NAMES}
+    lists["fingerprint"] = np.concatenate([part.fingerprint for part in parts])
+    return Columns(**lists)
+
+
+def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
+    """The rows of this version that are as long as their headers announce."""
+    size = _HEADER.itemsize
+    header = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), _HEADER)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    ours = header["magic"] == MAGIC
+    other = ours & (lengths >= size) & (header["version"] != SCHEMA_VERSION)
+    wide = {name: header[name].astype(np.int64) for name in ("layers", "k", "spans")}
+    announced = row_size(wide["layers"], wide["k"], wide["spans"], _text(header))
+    fine = ours & ~other & (announced == lengths) & (wide["layers"] > 0)
+    fine &= (header["mode"] < len(MODES)) & (header["phase"] < len(PHASES))
+    if fine.all():
+        return rows
+    for reason, count in (("record_version", other.sum()), ("damaged_record", (~fine & ~other).sum())):
+        if count:
+            bad[reason] += int(count)
+    return [row for row, good in zip(rows, fine.tolist(), strict=True) if good]
+
+
+def _text(header: np.ndarray) -> np.ndarray:
+    sizes: np.ndarray = header["id_size"].astype(np.int64) + header["model_size"] + header["names_size"]
+    return sizes
+
+
+def _zones(fingerprints: np.ndarray) -> np.ndarray:
+    """int8 [N]; -1 where it is no attention fingerprint."""
+    try:
+        return classify_many(fingerprints)[0]
+    except RecordError:
+        if len(fingerprints) == 1:
+            return np.array([-1], np.int8)
+        half = len(fingerprints) // 2
+        return np.concatenate([_zones(fingerprints[:half]), _zones(fingerprints[half:])])

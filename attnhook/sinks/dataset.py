@@ -1,0 +1,241 @@
+"""A Parquet data set of records: where its files lie, how they are written, listed and removed.
+
+``model_dir=<model>/date=<day>/<time>-<id>.parquet`` under one folder, local or of any file system that pyarrow
+knows. `_attnhook.json` beside them names the schema version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from pyarrow import fs
+
+from attnhook import fingerprint as fp
+from attnhook.errors import PluginError, RecordError
+from attnhook.sinks.columns import SCHEMA_VERSION, Columns, check_version
+
+MARKER = "_attnhook.json"
+_LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
+_KEY = ["request_id", "choice", "query_position"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of a file system."""
+
+    url: str
+    filesystem: fs.FileSystem
+    base: str
+
+    @classmethod
+    def at(cls, path: str, filesystem_options: Mapping[str, str] | None = None) -> Dataset:
+        """The data set at a local path or a URI such as ``s3://bucket/prefix``, whether or not it exists.
+
+        ``filesystem_options`` are those of pyarrow's URIs (``region``, ``endpoint_override``, ...).
+        Raises PluginError where there is no such file system.
+        """
+        if not path:
+            raise PluginError("parquet: has no folder; write parquet:records or parquet:s3://bucket/records")
+        try:
+            if "://" not in path:
+                return cls(path, fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
+            query = urlencode(filesystem_options or {})
+            filesystem, base = fs.FileSystem.from_uri(path + (f"?{query}" if query else ""))
+        except (OSError, ValueError, ImportError) as error:  # pa.ArrowException is one of these
+            raise PluginError(
+                f"parquet:{path}: {error}; name a folder, or a URI that pyarrow.fs.FileSystem.from_uri takes, such as "
+                "s3://bucket/records?region=eu-central-1"
+            ) from error
+        return cls(path, filesystem, base.rstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be renamed into their place."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def check(self, *, create: bool = False) -> None:
+        """Raise PluginError unless this is a data set of a schema that this release knows; ``create`` makes one."""
+        marker = posixpath.join(self.base, MARKER)
+        try:
+            if self.filesystem.get_file_info(marker).type != fs.FileType.NotFound:
+                with self.filesystem.open_input_stream(marker) as file:
+                    version = json.loads(file.read()).get("schema_version")
+            elif create:
+                version = SCHEMA_VERSION
+                self.filesystem.create_dir(self.base, recursive=not self.is_local)
+                with self.filesystem.open_output_stream(marker) as file:
+                    file.write(json.dumps({"schema_version": SCHEMA_VERSION}).encode())
+            else:
+                raise PluginError(f"parquet:{self.url} holds no records: it has no {MARKER}; name a folder of the sink")
+        except (OSError, ValueError, AttributeError) as error:
+            raise PluginError(f"parquet:{self.url} cannot be used: {error}. {_remedy(error)}") from error
+        if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+            raise PluginError(
+                f"parquet:{self.url} has schema version {version!r}; this attnhook knows {SCHEMA_VERSION}: upgrade "
+                "attnhook, or name another folder. Nothing in it was changed"
+            )
+
+    def files(self) -> list[str]:
+        """Paths of the Parquet files, those begun first first."""
+        selector = fs.FileSelector(self.base, recursive=True, allow_not_found=True)
+        found = [
+            info.path
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == fs.FileType.File and info.path.endswith(".parquet")
+        ]
+        return sorted(found, key=posixpath.basename)
+
+    def newest(self) -> int | None:
+        """When the newest file was begun, microseconds since 1970."""
+        files = self.files()
+        return int(posixpath.basename(files[-1]).split("-")[0]) if files else None
+
+    def write(self, table: pa.Table, name: str) -> int:
+        """Write the rows as one file per model and day, each whole or not there; returns how many rows.
+
+        Rows that repeat a key inside ``table`` are written once. The same ``name`` again replaces the files.
+        Raises OSError where the file system does not take them.
+        """
+        table = _distinct(table)
+        day = table["time"].cast(pa.date32())
+        parts = pa.table({"model": table["model"], "day": day}).group_by(["model", "day"]).aggregate([]).to_pylist()
+        for part in parts:
+            chosen = table
+            if len(parts) > 1:
+                chosen = table.filter(pc.and_(pc.equal(table["model"], part["model"]), pc.equal(day, part["day"])))
+            folder = posixpath.join(self.base, f"model_dir={_slug(part['model'])}", f"date={part['day'].isoformat()}")
+            self._write_file(chosen, folder, f"{name}.parquet")
+        return int(table.num_rows)
+
+    def _write_file(self, table: pa.Table, folder: str, name: str) -> None:
+        self.filesystem.create_dir(folder, recursive=True)
+        final = posixpath.join(folder, name)
+        target = posixpath.join(folder, f".{name}.tmp") if self.is_local else final
+        try:
+            with self.filesystem.open_output_stream(target) as file:
+                _write_table(table, file)
+            if self.is_local:
+                _sync(target)
+                os.replace(target, final)
+        except BaseException:
+            if self.is_local and os.path.exists(target):
+                os.unlink(target)
+            raise
+
+    def prune(self, before: int) -> int:
+        """Remove files whose newest row was stored before that time; returns how many rows went."""
+        last_day = datetime.fromtimestamp(before / 1e6, timezone.utc).date().isoformat()
+        removed = 0
+        for path in self.files():
+            day = posixpath.basename(posixpath.dirname(path)).removeprefix("date=")
+            if day > last_day:
+                continue
+            metadata = self.metadata(path)
+            if _newest_row(metadata) < before:
+                self.filesystem.delete_file(path)
+                removed += metadata.num_rows
+        return removed
+
+    def delete(self, request_id: str) -> int:
+        """Remove every record of a request by rewriting the files that hold some; returns how many."""
+        removed = 0
+        for path in self.files():
+            with self.filesystem.open_input_file(path) as file:
+                ids = pq.read_table(file, columns=["request_id"])["request_id"]
+            gone = pc.sum(pc.equal(ids, request_id)).as_py() or 0
+            if not gone:
+                continue
+            removed += gone
+            if gone == len(ids):
+                self.filesystem.delete_file(path)
+                continue
+            with self.filesystem.open_input_file(path) as file:
+                table = pq.read_table(file)
+            kept = table.filter(pc.not_equal(table["request_id"], request_id))
+            self._write_file(kept, posixpath.dirname(path), posixpath.basename(path))
+        return removed
+
+    def metadata(self, path: str) -> pq.FileMetaData:
+        """Metadata of one file. Raises RecordError where it is damaged or of another schema version."""
+        with self.filesystem.open_input_file(path) as file:
+            try:
+                metadata = pq.read_metadata(file)
+            except pa.ArrowInvalid as error:
+                raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
+        check_version(metadata.metadata, path)
+        return metadata
+
+
+def warm_up() -> None:
+    """Let pyarrow import what it imports late: while an interpreter ends, when the last rows are written, it cannot."""
+    row: dict[str, list[Any]] = {name: [""] for name in ("request_id", "model", "zone", "mode", "think_phase")}
+    row |= {"choice": [0], "query_position": [0], "decode_step": [None], "time": [0], "layer": [0], "record": [b""]}
+    batch = Columns(**row, fingerprint=np.zeros((1, fp.SIZE), np.float32)).to_arrow()
+    table = _distinct(pa.Table.from_batches([batch, batch]))
+    table = table.filter(pc.equal(table["time"].cast(pa.date32()), table["time"].cast(pa.date32())))
+    _write_table(table, pa.BufferOutputStream())
+
+
+def _write_table(table: pa.Table, file: Any) -> None:
+    dictionaries = ["request_id", "model", "zone", "mode", "think_phase"]
+    pq.write_table(table, file, compression="zstd", row_group_size=65536, use_dictionary=dictionaries)
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    """The first row of each key, in order."""
+    place = pa.array(np.arange(table.num_rows))
+    firsts = table.select(_KEY).append_column("place", place).group_by(_KEY, use_threads=False)
+    rows = firsts.aggregate([("place", "min")])["place_min"]
+    if len(rows) == table.num_rows:
+        return table
+    return table.take(rows.take(pc.sort_indices(rows)))
+
+
+def _slug(model: str) -> str:
+    """A folder's name for a model: readable, and different for different models."""
+    name = quote(model, safe=" ")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def _newest_row(metadata: pq.FileMetaData) -> int:
+    newest = 0
+    for group in range(metadata.num_row_groups):
+        columns = metadata.row_group(group)
+        for column in range(columns.num_columns):
+            part = columns.column(column)
+            if part.path_in_schema == "time":
+                newest = max(newest, int(part.statistics.max.timestamp() * 1e6))
+    return newest
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error).lower()
+    if "permission" in text or "read-only" in text or "access denied" in text:
+        return "This process may not write there: change its permissions or credentials, or name another folder."
+    if "no space" in text:
+        return "The disk is full: make room, or name a folder on another disk."
+    if "no such file" in text or "does not exist" in text or "cannot create" in text:
+        return "Its parent folder or bucket does not exist: create it first."
+    return "Name a folder that this process can read and write."

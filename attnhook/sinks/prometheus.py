@@ -1,0 +1,97 @@
+"""The sink that counts records for Prometheus to scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnhook.addresses import host_port, listen_remedy
+from attnhook.errors import PluginError
+from attnhook.records import TokenRecord
+from attnhook.sinks import Sink, needs
+from attnhook.sinks.columns import mean_fingerprints
+from attnhook.tally import Tally
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+
+class PrometheusSink(Sink):
+    """``prometheus::9464`` serves ``http://127.0.0.1:9464/metrics``; ``prometheus:0.0.0.0:9464`` to other machines.
+
+    Records by row and zone, zone shares of the last minute, histograms of entropy and mass by band, and of this
+    process: rows that capture dropped, what its sinks wrote and dropped, by reason, and the seconds that capture
+    took. No metric names a request.
+
+    Delivery guarantee: a record is counted once `write` returned; counts begin at 0 with the process.
+    """
+
+    def __init__(self) -> None:
+        self.port = 0  #: where it listens
+        self._tally = Tally()
+        self._server: Any = None
+        self._thread: Any = None
+
+    def open(self, config: str) -> None:
+        """Listen. Raises PluginError where the port is taken, or without prometheus-client."""
+        host, port = host_port(config, user=f"sink prometheus:{config}")
+        with needs("the sink prometheus:"):
+            from prometheus_client import start_http_server
+
+            from attnhook.metrics import registry
+        self._tally = Tally()
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry(self._families))
+        except (OSError, OverflowError) as error:
+            remedy = listen_remedy(getattr(error, "errno", None))
+            raise PluginError(f"sink prometheus:{config} cannot listen: {error}; {remedy}") from error
+        self.port = self._server.server_port
+
+    def write(self, batch: Sequence[TokenRecord]) -> None:
+        """Count the records. Raises RecordError where one has no valid fingerprint; none is then counted."""
+        from attnhook.analysis.zones import classify_many
+
+        fingerprints = mean_fingerprints(batch)
+        zones, _ = classify_many(fingerprints)
+        steps = np.array([-1 if record.is_prompt else 0 for record in batch], np.int32)
+        self._tally.add(fingerprints, zones, [record.request_id for record in batch], steps)
+
+    def close(self) -> None:
+        """Stop listening."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            self._thread.join()
+
+    def _families(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
+        from attnhook import lifecycle, metrics
+        from attnhook.capture import spent
+
+        yield from metrics.of_tally(self._tally)
+        yield metrics.counter(
+            "attnhook_capture_dropped_rows", "Rows that capture dropped.", "reason", lifecycle.dropped()
+        )
+        stats = {_scheme(name): counts for name, counts in lifecycle.sink_stats().items()}
+        dropped = CounterMetricFamily(
+            "attnhook_sink_dropped_records", "Records that a sink dropped.", labels=["sink", "reason"]
+        )
+        for name, counts in stats.items():
+            for reason, count in counts["dropped"].items():
+                dropped.add_metric([name, reason], count)
+        yield dropped
+        written = {name: counts["written"] for name, counts in stats.items()}
+        yield metrics.counter("attnhook_sink_written_records", "Records that a sink took.", "sink", written)
+        queued = {name: counts["queued"] for name, counts in stats.items()}
+        yield metrics.gauge("attnhook_sink_queued_records", "Records that wait for a sink.", "sink", queued)
+        yield CounterMetricFamily("attnhook_capture_seconds", "Time that capture took, in seconds.", spent.seconds)
+        yield CounterMetricFamily("attnhook_capture_steps", "Forward steps that were captured.", spent.steps)
+
+
+def _scheme(url: str) -> str:
+    """A sink's name without its options, which may hold a token."""
+    return url.partition("?")[0]

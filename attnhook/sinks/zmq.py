@@ -1,0 +1,146 @@
+"""The sink that sends records to a collector over ZeroMQ."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from attnhook.errors import DroppedError, PluginError
+from attnhook.records import TokenRecord
+from attnhook.sinks import Sink, config, needs
+
+HIGH_WATER_MARK = 64  # frames that may wait, here and once more in the collector
+LINGER_SECONDS = 5.0
+_FRAME_BYTES = 8 * 2**20  # of records in a frame: half of what a collector takes
+
+
+class ZmqSink(Sink):
+    """``zmq:tcp://127.0.0.1:9001``: a PUSH socket that connects to ``attnhook collect``; ``?hwm=64``, ``?linger=5s``.
+
+    Delivery guarantee: at most once. `write` never waits. What was handed over waits in memory while the collector
+    is away, at most ``hwm`` frames of up to 1024 records each behind a `Delivery`; beyond that whole frames are
+    dropped, counted in `dropped` (``collector_busy``) and raised as DroppedError. Frames that were on their way when
+    a collector was killed are lost; they are numbered, so that the collector counts them. `close` waits ``linger``
+    for what is left.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0  #: records handed to ZeroMQ since `open`
+        self.dropped: Counter[str] = Counter()  #: records, by reason
+        self._address = ""
+        self._hwm = HIGH_WATER_MARK
+        self._linger = LINGER_SECONDS
+        self._context: Any = None
+        self._socket: Any = None
+        self._pid = 0
+        self._producer = b""
+
+    def open(self, config_text: str) -> None:
+        """Begin to connect; the collector may start later.
+
+        Raises PluginError for an address that ZeroMQ does not know, or without pyzmq and msgpack.
+        """
+        known = {"hwm": config.between(1, 100_000), "linger": config.seconds}
+        self._address, options = config.parse("zmq", config_text, known)
+        self._hwm = options.get("hwm", HIGH_WATER_MARK)
+        self._linger = options.get("linger", LINGER_SECONDS)
+        with needs("the sink zmq:"):
+            import msgpack  # type: ignore[import-untyped] # noqa: F401
+            import zmq
+        try:
+            self._connect()
+        except (zmq.ZMQError, ValueError) as error:
+            self._let_go(0)
+            raise PluginError(
+                f"sink zmq:{config_text} cannot connect: {error}; write one such as zmq:tcp://127.0.0.1:9001"
+            ) from error
+
+    def _connect(self) -> None:
+        import zmq
+
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, self._hwm)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)  # a collector whose host went away is noticed
+        self._socket.connect(self._address)
+        self._pid = os.getpid()
+        self._producer = uuid.uuid4().bytes
+        self.sent = 0
+        self.dropped = Counter()
+
+    def write(self, batch: Sequence[TokenRecord]) -> None:
+        """Hand the records over.
+
+        Raises DroppedError where the high-water mark is reached (the records before that count are on their way),
+        RecordError where a record does not fit the binary row (none of the batch is sent).
+        """
+        from attnhook import frames
+
+        if self._socket is None:
+            raise ValueError(f"sink zmq:{self._address} is closed")
+        if self._pid != os.getpid():  # forked: ZeroMQ's threads are the parent's
+            self._connect()
+        rows = [record.to_bytes() for record in batch]
+        for start, stop in _pieces(rows):
+            data = frames.encode(self._producer, self.sent, self.dropped, rows[start:stop])
+            if not self._send(data):
+                left = len(rows) - start
+                self.dropped["collector_busy"] += left
+                raise DroppedError(
+                    "collector_busy",
+                    left,
+                    f"{left} records dropped: {self._hwm} frames wait already for the collector at {self._address}; "
+                    "see that it runs and keeps up, or allow more with ?hwm=",
+                )
+            self.sent += stop - start
+
+    def close(self) -> None:
+        """Tell the collector how many records were sent, and wait ``linger`` seconds for what is on its way."""
+        if self._socket is None:
+            return
+        if self._pid != os.getpid():  # the parent's, and nothing was written here
+            self._context = self._socket = None
+            return
+        from attnhook import frames
+
+        if self.sent or self.dropped:
+            import zmq
+
+            if self._socket.poll(int(self._linger * 1000), zmq.POLLOUT):
+                self._send(frames.encode_end(self._producer, self.sent, self.dropped))
+        self._let_go(int(self._linger * 1000))
+
+    def _send(self, data: bytes) -> bool:
+        import zmq
+
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def _let_go(self, linger: int) -> None:
+        connection, self._socket = self._socket, None
+        context, self._context = self._context, None
+        if connection is not None:
+            connection.close(linger)
+        if context is not None:
+            context.term()  # waits for the linger
+
+
+def _pieces(rows: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Slices of rows that make one frame each."""
+    pieces, start, size = [], 0, 0
+    for i, row in enumerate(rows):
+        if size and size + len(row) > _FRAME_BYTES:
+            pieces.append((start, i))
+            start, size = i, 0
+        size += len(row)
+    if rows:
+        pieces.append((start, len(rows)))
+    return pieces

@@ -1,0 +1,76 @@
+"""Reading an SQLite store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from attnhook import fingerprint as fp
+from attnhook.errors import RecordError
+from attnhook.sinks import database
+from attnhook.sinks.columns import arrow_schema, fixed_list
+from attnhook.store import Filters, Store
+
+_PLACES = {"request_id": "s.request_id", "choice": "s.choice", "model": "m.name"}
+_FROM = "FROM records r JOIN sessions s ON s.id = r.session JOIN models m ON m.id = r.model"
+
+
+class SqliteStore(Store):
+    """``sqlite:path``, through a connection of its own that cannot write."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connection = database.connect(path, read_only=True)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _count(self, filters: Filters) -> int:
+        where, values = _where(filters)
+        source = _FROM if filters.any else "FROM records r"
+        with database.refusals(self._path):
+            return int(self._connection.execute(f"SELECT count(*) {source} {where}", values).fetchone()[0])
+
+    def _batches(
+        self, filters: Filters, columns: Sequence[str], offset: int, limit: int | None, batch_size: int
+    ) -> Iterator[pa.RecordBatch]:
+        where, values = _where(filters)
+        places = ", ".join(_PLACES.get(name, f"r.{name}") for name in columns)
+        query = f"SELECT {places} {_FROM} {where} ORDER BY r.id LIMIT ? OFFSET ?"
+        with database.refusals(self._path):
+            cursor = self._connection.execute(query, (*values, -1 if limit is None else limit, offset))
+            while rows := cursor.fetchmany(batch_size):
+                yield _to_arrow(columns, rows)
+
+
+def _to_arrow(columns: Sequence[str], rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
+    schema = arrow_schema()
+    fields = [schema.field(name) for name in columns]
+    arrays = []
+    for field, values in zip(fields, zip(*rows, strict=True), strict=True):
+        if field.name == "fingerprint":
+            data = b"".join(values)
+            if len(data) != 4 * fp.SIZE * len(rows):
+                raise RecordError(
+                    f"damaged store: {len(rows)} fingerprints of {len(data)} bytes; each has {4 * fp.SIZE}"
+                )
+            arrays.append(fixed_list(np.frombuffer(data, "<f4").reshape(-1, fp.SIZE)))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata=schema.metadata))
+
+
+def _where(filters: Filters) -> tuple[str, list[Any]]:
+    conditions = {
+        "m.name = ?": filters.model,
+        "s.request_id = ?": filters.request_id,
+        "r.zone = ?": filters.zone,
+        "r.time >= ?": filters.since,
+        "r.time < ?": filters.until,
+    }
+    given = {text: value for text, value in conditions.items() if value is not None}
+    return ("WHERE " + " AND ".join(given) if given else ""), list(given.values())

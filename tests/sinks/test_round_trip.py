@@ -1,0 +1,267 @@
+"""Every sink gives back every kind of record exactly, and says so where it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnhook.errors import RecordError
+from attnhook.plugins import open_sink
+from attnhook.records import SCHEMA_VERSION, TokenRecord
+from attnhook.sinks import columns
+from attnhook.sinks.jsonl import read_jsonl
+from attnhook.store import open_store
+from tests.helpers import python
+from tests.sinks.samples import batches, lean, record
+from tests.test_records import assert_same
+
+MAKE = {"sqlite": "sqlite:{}/records.db", "parquet": "parquet:{}/records", "jsonl": "jsonl:{}/records.jsonl"}
+few = settings(max_examples=20, deadline=None)
+
+
+@contextmanager
+def _url(scheme: str) -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="attnhook-")
+    try:
+        yield MAKE[scheme].format(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def write(url: str, *groups: list[TokenRecord]) -> None:
+    sink = open_sink(url)
+    for group in groups:
+        sink.write(group)
+    sink.close()
+
+
+def by_key(records: list[TokenRecord]) -> list[TokenRecord]:
+    return sorted(records, key=lambda record: record.key)
+
+
+def assert_rows(rows: list[dict], records: list[TokenRecord]) -> None:
+    assert len(rows) == len(records)
+    for row, whole in zip(rows, records, strict=True):
+        assert (row["request_id"], row["choice"], row["query_position"]) == whole.key
+        assert (row["model"], row["decode_step"], row["zone"]) == (whole.model, whole.decode_step, whole.zone)
+        np.testing.assert_array_equal(np.array(row["fingerprint"], np.float32), whole.fingerprint)
+
+
+# -- columns
+
+
+@settings(deadline=None)
+@given(batches())
+def test_columns_lose_nothing(records):
+    batch = columns.from_records(records, time=5).to_arrow()
+    batch.validate(full=True)
+    for found, whole in zip(columns.to_records(batch), records, strict=True):
+        assert_same(found, whole)
+    again = columns.Columns.from_arrow(batch)
+    assert again.to_arrow().equals(batch)
+    assert_rows(batch.to_pylist(), records)
+
+
+def test_a_lean_record_needs_no_binary_row_and_any_other_has_one():
+    lines = {
+        "lean": lean(),
+        "two layers": replace(
+            record(),
+            mode="fingerprint",
+            token_positions=np.zeros((2, 0), np.int32),
+            attention_scores=np.zeros((2, 0), np.float32),
+            span_names=(),
+            span_mass=np.zeros((2, 0), np.float32),
+        ),
+        "spans": lean(span_names=("a",), span_mass=np.ones((1, 1), np.float32)),
+        "raw": lean(mode="raw"),
+        "whole": record(),
+    }
+    kept = columns.from_records(list(lines.values())).record
+    assert {name: row is None for name, row in zip(lines, kept, strict=True)} == {
+        name: name == "lean" for name in lines
+    }
+
+
+def test_a_record_whose_arrays_disagree_is_named():
+    with pytest.raises(RecordError, match=r"'r', 0, 4.*2 layers and fingerprints of shape \(1, 20\)"):
+        columns.from_records([record(3), record(4, fingerprints=lean(4).fingerprints)])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "was not written by attnhook"),
+        ({b"pandas": b"{}"}, "was not written by attnhook"),
+        ({columns.VERSION_KEY: b"2"}, "schema version 2; this attnhook reads 1: upgrade"),
+        ({columns.VERSION_KEY: b"0"}, "schema version 0"),
+        ({columns.VERSION_KEY: b"\xffx"}, "schema version"),
+    ],
+)
+def test_columns_of_another_version_are_refused(metadata, message):
+    with pytest.raises(RecordError, match=f"a file.*{message}"):
+        columns.check_version(metadata, "a file")
+    columns.check_version(columns.arrow_schema().metadata, "a file")
+
+
+def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
+    newer = columns.from_records([record()])
+    newer.record = [bytes([*record().to_bytes()[:2], SCHEMA_VERSION + 1]) + record().to_bytes()[3:]]
+    for url in (f"sqlite:{tmp_path}/records.db", f"parquet:{tmp_path}/records"):
+        sink = open_sink(url)
+        sink.write_columns(newer)
+        sink.close()
+        with open_store(url) as store:
+            assert store.count() == 1  # its columns can still be read
+            with pytest.raises(RecordError, match=f"schema version {SCHEMA_VERSION + 1}.*upgrade"):
+                list(store.records())
+
+
+# -- stores
+
+
+@few
+@given(batches(), batches())
+def test_sqlite(first, second):
+    with _url("sqlite") as url:
+        write(url, first, second, first)
+        expected = list({record.key: record for record in reversed([*first, *second])}.values())
+        with open_store(url) as store:
+            found = list(store.records())
+            rows = [row for batch in store.fingerprints(batch_size=3) for row in batch.to_pylist()]
+            assert store.count() == len(expected)
+        assert [record.key for record in found] == list(dict.fromkeys(record.key for record in [*first, *second]))
+        for one, other in zip(by_key(found), by_key(expected), strict=True):
+            assert_same(one, other)
+        assert_rows(rows, found)
+
+
+@few
+@given(batches(), batches())
+def test_parquet(first, second):
+    with _url("parquet") as url:
+        write(url, first, second)
+        expected = list({record.key: record for record in reversed([*first, *second])}.values())
+        with open_store(url) as store:
+            found = list(store.records())
+            rows = [row for batch in store.fingerprints(batch_size=3) for row in batch.to_pylist()]
+            assert store.count() == len(expected)
+        for one, other in zip(by_key(found), by_key(expected), strict=True):
+            assert_same(one, other)
+        assert_rows(rows, found)
+
+
+@few
+@given(batches(), st.booleans())
+def test_jsonl(records, rotated):
+    with _url("jsonl") as url:
+        write(url + "?rotate=4096&zstd=1" * rotated, *([record] for record in records))
+        with open_store(url) as store:
+            rows = [row for batch in store.fingerprints() for row in batch.to_pylist()] if _json_can(records) else []
+        path = Path(url.partition(":")[2])
+        files = [*sorted(path.parent.glob("records-*")), *([path] if path.exists() else [])]
+        lines = [entry for file in files for entry in read_jsonl(file)]
+        assert lines == [
+            {"request_id": r.request_id, "choice": r.choice, "model": r.model, **json.loads(json.dumps(r.to_dict()))}
+            for r in records
+        ]
+        for row, whole in zip(rows, records, strict=True) if rows else ():
+            assert (row["request_id"], row["choice"], row["query_position"]) == whole.key
+            np.testing.assert_allclose(row["fingerprint"], whole.fingerprint, atol=1e-7)
+
+
+def _json_can(records: list[TokenRecord]) -> bool:
+    """Whether raw records are such as captures make: positions first, then -1."""
+    return all((record.token_positions >= 0).all() for record in records if record.mode == "raw")
+
+
+@settings(deadline=None)
+@given(batches())
+def test_memory(records):
+    sink = open_sink("memory:")
+    sink.write(records)
+    assert all(one is other for one, other in zip(sink.records, records, strict=True))
+
+
+def test_raw_lines_give_whole_records_and_others_their_fingerprint(tmp_path):
+    url = f"jsonl:{tmp_path}/records.jsonl"
+    write(url, [record(4), lean(5)])
+    with open_store(url) as store:
+        found = store.records()
+        again = next(found)
+        np.testing.assert_array_equal(again.token_positions, record(4).token_positions)
+        np.testing.assert_allclose(again.fingerprints, record(4).fingerprints, atol=1e-7)
+        assert again.key == ("r", 0, 4)
+        with pytest.raises(RecordError, match=r"only its fingerprint is stored.*mode 'fingerprint'"):
+            next(found)
+
+
+def test_a_batch_that_holds_one_invalid_record_is_refused_whole(tmp_path):
+    wrong = record(1, fingerprints=np.full((2, 20), np.nan, np.float32))
+    for url in (f"sqlite:{tmp_path}/records.db", f"parquet:{tmp_path}/records"):
+        sink = open_sink(url)
+        with pytest.raises(RecordError, match="nan"):
+            sink.write([record(0), wrong])
+        with pytest.raises(RecordError, match="does not fit"):
+            sink.write([record(0), record(2, choice=2**16)])
+        sink.write([record(3)])
+        sink.close()
+        with open_store(url) as store:
+            assert [row.query_position for row in store.records()] == [3]
+
+
+def test_arrow_types_are_those_that_are_promised(tmp_path):
+    for scheme, make in MAKE.items():
+        write(make.format(tmp_path), [record()])
+        with open_store(make.format(tmp_path)) as store:
+            (batch,) = store.fingerprints()
+        assert batch.schema.field("fingerprint").type == pa.list_(pa.float32(), 20), scheme
+        assert batch.schema.field("time").type == pa.timestamp("us", "UTC"), scheme
+        assert batch.schema.names == list(columns.LIGHT), scheme
+
+
+def test_replacing_nothing_but_the_request_keeps_both(tmp_path):
+    url = f"sqlite:{tmp_path}/records.db"
+    write(url, [record(1), replace(record(1), request_id="s"), replace(record(1), choice=1)])
+    with open_store(url) as store:
+        assert store.count() == 3
+        assert store.count(request_id="r") == 2
+
+
+def test_lines_of_something_else_are_named(tmp_path):
+    (tmp_path / "records.jsonl").write_text(json.dumps(record().to_dict()) + "\n")  # an entry of a reply
+    with open_store(f"jsonl:{tmp_path}/records.jsonl") as store:
+        with pytest.raises(RecordError, match=r"records\.jsonl: a line has no request_id, choice, model"):
+            list(store.fingerprints())
+        with pytest.raises(RecordError, match="has no request_id"):
+            store.count()
+
+
+@pytest.mark.parametrize("scheme", MAKE)
+def test_what_is_queued_is_stored_when_a_process_ends(scheme, tmp_path):
+    url = MAKE[scheme].format(tmp_path)
+    run = python(
+        "-c",
+        f"""
+        from attnhook.delivery import Delivery
+        from tests.sinks.samples import lean
+        delivery = Delivery.from_urls(["{url}"], observe=False)
+        delivery.put([lean(i) for i in range(5000)])
+        raise SystemExit(3)
+        """,
+    )
+    assert (run.returncode, run.stderr) == (3, "")
+    with open_store(url) as store:
+        rows = [p for batch in store.fingerprints() for p in batch["query_position"].to_pylist()]
+    assert rows == list(range(5000))
