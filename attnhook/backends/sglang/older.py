@@ -69,10 +69,8 @@ def accumulating(original: Original) -> Original:
 
 
 def _accumulate(states: dict[str, Any], output: Any) -> None:
-    pieces = (getattr(output, "customized_info", None) or {}).get(KEY)
-    if not pieces:
-        return
-    for i, request in enumerate(output.rids):
+    pieces = (getattr(output, "customized_info", None) or {}).get(KEY) or []
+    for i, (request, piece) in enumerate(zip(output.rids, pieces, strict=bool(pieces))):
         if request in states:
             pieces[i] = states[request].__dict__.setdefault("_attnhook", [])
             pieces[i] += piece
