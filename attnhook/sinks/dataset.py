@@ -12,7 +12,7 @@ import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -28,6 +28,7 @@ from attnhook.sinks.columns import SCHEMA_VERSION, Columns, check_version
 
 MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _KEY = ["request_id", "choice", "query_position"]
 
 
@@ -218,7 +219,9 @@ def _newest_row(metadata: pq.FileMetaData) -> int:
         for column in range(columns.num_columns):
             part = columns.column(column)
             if part.path_in_schema == "time":
-                newest = max(newest, int(part.statistics.max.timestamp() * 1e6))
+                if not part.is_stats_set or not part.statistics.has_min_max:
+                    return 2**63  # nobody knows: never too old
+                newest = max(newest, (part.statistics.max - _EPOCH) // timedelta(microseconds=1))
     return newest
 
 

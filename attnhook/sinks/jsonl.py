@@ -73,12 +73,12 @@ class JsonlSink(Sink):
 
     def _open_file(self) -> None:
         self._close_file()
-        self._moved = False
         # reading is needed to see whether the last line is whole
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
         if self._regular:
             self._finish_torn_line(self._fd)
+        self._moved = False
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Append the records, all lines in one write.
@@ -93,27 +93,27 @@ class JsonlSink(Sink):
             # the stream, not its descriptor: a notebook's has none, and the script's own prints stay whole
             sys.stdout.write(text)
             sys.stdout.flush()
-        elif self._fd is None:
+        elif self._fd is None and not self._moved:
             raise ValueError(f"sink jsonl:{self._path} is closed")
         elif self._regular:
-            if self._torn:
-                self._finish_torn_line(self._fd)
-            self._torn = True
             self._append_lines(text.encode("ascii"))
-            self._torn = False
-        else:
+        elif self._fd is not None:
             _write_all(self._fd, text.encode("ascii"))
 
     def _append_lines(self, data: bytes) -> None:
         if self._moved:
             self._open_file()
         assert self._fd is not None
+        if self._torn:
+            self._finish_torn_line(self._fd)
+        self._torn = True
         with _exclusive(self._fd):
             self._moved = self._rotation.moved(self._fd)  # by another process, while we waited for the lock
             if not self._moved:
                 _append(self._fd, data)
                 self._moved = self._rotation.step(self._fd)
                 data = b""
+        self._torn = False
         if data:
             self._append_lines(data)
 
@@ -143,6 +143,7 @@ class JsonlSink(Sink):
 
     def close(self) -> None:
         """Close the file; standard output stays open."""
+        self._moved = False
         self._close_file()
 
     def _close_file(self) -> None:

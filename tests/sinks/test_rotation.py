@@ -140,6 +140,24 @@ def test_a_rotation_that_fails_costs_no_record(path, caplog):
     assert positions(path) == list(range(22))
 
 
+def test_a_folder_that_is_gone_for_a_while(tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    path = folder / "records.jsonl"
+    sink = open_sink(f"jsonl:{path}?rotate=4096")
+    sink.write([lean(i) for i in range(20)])  # rotated: the next write begins a file
+    folder.rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            sink.write([lean(20)])
+    (tmp_path / "away").rename(folder)
+    sink.write([lean(20)])
+    sink.close()
+    with pytest.raises(ValueError, match="closed"):
+        sink.write([lean(21)])
+    assert positions(path) == list(range(21))
+
+
 def test_a_request_is_deleted_in_place(path):
     sink = open_sink(f"jsonl:{path}")
     sink.write([lean(0), lean(1, request_id='o"dd\n'), lean(2), lean(3, request_id='o"dd\n'), lean(4)])
