@@ -7,6 +7,7 @@ import sys
 
 from attnhook.errors import PluginError
 from attnhook.sinks import config
+from attnhook.store import SCHEMES
 
 if sys.platform != "win32":
     import fcntl
@@ -21,8 +22,9 @@ class StoreLock:
 
     def __init__(self, url: str) -> None:
         self._fd: int | None = None
-        path, _ = config.split(url.partition(":")[2])
-        if "://" in path or sys.platform == "win32":
+        scheme, _, rest = url.partition(":")
+        path, _ = config.split(rest)
+        if scheme not in SCHEMES or "://" in path or sys.platform == "win32":
             return
         path = os.path.realpath(os.path.expanduser(path)) + ".lock"
         try:
