@@ -1,4 +1,4 @@
-"""The command line: ``attnhook run``, ``verify`` and ``model-path``."""
+"""The command line: ``attnhook run``, ``verify`` and ``model-path``; ``probe`` is in `attnhook.probing.cli`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from attnhook import __version__
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
+from attnhook.probing import cli as probe_command
 
 DEFAULT_PROMPT = (
     "The brig Halcyon brought 212 barrels of olive oil from Lisbon. The schooner Marigold took salted cod to Bergen. "
@@ -184,6 +185,9 @@ def verify(
         print(report.to_text())
     if not report.ok:
         raise typer.Exit(1)
+
+
+probe_command.register(app)
 
 
 @app.command("model-path")
