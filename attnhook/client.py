@@ -124,6 +124,7 @@ class Client:
         name: str,
         prompt: str,
         messages: Sequence[Mapping[str, str]] | None = None,
+        /,
         *,
         max_new_tokens: int,
         **options: Any,

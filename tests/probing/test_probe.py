@@ -223,7 +223,8 @@ def test_what_does_not_fit_is_skipped_and_told(tiny: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [(" copper. The", "copper", True), (" Copper", "copper", True), (" coppersmith", "copper", False),
-     (" 90, 92", "90", True), (" 900", "90", False), ("))", ")", True), ("", "x", False), (" the copper", "copper", False)],
+     (" 90, 92", "90", True), (" 900", "90", False), ("))", ")", True), ("", "x", False),
+     (" the copper", "copper", False)],
 )  # fmt: skip
 def test_right_answers(text: str, answer: str, right: bool) -> None:
     assert is_right(text, answer) is right
