@@ -1,4 +1,4 @@
-"""The command line: ``attnhook run``, ``verify`` and ``model-path``; ``sinks``, ``collect`` and ``monitor`` beside."""
+"""The command line: ``run``, ``verify`` and ``model-path``; the other commands are in modules of their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
+from attnhook.probing import cli as probe_command
 
 DEFAULT_PROMPT = (
     "The brig Halcyon brought 212 barrels of olive oil from Lisbon. The schooner Marigold took salted cod to Bergen. "
@@ -189,6 +190,9 @@ def verify(
         print(report.to_text())
     if not report.ok:
         raise typer.Exit(1)
+
+
+probe_command.register(app)
 
 
 @app.command("model-path")

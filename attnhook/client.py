@@ -1,4 +1,4 @@
-"""One answer with its attention from a server that has attnhook: what ``attnhook run --url`` does.
+"""Answers with their attention from a server that has attnhook: what ``--url`` does.
 
 Needs no engine and no HTTP library: the server (``ATTNHOOK=1 vllm serve MODEL``) runs the model.
 """
@@ -25,6 +25,16 @@ from attnhook.records import TokenRecord
 
 _TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
 _AT_ONCE = 4  # requests for the text of tokens
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and its answer as token ids, and their records."""
+
+    token_ids: list[int]  # prompt and answer
+    prompt_length: int
+    text: str  # the answer
+    records: list[TokenRecord]
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,37 @@ class Client:
         A model without a chat template gets the bare text, as with ``chat=False``. What no option says, the
         server decides. Raises OptionError, ServerError or RecordError.
         """
-        engine = self.capabilities().get("engine")
+        capabilities = self.capabilities()
         name = self.model(model)
+        messages = [{"role": "user", "content": text}] if chat else None
+        said = self.exchange(name, text, messages, max_new_tokens=max_new_tokens, **options)
+        return Reply(
+            model=name,
+            token_ids=said.token_ids,
+            tokens=self.pieces(name, said.token_ids),
+            prompt_length=said.prompt_length,
+            text=said.text,
+            records=said.records,
+            zones=zones.without_sink(said.records, SINK),
+            engine=engine_of(capabilities),
+        )
+
+    def exchange(
+        self,
+        name: str,
+        prompt: str,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        /,
+        *,
+        max_new_tokens: int,
+        **options: Any,
+    ) -> Exchange:
+        """Let the served model ``name`` answer greedily with capture on: the messages, or the bare prompt.
+
+        The prompt also stands in for the messages where the model has no chat template. The span of the attention
+        sink is captured beside those that the options name. Raises OptionError, ServerError or RecordError.
+        """
+        spans = {SINK: (0, 1), **options.pop("spans", {})}
         fields = {REQUEST_FIELDS[option]: value for option, value in options.items()}
         body = {
             "model": name,
@@ -104,10 +143,10 @@ class Client:
             "return_token_ids": True,
             "return_attention_tokens": True,
             "attention_mode": "raw",
-            "attention_spans": {SINK: [0, 1]},
+            "attention_spans": spans,
             **fields,
         }
-        reply = self._complete(body, text, chat)
+        reply = self._complete(body, prompt, messages)
         choice, *_ = [*_entries(reply, "choices"), {}]
         entries = choice.get("attention_tokens")
         if choice.get("attention_error"):
@@ -134,15 +173,11 @@ class Client:
                     "the same attnhook on both sides"
                 )
         message = choice.get("message") or {}
-        return Reply(
-            model=name,
+        return Exchange(
             token_ids=ids,
-            tokens=self.pieces(name, ids),
             prompt_length=len(prompt_ids),
             text=str(message.get("content") or choice.get("text") or ""),
             records=records,
-            zones=zones.without_sink(records, SINK),
-            engine=" ".join(str(part) for part in engine.values() if part) if isinstance(engine, dict) else "",
         )
 
     def pieces(self, model: str, ids: list[int]) -> list[str]:
@@ -167,11 +202,25 @@ class Client:
             raise ServerError(f"{self.url}/detokenize answered without the text: upgrade the server")
         return text
 
-    def _complete(self, body: dict[str, Any], prompt: str, chat: bool) -> dict[str, Any]:
-        if chat:
+    def count(self, model: str, text: str) -> int:
+        """Tokens of a text, with those that the tokenizer adds before it."""
+        count = self.post("/tokenize", {"model": model, "prompt": text}).get("count")
+        if not isinstance(count, int):
+            raise ServerError(f"{self.url}/tokenize answered without a count: upgrade the server")
+        return count
+
+    def context(self, model: str) -> int | None:
+        """Most tokens that prompt and answer may have together, where the server tells."""
+        served = {entry.get("id"): entry.get("max_model_len") for entry in _entries(self.get("/v1/models"), "data")}
+        most = served.get(model)
+        return most if isinstance(most, int) else None
+
+    def _complete(
+        self, body: dict[str, Any], prompt: str, messages: Sequence[Mapping[str, str]] | None
+    ) -> dict[str, Any]:
+        if messages is not None:
             try:
-                message = {"role": "user", "content": prompt}
-                return self.post("/v1/chat/completions", {**body, "messages": [message]})
+                return self.post("/v1/chat/completions", {**body, "messages": list(messages)})
             except ServerError as error:
                 if error.status != 400 or "chat template" not in str(error):
                     raise
@@ -246,6 +295,12 @@ class _Tokenizer:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """Follow none: the redirect becomes an HTTPError."""
+
+
+def engine_of(capabilities: Mapping[str, Any]) -> str:
+    """The name and version of a server's engine, as its capabilities tell them."""
+    engine = capabilities.get("engine")
+    return " ".join(str(part) for part in engine.values() if part) if isinstance(engine, dict) else ""
 
 
 def _entries(reply: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

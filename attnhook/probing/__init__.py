@@ -1,0 +1,1 @@
+"""Running the probe packs of `attnhook.analysis.probes` through a model: ``attnhook probe``."""

@@ -1,0 +1,246 @@
+"""``attnhook probe``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from attnhook import __version__, plugins
+from attnhook.analysis import probes
+from attnhook.errors import AttnhookError, OptionError, PluginError
+from attnhook.options import CaptureOptions, parse_layers
+from attnhook.probing import journal as journals
+from attnhook.probing.run import Tally, run
+from attnhook.probing.targets import LocalTarget, ServerTarget, Target, check_concurrency
+from attnhook.sinks import Sink
+
+_SKIPS_SHOWN = 3
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("probe")(probe)
+
+
+def probe(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, .gguf file or hub id (default: SmolLM2-135M-Instruct); with --url, a served name."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this server, such as http://127.0.0.1:8000/v1, in place of a local model.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The sink for the records, such as jsonl:probes.jsonl.")] = None,
+    packs: Annotated[str | None, typer.Option(help="Packs to run, such as brackets,chat. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many probes of each pack.")] = None,
+    layers: Annotated[str, typer.Option(help="last, auto (four over the depth), all, or numbers such as 0,14,-1.")] = (
+        "auto"
+    ),
+    top_k: Annotated[int, typer.Option("--top-k", help="Positions to keep per token and layer, 1 to 256.")] = 8,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate for each probe.")] = 16,
+    prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompts' tokens too.")] = False,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once, with --url. Default: 4.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was ended early.")] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="Where the run is recorded. Default: beside the output, with .probes added.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
+    attention_key: Annotated[
+        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print a table of the packs and end.")] = False,
+) -> None:
+    """Run prompts that excite known kinds of attention, and store the records of each.
+
+    A record's request id is probe/<pack>/<id>. Nothing is run twice: --resume goes on where a run ended.
+    """
+    chosen = probes.select(None if packs is None else _names(packs), limit)
+    if list_:
+        Console().print(_table())
+        return
+    if out is None:
+        raise OptionError("out", "--out is missing: name a sink for the records, such as --out jsonl:probes.jsonl")
+    options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
+    CaptureOptions.resolve(options)  # before anything heavy is loaded
+    if new_tokens < 1:
+        raise OptionError("new_tokens", f"--new-tokens {new_tokens} must be at least 1")
+    _check_place(url, dtype, device, api_key, attention_key, concurrency)
+    _check_sink(out)
+    path = journals.place(out, state)
+    going_on = resume and path.exists()
+    if not going_on:
+        journals.check_new(out, path)
+
+    error_console = Console(stderr=True)
+    target: Target
+    if url is None:
+        with error_console.status("loading the model"):
+            target = LocalTarget(model, dtype, device)
+    else:
+        target = ServerTarget(url, model, concurrency=concurrency or 4, api_key=api_key, attention_key=attention_key)
+    identity = {
+        "attnhook": __version__,
+        "probes": probes.digest(),
+        **target.identity,
+        "options": {**options, "mode": "raw", "new_tokens": new_tokens},
+    }
+    journal = (journals.Journal.resume if going_on else journals.Journal.begin)(path, out, identity)
+    try:
+        before = len(journal.done)
+        sink = _open(out, journal, going_on, error_console)
+        try:
+            tally = _run(chosen, target, sink, journal, new_tokens, {**options, "mode": "raw"}, error_console)
+        except AttnhookError as error:
+            raise AttnhookError(f"{error}; {_finished(chosen, journal)}") from error
+        except KeyboardInterrupt:
+            error_console.print(_finished(chosen, journal), soft_wrap=True)
+            raise
+        finally:
+            sink.close()
+    finally:
+        journal.close()
+    console = Console()
+    console.print(_summary(tally))
+    if before:
+        console.print(f"{before} probes were there already")
+    _tell_skips(tally, console)
+    console.print(f"wrote {out}, recorded in {path}", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _check_place(
+    url: str | None,
+    dtype: str,
+    device: str | None,
+    api_key: str | None,
+    attention_key: str | None,
+    concurrency: int | None,
+) -> None:
+    """Refuse options of a server for a local model, and the other way round."""
+    local = {"dtype": None if dtype == "auto" else dtype, "device": device}
+    remote = {"api-key": api_key, "attention-key": attention_key, "concurrency": concurrency}
+    for name, value in remote.items() if url is None else local.items():
+        if value is not None:
+            why = "is for --url only" if url is None else "cannot be used with --url: the server has its own"
+            raise OptionError(name, f"--{name} {why}; drop one")
+    if concurrency is not None:
+        check_concurrency(concurrency)
+
+
+def _check_sink(out: str) -> None:
+    scheme, colon, _ = out.partition(":")
+    known = plugins.sink_classes()
+    if not colon or scheme not in known:
+        schemes = ", ".join(f"{name}:" for name in known)
+        raise PluginError(f"unknown sink {out!r}: write scheme:config, with one of the schemes {schemes}")
+    if scheme == "memory":
+        raise OptionError(
+            "out", "--out memory: keeps nothing when the command ends: name jsonl:probes.jsonl or another"
+        )
+
+
+def _run(
+    chosen: list[probes.Probe],
+    target: Target,
+    sink: Sink,
+    journal: journals.Journal,
+    new_tokens: int,
+    options: dict[str, Any],
+    console: Console,
+) -> Tally:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[all]} probes"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    left = [one for one in chosen if one.request_id not in journal.done]
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("probing", total=sum(map(_work, left)), done=len(chosen) - len(left), all=len(chosen))
+        todo = {one.request_id for one in left}
+
+        def progress(one: probes.Probe, tally: Tally) -> None:
+            if one.request_id in todo:  # what an earlier run did would spoil the estimate of the time left
+                bar.update(
+                    task,
+                    advance=_work(one),
+                    done=sum(tally.probes.values()) + len(tally.skipped),
+                    description=one.pack,
+                )
+
+        return run(chosen, target, sink, journal, new_tokens=new_tokens, options=options, progress=progress)
+
+
+def _work(one: probes.Probe) -> int:
+    """About how long a probe takes, in tokens: so that short and long ones give one estimate of the time left."""
+    return 200 + (one.distance or 0)
+
+
+def _open(out: str, journal: journals.Journal, going_on: bool, console: Console) -> Sink:
+    """The sink, ready to take up where the journal ends."""
+    try:
+        if going_on:
+            journal.settle()
+        sink = plugins.open_sink(out)
+    except AttnhookError:
+        if not going_on:
+            journal.path.unlink(missing_ok=True)  # no run has begun
+        raise
+    if going_on and journal.may_repeat:
+        console.print(
+            f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
+            soft_wrap=True,
+        )
+    return sink
+
+
+def _finished(chosen: list[probes.Probe], journal: journals.Journal) -> str:
+    done = sum(one.request_id in journal.done for one in chosen)
+    return f"{done} of {len(chosen)} probes are finished, go on with --resume"
+
+
+def _table() -> Table:
+    table = Table(title="probe packs", title_justify="left", box=None, pad_edge=False)
+    for name in ("pack", "behaviour", "zone"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("probes", justify="right", no_wrap=True)
+    table.add_column("purpose")
+    for pack in probes.packs().values():
+        table.add_row(pack.name, pack.behaviour, pack.zone or "-", str(len(pack.probes)), pack.purpose)
+    table.add_row("all", "", "", str(len(probes.select())), "")
+    return table
+
+
+def _summary(tally: Tally) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pack", no_wrap=True)
+    for name in ("probes", "records", "right answers"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for pack, count in tally.probes.items():
+        asked = tally.asked[pack]
+        table.add_row(pack, str(count), str(tally.records[pack]), f"{tally.right[pack]} of {asked}" if asked else "-")
+    table.add_row("all", str(tally.probes.total()), str(tally.records.total()), "")
+    return table
+
+
+def _tell_skips(tally: Tally, console: Console) -> None:
+    for number, (name, why) in enumerate(tally.skipped.items()):
+        if number == _SKIPS_SHOWN:
+            console.print(f"... and {len(tally.skipped) - _SKIPS_SHOWN} more skipped", style="yellow")
+            break
+        console.print(f"skipped {name}: {why}", style="yellow", soft_wrap=True, markup=False)
+    for reason, count in tally.dropped.items():
+        console.print(f"{count} rows dropped: {reason}", style="yellow", markup=False)
