@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels [--out DIR]
 
-Needs torch, and on a GPU triton; matplotlib for the plots. Every round runs all methods of a size in turn and copies
-memory in between: the bar is key bytes per second over the copy's bytes (read and written) per second. On a GPU the
-caches are overwritten before each run and the kernel is timed by itself and in a CUDA graph. On a CPU with --threads 1
-the clock is the thread's CPU time, which other users of the machine lengthen least. Stops taking new sizes
+Needs torch and numpy, and on a GPU triton; with matplotlib it draws plots. Every round runs all methods of a size in
+turn and copies memory in between: the bar is key bytes per second over the copy's bytes (read and written) per second.
+On a GPU the caches are overwritten before each run and the kernel is timed by itself and in a CUDA graph. On a CPU with
+--threads 1 the clock is the thread's CPU time, which other users of the machine lengthen least. Stops taking new sizes
 when --minutes are over. Writes kernels.json, kernels.md and the plots.
 """
 
@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 
+import benchmarks.bare  # noqa: F401 - before attnhook
+
+# isort: split
 from attnhook.kernels import topk
 from benchmarks.kernel_rivals import Inputs, Method, Size, log_sum_exp, make_inputs, rivals
 

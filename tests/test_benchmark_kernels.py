@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from attnhook.kernels.topk import TopK, naive
 from benchmarks import kernels
 from benchmarks.kernel_rivals import Size, log_sum_exp, make_inputs, probabilities
+from tests.helpers import ROOT, environment
 
 CPU = torch.device("cpu")
 SMALL = Size(2, 256, 8, 2, 32)
@@ -65,3 +68,25 @@ def test_plots(tmp_path: Path) -> None:
 def test_what_the_bars_are_about_comes_first() -> None:
     order = kernels.sizes(torch.device("cuda"), [8, 1, 64], None)
     assert order[0] == Size(8, 4096, 32, 8, 128) and len(order) == len(set(order)) == 4 * 3 * 6
+
+
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys({missing!r}))  # as if they were not installed
+from pathlib import Path
+import torch
+from benchmarks import kernels
+print([x.method for x in kernels.measure(kernels.Size(1, 64, 4, 2, 16), torch.device("cpu"), top_k=4, rounds=1)])
+"""
+
+
+def test_it_needs_no_package_but_torch() -> None:
+    missing = ["pluggy", "wrapt", "rich", "typer", "numba", "matplotlib", "transformers"]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE.format(missing=missing)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and kernels.OURS in done.stdout, done.stderr
