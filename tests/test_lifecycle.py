@@ -484,7 +484,7 @@ print(json.dumps([states, len(records), len(again)]))
 
 
 MISSING = """
-import json, sys
+import json, os, sys
 import attnhook
 from attnhook import lifecycle
 from transformers import generation, modeling_utils
@@ -494,9 +494,10 @@ owners = [
     generation.GenerationMixin, generation.StoppingCriteriaList,
     modeling_utils.AttentionInterface, modeling_utils.PreTrainedModel,
 ]
+ours = os.path.dirname(attnhook.__file__) + os.sep
 def wrapped():
     return [f"{o.__name__}.{n}" for o in owners for n, v in vars(o).items()
-            if "attnhook" in getattr(getattr(v, "__code__", None), "co_filename", "")]
+            if getattr(getattr(v, "__code__", None), "co_filename", "").startswith(ours)]
 def without(owner, name):
     saved = vars(owner)[name]
     delattr(owner, name)
