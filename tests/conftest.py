@@ -28,21 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist asks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` a file stays together, and files that share what they find do."""
     here = Path(__file__).parent
 
-    def place(item: pytest.Item) -> str:
-        return item.path.relative_to(here).as_posix()
-
     def rank(item: pytest.Item) -> int:
-        return next((n for n, folder in enumerate(_LONGEST) if place(item).startswith(folder)), len(_LONGEST))
+        place = item.path.relative_to(here).as_posix()
+        return next((n for n, folder in enumerate(_LONGEST) if place.startswith(folder)), len(_LONGEST))
 
     items.sort(key=rank)  # stable
-    for item in items:
-        name = "the same JSON" if place(item).endswith("/test_server.py") else place(item)
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

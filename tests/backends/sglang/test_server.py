@@ -143,7 +143,7 @@ def test_a_prefix_hit(client: Any, smol: Any) -> None:
     print(check(smol, choice.prompt_token_ids, choice.response_token_ids, rows(choice.attention_tokens)))
 
 
-def test_the_same_json_from_every_server(server: Server, smol_replies: dict[str, Any]) -> None:
+def test_the_same_json_from_every_server(server: Server, smol_replies: Path) -> None:
     compare_with_others("sglang", server, smol_replies)
 
 

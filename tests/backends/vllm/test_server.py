@@ -144,7 +144,7 @@ def test_a_prefix_hit(client: Any, smol: Any) -> None:
     check(smol, reply.prompt_token_ids, reply.choices[0].token_ids, rows(reply.choices[0].attention_tokens))
 
 
-def test_the_same_json_from_every_server(server: Server, smol_replies: dict[str, Any]) -> None:
+def test_the_same_json_from_every_server(server: Server, smol_replies: Path) -> None:
     compare_with_others("vllm", server, smol_replies)
 
 
