@@ -23,7 +23,7 @@ check: venv  ## the inner loop: lint, format, types, unit tests without the mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not model and not slow"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not model and not slow"
 
 test: venv  ## everything: check and every test, with the real model
 	$(BIN)/ruff check .
