@@ -106,11 +106,14 @@ class ServedStep:
         self._sampled: dict[str, list[int]] = {}  # request -> positions of the rows that are sampled from
         self._taken: dict[int, tuple[torch.Tensor, LayerView]] = {}
         self._index: torch.Tensor | None = None
+        self._wanted: frozenset[int] | None = None
 
     @property
     def wanted(self) -> frozenset[int]:
-        """Layers of this worker that somebody wants."""
-        return frozenset(layer for group in self._groups.values() for layer in group.own)
+        """Layers of this worker that somebody wants; every attention call asks."""
+        if self._wanted is None:
+            self._wanted = frozenset(layer for group in self._groups.values() for layer in group.own)
+        return self._wanted
 
     @property
     def index(self) -> torch.Tensor:
@@ -137,7 +140,7 @@ class ServedStep:
     def add(self, computed: Computed) -> None:
         """Plan the rows of one request that asks; what is wrong with it is told to it alone."""
         self._sampled[computed.request] = []
-        self._index = None
+        self._index = self._wanted = None
         try:
             self._add(computed)
         except Exception as error:
@@ -165,7 +168,7 @@ class ServedStep:
         """Capture nothing in this pass, and say why."""
         self._fail(error, self._sampled)
         self._groups.clear()
-        self._index = None
+        self._index = self._wanted = None
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """The packed `Share` of every request that was added; empty on ranks that do not answer.
