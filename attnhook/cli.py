@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from attnhook import __version__
+from attnhook import __version__, cli_options
 from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
@@ -76,29 +76,20 @@ def _root(
 
 @app.command()
 def run(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder, .gguf file or hub id (default: SmolLM2-135M-Instruct); with --url, a served name."),
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Ask this server, such as http://127.0.0.1:8000/v1, in place of a local model.")
-    ] = None,
+    model: cli_options.Model = None,
+    url: cli_options.Url = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[str | None, typer.Option(help="Read the prompt from this file; - is standard input.")] = None,
-    layers: Annotated[str, typer.Option(help="last, auto (four over the depth), all, or numbers such as 0,14,-1.")] = (
-        "last"
-    ),
+    layers: cli_options.Layers = "last",
     heads: Annotated[str | None, typer.Option(help="Average over these query heads only, such as 0,3.")] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Positions to keep per token and layer, 1 to 256.")] = 8,
+    top_k: cli_options.TopK = 8,
     prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompt's tokens too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
-    attention_key: Annotated[
-        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
-    ] = None,
+    dtype: cli_options.Dtype = "auto",
+    device: cli_options.Device = None,
+    api_key: cli_options.ApiKey = None,
+    attention_key: cli_options.AttentionKey = None,
     out: Annotated[Path | None, typer.Option(help="Write the records to this file, one JSON object a line.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an interactive report to this one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the coloured answer.")] = False,
@@ -163,10 +154,8 @@ def verify(
     url: Annotated[
         str | None, typer.Option(help="Check this server, such as http://127.0.0.1:8000/v1, in place of this process.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
-    attention_key: Annotated[
-        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
-    ] = None,
+    api_key: cli_options.ApiKey = None,
+    attention_key: cli_options.AttentionKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print versions, engines and hooks, check the numbers against eager attention, and give a verdict.

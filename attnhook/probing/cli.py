@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnhook import __version__, plugins
+from attnhook import __version__, cli_options, plugins
 from attnhook.analysis import probes
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.options import CaptureOptions, parse_layers
@@ -28,20 +28,13 @@ def register(app: typer.Typer) -> None:
 
 
 def probe(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder, .gguf file or hub id (default: SmolLM2-135M-Instruct); with --url, a served name."),
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Ask this server, such as http://127.0.0.1:8000/v1, in place of a local model.")
-    ] = None,
+    model: cli_options.Model = None,
+    url: cli_options.Url = None,
     out: Annotated[str | None, typer.Option(help="The sink for the records, such as jsonl:probes.jsonl.")] = None,
     packs: Annotated[str | None, typer.Option(help="Packs to run, such as brackets,chat. Default: all.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many probes of each pack.")] = None,
-    layers: Annotated[str, typer.Option(help="last, auto (four over the depth), all, or numbers such as 0,14,-1.")] = (
-        "auto"
-    ),
-    top_k: Annotated[int, typer.Option("--top-k", help="Positions to keep per token and layer, 1 to 256.")] = 8,
+    layers: cli_options.Layers = "auto",
+    top_k: cli_options.TopK = 8,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate for each probe.")] = 16,
     prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompts' tokens too.")] = False,
     concurrency: Annotated[int | None, typer.Option(help="Requests at once, with --url. Default: 4.")] = None,
@@ -49,12 +42,10 @@ def probe(
     state: Annotated[
         Path | None, typer.Option(help="Where the run is recorded. Default: beside the output, with .probes added.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="The server's key. Default: OPENAI_API_KEY.")] = None,
-    attention_key: Annotated[
-        str | None, typer.Option(help="The server's key for capture. Default: ATTNHOOK_API_KEY.")
-    ] = None,
+    dtype: cli_options.Dtype = "auto",
+    device: cli_options.Device = None,
+    api_key: cli_options.ApiKey = None,
+    attention_key: cli_options.AttentionKey = None,
     list_: Annotated[bool, typer.Option("--list", help="Print a table of the packs and end.")] = False,
 ) -> None:
     """Run prompts that excite known kinds of attention, and store the records of each.
