@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attnhook import fingerprint as fp
 from attnhook.records import TokenRecord
+from tests.helpers import python
 from tests.test_records import token_records
 
 
@@ -75,3 +76,26 @@ def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def write_around_a_fork(url: str) -> None:
+    """A process opens the sink and writes record 0, its forked child record 1, and then it record 2."""
+    run = python(
+        "-W", "ignore", "-c",
+        f"""
+        import os
+        from attnhook.plugins import open_sink
+        from tests.sinks.samples import record
+        sink = open_sink("{url}")
+        sink.write([record(0)])
+        child = os.fork()
+        if child == 0:
+            sink.write([record(1)])
+            sink.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        sink.write([record(2)])
+        sink.close()
+        """,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr

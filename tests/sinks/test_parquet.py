@@ -25,7 +25,7 @@ from attnhook.sinks.columns import from_records
 from attnhook.sinks.dataset import MARKER, Dataset
 from attnhook.store import open_store
 from tests.helpers import environment, python
-from tests.sinks.samples import lean, record, small_disk
+from tests.sinks.samples import lean, record, small_disk, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
 
 DAY = 86_400_000_000
@@ -266,25 +266,7 @@ sink.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_a_journal_of_its_own(path):
-    run = python(
-        "-W", "ignore", "-c",
-        f"""
-        import os
-        from attnhook.plugins import open_sink
-        from tests.sinks.samples import record
-        sink = open_sink("parquet:{path}")
-        sink.write([record(0)])
-        child = os.fork()
-        if child == 0:
-            sink.write([record(1)])
-            sink.close()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        sink.write([record(2)])
-        sink.close()
-        """,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    write_around_a_fork(f"parquet:{path}")
     assert sorted(positions(path)) == [0, 1, 2]
 
 

@@ -20,7 +20,7 @@ from attnhook.sinks.columns import from_records
 from attnhook.sinks.sqlite import SqliteSink
 from attnhook.store import open_store
 from tests.helpers import environment, python
-from tests.sinks.samples import lean, record, small_disk
+from tests.sinks.samples import lean, record, small_disk, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
 
 
@@ -197,25 +197,7 @@ def test_a_failed_batch_leaves_no_session_behind_that_is_remembered(path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_writes_through_its_own_connection(path):
-    run = python(
-        "-W", "ignore", "-c",
-        f"""
-        import os
-        from attnhook.plugins import open_sink
-        from tests.sinks.samples import record
-        sink = open_sink("sqlite:{path}")
-        sink.write([record(0)])
-        child = os.fork()
-        if child == 0:
-            sink.write([record(1)])
-            sink.close()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        sink.write([record(2)])
-        sink.close()
-        """,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    write_around_a_fork(f"sqlite:{path}")
     assert positions(path) == [0, 1, 2]
 
 
