@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from tests.backends.vllm.aborting import asking
+
 LOOKS = 4  # after the warm-up's
 SAMPLING = {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 
@@ -53,15 +55,6 @@ async def all_of(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     kept = sorted(engine.tokenizer_manager.rid_to_state)
     after = len(last["meta_info"]["attention_tokens"])
     return {"resident": resident, "seen": dict(seen), "kept": kept, "after": after}
-
-
-def asking(n: int) -> dict[str, Any]:
-    return {
-        "return_attention_tokens": True,
-        "attention_layers": ("all", "auto", "last")[n % 3],
-        "attention_prompt": n % 2 == 0,
-        "top_k_attention": 8,
-    }
 
 
 async def leave(engine: Any, draw: random.Random, n: int, seen: Counter[str]) -> None:
