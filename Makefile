@@ -30,7 +30,7 @@ test: venv  ## everything: check and every test, with the real model
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@$(BIN)/attnhook model-path
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
+	@bash tools/test.sh $(BIN)
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -137,16 +137,22 @@ def test_eight_producers_at_once(tmp_path):
     assert set(stored) == set().union(*(sent_keys(name, one["sent"]) for name, one in said.items()))
 
 
+def fill(disk):
+    """A file that takes all the room that is left; its path."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(65536))
+        except OSError:
+            pass
+    return ballast
+
+
 def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tmp_path):
     with small_disk(tmp_path / "disk", 12_000) as disk, collect(tmp_path, "--store", "sqlite:disk/x.db") as collector:
         worker = producer(collector.address, "a", 20, 250)
-        ballast = disk / "ballast"
-        with open(ballast, "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(65536))
-            except OSError:
-                pass
+        ballast = fill(disk)
         go(worker)
         said = outcome(worker)
         stats = wait_for(
@@ -181,6 +187,7 @@ def test_a_store_that_stays_full_drops_by_count_and_the_journal_keeps_the_rest(t
         arguments = ["--store", url, "--journal", str(tmp_path / "journal"), "--stop-seconds", "1"]
         with collect(tmp_path, *arguments, "--queue", "1MB") as first:
             worker = producer(first.address, "a", 40, 250)
+            fill(disk)
             go(worker)
             said = outcome(worker)
             stats = wait_for(
