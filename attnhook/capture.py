@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnhook import fingerprint
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, RequestOptions
-from attnhook.records import TokenRecord
+from attnhook.records import RowName, TokenRecord, pack_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
@@ -153,17 +154,20 @@ class StepCapture:
         options: RequestOptions,
         model: str,
         ranks: Ranks | None = None,
+        kernel: TopKStep | None = None,
     ) -> None:
         self.rows = rows
         self.wanted = frozenset(layers)
         self.options = options
         self.model = model
         self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
+        #: what an earlier step with the same options and the same ``source`` in its rows had here serves again
+        self.kernel = kernel
         self._order = sorted(self.wanted)
-        self._results: TopK | None = None  # [L, T, ...] of all wanted layers, in one piece
+        self._results: TopK | None = None  # [T, L, ...] of all wanted layers, in one piece
         self._done: set[int] = set()
         # by the identity of the shift, which is kept with it
-        self._shared: dict[int, tuple[torch.Tensor, TopKStep | SplitStep, torch.Tensor | None]] = {}
+        self._shared: dict[int, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -189,19 +193,25 @@ class StepCapture:
 
         self.add_layers([layer], [LayerRows(q, keys, row_slot, **softmax)], shift)
 
-    def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor) -> None:
+    def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None = None) -> None:
         """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
         with spent.count():
             self._reduce(layers, rows, shift)
 
-    def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor) -> None:
+    def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None) -> None:
         import torch
+
+        from attnhook.kernels.topk import TopKStep
 
         # layers with different windows, or on other devices, come with a shift of their own
         known = self._shared.get(id(shift))
         if known is None:
-            known = self._shared[id(shift)] = self._start(rows[0].q, shift)
+            known = self._shared[id(shift)] = self._start(rows[0], shift)
         _, step, offset = known
+        if offset is None and len(layers) > 1 and [*layers] == self._order and isinstance(step, TopKStep):
+            self._results = step.stacked(rows)
+            self._done.update(layers)
+            return
         for layer, result in zip(layers, step(rows), strict=True):
             if offset is not None:
                 positions = torch.where(result.positions >= 0, result.positions - offset, -1)
@@ -211,23 +221,30 @@ class StepCapture:
     def _keep(self, layer: int, result: TopK) -> None:
         import torch
 
+        self._done.add(layer)
+        if len(self._order) == 1:
+            self._results = type(result)(*(x.unsqueeze(1) for x in result))
+            return
         if self._results is None:
             # at once: small results between the model's own allocations fragment the heap
-            whole = [torch.empty((len(self._order), *x.shape), dtype=x.dtype, device=x.device) for x in result]
+            shapes = [(len(x), len(self._order), *x.shape[1:]) for x in result]
+            whole = [torch.empty(at, dtype=x.dtype, device=x.device) for at, x in zip(shapes, result, strict=True)]
             self._results = type(result)(*whole)
         for kept, x in zip(self._results, result, strict=True):
-            kept[self._order.index(layer)].copy_(x)
-        self._done.add(layer)
+            kept[:, self._order.index(layer)].copy_(x)
 
     def _start(
-        self, q: torch.Tensor, shift: torch.Tensor
-    ) -> tuple[torch.Tensor, TopKStep | SplitStep, torch.Tensor | None]:
+        self, layer: LayerRows, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]:
         """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
         import torch
 
         from attnhook.kernels.topk import TopKStep
 
-        options, device = self.options, q.device
+        if shift is None and self.kernel is not None:
+            return None, self.kernel, None
+        options, q = self.options, layer.q
+        device = q.device
         ranks = self._ranks if self._ranks is not None and self._ranks.size > 1 else None
         heads = q.shape[1] * (1 if ranks is None else ranks.size)
         source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
@@ -239,65 +256,115 @@ class StepCapture:
             if ranks is not None:
                 mask = mask.view(ranks.size, -1)[ranks.rank]
             arguments["head_mask"] = mask.to(device)
-        if options.spans:
+        behind = shift
+        if shift is None and (options.spans or options.mask_prefix):
+            behind = torch.zeros(layer.keys.page_table.shape[0], dtype=torch.int32, device=device)
+        if options.spans and behind is not None:
             bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
-            arguments["spans"] = bounds[None] + shift[:, None, None]
-        if options.mask_prefix:
-            arguments["first_reported"] = shift + options.mask_prefix
-        offset = shift[source.long()][:, None] if bool(shift.any()) else None
+            arguments["spans"] = bounds[None] + behind[:, None, None]
+        if options.mask_prefix and behind is not None:
+            arguments["first_reported"] = behind + options.mask_prefix
+        offset = None
+        if shift is not None and bool(shift.any()):
+            offset = shift[source.long()][:, None]
         if ranks is None:
-            return shift, TopKStep(source, **arguments), offset
+            step = TopKStep(source, **arguments)
+            if shift is None:
+                self.kernel = step
+            return shift, step, offset
         from attnhook.kernels.topk.split import SplitStep
 
-        width = max(row.position for row in self.rows) + 1 + int(shift.max())
+        width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
         return shift, SplitStep(source, total=ranks.total, heads=heads, width=width, **arguments), offset
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
         with spent.count(steps=1):
-            return self._finished(dropped)
+            found = self._finished(dropped)
+            if found is None:
+                return []
+            return [
+                TokenRecord(
+                    request_id=row.request_id,
+                    query_position=row.position,
+                    layers=found.layers,
+                    token_positions=found.positions[t],
+                    attention_scores=found.scores[t],
+                    fingerprints=found.fingerprints[t],
+                    decode_step=row.decode_step,
+                    choice=row.choice,
+                    mode=self.options.mode,
+                    model=self.model,
+                    span_names=found.span_names,
+                    span_mass=found.span_mass[t],
+                )
+                for t, row in enumerate(self.rows)
+                if found.finite[t]
+            ]
 
-    def _finished(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
+    def packed(self, dropped: Callable[[str, int, str], None]) -> list[bytes | None]:
+        """What `TokenRecord.to_bytes` makes of each row's record, in the order of the rows; None where it is dropped.
+
+        Raises RecordError as that does.
+        """
+        with spent.count(steps=1):
+            found = self._finished(dropped)
+            if found is None:
+                return [None] * len(self.rows)
+            rows = pack_rows(
+                [RowName(row.request_id, row.choice, row.decode_step, row.position) for row in self.rows],
+                found.layers,
+                found.positions,
+                found.scores,
+                found.fingerprints,
+                found.span_mass,
+                mode=self.options.mode,
+                model=self.model,
+                span_names=found.span_names,
+            )
+            return [row if good else None for row, good in zip(rows, found.finite.tolist(), strict=True)]
+
+    def _finished(self, dropped: Callable[[str, int, str], None]) -> _Finished | None:
         import numpy as np
 
         results = self._results
         if results is None or not self.rows:
-            return []
+            return None
         layers = tuple(layer for layer in self._order if layer in self._done)
-        places = [self._order.index(layer) for layer in layers]
+        places = None if len(layers) == len(self._order) else [self._order.index(layer) for layer in layers]
 
-        def stacked(name: str) -> np.ndarray:  # [T, L, ...]
-            array: np.ndarray = getattr(results, name).cpu().numpy()
-            return np.ascontiguousarray(np.moveaxis(array if len(places) == len(array) else array[places], 0, 1))
+        def array(name: str, dtype: Any = None) -> np.ndarray:  # [T, L, ...]
+            whole = getattr(results, name).cpu().numpy()
+            return np.ascontiguousarray(whole if places is None else whole[:, places], dtype)
 
-        histogram, entropy = stacked("histogram"), stacked("entropy")
+        histogram, entropy = array("histogram"), array("entropy")
         finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
         if not finite.all():
             dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
-        fingerprints = fingerprint.assemble(histogram, entropy)
-        positions, scores = stacked("positions"), stacked("scores").astype(np.float32, copy=False)
-        spans = stacked("span_mass").astype(np.float32, copy=False)
+        positions, scores = array("positions", np.int32), array("scores", np.float32)
         if self.options.mode == "fingerprint":
             positions, scores = positions[..., :0], scores[..., :0]
-        names = tuple(self.options.spans)
-        return [
-            TokenRecord(
-                request_id=row.request_id,
-                query_position=row.position,
-                layers=layers,
-                token_positions=positions[t],
-                attention_scores=scores[t],
-                fingerprints=fingerprints[t],
-                decode_step=row.decode_step,
-                choice=row.choice,
-                mode=self.options.mode,
-                model=self.model,
-                span_names=names,
-                span_mass=spans[t],
-            )
-            for t, row in enumerate(self.rows)
-            if finite[t]
-        ]
+        return _Finished(
+            layers,
+            finite,
+            positions,
+            scores,
+            fingerprint.assemble(histogram, entropy),
+            tuple(self.options.spans),
+            array("span_mass", np.float32),
+        )
+
+
+class _Finished(NamedTuple):
+    """The arrays [T, L, ...] of a step's records."""
+
+    layers: tuple[int, ...]
+    finite: np.ndarray  # bool [T]: rows without NaN and infinity
+    positions: np.ndarray
+    scores: np.ndarray
+    fingerprints: np.ndarray
+    span_names: tuple[str, ...]
+    span_mass: np.ndarray
 
 
 class Captured(list[TokenRecord]):

@@ -120,6 +120,12 @@ def sink_stats() -> dict[str, Any]:
         return _process.delivery.stats()
 
 
+def publishes() -> bool:
+    """Whether the process has sinks or observers, so that `publish` needs records."""
+    process = _process
+    return process is not None and process.delivery is not None
+
+
 def publish(records: Sequence[TokenRecord]) -> None:
     """Hand records that an engine has captured for a reply to the process's sinks and observers too."""
     process = _process

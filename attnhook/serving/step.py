@@ -18,7 +18,7 @@ import torch
 from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.capture import Row, StepCapture, wants_row
 from attnhook.errors import AttnhookError, UnsupportedError
-from attnhook.kernels.topk import LayerRows, PagedKeys, topk_attention
+from attnhook.kernels.topk import LayerRows, PagedKeys, TopKStep, topk_attention
 from attnhook.kernels.topk.cpu import gather
 from attnhook.options import RequestOptions, check_heads, resolve_layers
 from attnhook.records import TokenRecord, join_layers
@@ -52,6 +52,21 @@ class Computed(NamedTuple):
     prompt_end: int  # position of the prompt's last token, whose row gives the first generated token
 
 
+class Asked(NamedTuple):
+    """A request's options, as one model takes them."""
+
+    options: RequestOptions
+    reply: bool
+    layers: tuple[int, ...]  # of the whole model
+    own: tuple[int, ...]  # those that this worker has
+
+
+_ASKED = 256  # different options that a worker remembers
+_KERNELS = 16  # batches whose kernels a worker keeps
+_DECODING = 1024  # rows of a pass that is decoding; prompt rows come once
+_KernelKey = tuple[str, int, tuple[int, ...]]
+
+
 @dataclass
 class Served:
     """What outlasts a pass in one worker."""
@@ -63,9 +78,27 @@ class Served:
     if_missing: str = ""  # what to do where a layer's queries do not come
     prompt_rows: dict[str, int] = field(default_factory=dict)  # request -> prompt rows it has got, for recomputation
     checked: set[int] = field(default_factory=set)  # layers whose output was rebuilt from our probabilities
+    kernels: dict[_KernelKey, TopKStep] = field(default_factory=dict)
+    _asked: dict[str, Asked] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.whole = self.ranks.everywhere(self.layers)
+
+    def asked(self, packed: str) -> Asked:
+        """What packed options mean for this model; every token of a request asks the same.
+
+        Raises OptionError for layers or heads that the model does not have.
+        """
+        known = self._asked.get(packed)
+        if known is None:
+            options, reply = unpack_options(packed)
+            layers = resolve_layers(options.layers, list(self.whole), "attention_layers")
+            check_heads(options.heads, self.whole[layers[0]], "attention_heads")
+            if len(self._asked) >= _ASKED:
+                self._asked.clear()
+            own = tuple(layer for layer in layers if layer in self.layers)
+            known = self._asked[packed] = Asked(options, reply, layers, own)
+        return known
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop what is kept of requests that ended."""
@@ -78,6 +111,7 @@ class Served:
 class _Group:
     """Rows of the requests that ask for the same, which are reduced together."""
 
+    packed: str
     options: RequestOptions
     layers: tuple[int, ...]  # of the whole model
     own: tuple[int, ...]  # those that this worker has
@@ -178,7 +212,9 @@ class ServedStep:
         ranks = self.served.ranks
         ready = self._prepared()
         rows: dict[_Key, bytes] = {}
-        agreed = ranks.agree(crc32(repr([(group.options, len(group.rows)) for group, _, _ in ready]).encode()))
+        agreed = ranks.size == 1 or ranks.agree(
+            crc32(repr([(group.options, len(group.rows)) for group, _, _ in ready]).encode())
+        )
         for group, capture, layers in ready if agreed else ():
             try:
                 rows.update(self._reduce(group, capture, layers))
@@ -205,7 +241,8 @@ class ServedStep:
             self._errors.setdefault(request, reason(error))
 
     def _add(self, new: Computed) -> None:
-        options, self._reply[new.request] = unpack_options(new.packed)
+        asked = self.served.asked(new.packed)
+        options, self._reply[new.request] = asked.options, asked.reply
         end = new.first + new.tokens
         rows: list[tuple[int, int | None]] = []  # position, decode step
         if options.prompt:
@@ -221,10 +258,7 @@ class ServedStep:
             return
         group = self._groups.get(new.packed)
         if group is None:
-            layers = resolve_layers(options.layers, list(self.served.whole), "attention_layers")
-            check_heads(options.heads, self.served.whole[layers[0]], "attention_heads")
-            own = tuple(layer for layer in layers if layer in self.served.layers)
-            group = self._groups[new.packed] = _Group(options, layers, own)
+            group = self._groups[new.packed] = _Group(new.packed, options, asked.layers, asked.own)
         for position, decode_step in rows:
             group.rows.append(Row(new.request, 0, position, decode_step, new.source))
             group.places.append(new.start + position - new.first)
@@ -261,7 +295,10 @@ class ServedStep:
                 if missing:
                     what = f"layers {missing} made no attention call in this forward pass"
                     raise UnsupportedError(what + self.served.if_missing)
-                capture = StepCapture(group.rows, group.own, group.options, self.served.model, self.served.ranks)
+                kernel = self.served.kernels.get(self._kernel_key(group))
+                capture = StepCapture(
+                    group.rows, group.own, group.options, self.served.model, self.served.ranks, kernel
+                )
                 slots = torch.tensor([row.position for row in group.rows], device=self._device)
                 taken = [self._taken[layer] for layer in group.own]
                 layers = [LayerRows(q[part], view.keys, slots, **view.softmax) for q, view in taken]
@@ -273,17 +310,32 @@ class ServedStep:
     def _reduce(self, group: _Group, capture: StepCapture, layers: list[LayerRows]) -> dict[_Key, bytes]:
         if not layers:
             return {}
-        shift = torch.zeros(layers[0].keys.page_table.shape[0], dtype=torch.int32, device=self._device)
-        capture.add_layers(group.own, layers, shift)
+        capture.add_layers(group.own, layers)
+        self._keep_kernel(group, capture)
         if self.served.ranks.rank:
             return {}
         bad: list[str] = []
-        records = capture.records(lambda why, count, message: bad.append(f"{count} rows dropped: {message}"))
-        rows = {(record.request_id, record.query_position): record.to_bytes() for record in records}
-        for row in group.rows:
-            if (row.request_id, row.position) not in rows:
+        rows = {}
+        packed = capture.packed(lambda why, count, message: bad.append(f"{count} rows dropped: {message}"))
+        for row, data in zip(group.rows, packed, strict=True):
+            if data is not None:
+                rows[row.request_id, row.position] = data
+            else:
                 self._errors.setdefault(row.request_id, "; ".join(bad))
         return rows
+
+    def _kernel_key(self, group: _Group) -> _KernelKey:
+        """What a kernel of `StepCapture` rests on: options, page tables, rows of them."""
+        packed, (_, view) = group.packed, self._taken[group.own[0]]
+        return packed, len(view.keys.page_table), tuple(row.source for row in group.rows)
+
+    def _keep_kernel(self, group: _Group, capture: StepCapture) -> None:
+        """For the next pass, which in decoding has the same requests one position further."""
+        kernels, kernel = self.served.kernels, capture.kernel
+        if kernel is not None and len(group.rows) <= _DECODING:
+            if len(kernels) >= _KERNELS:
+                kernels.clear()
+            kernels[self._kernel_key(group)] = kernel
 
     def _shares(self, said: list[_Said]) -> dict[str, dict[str, Any]]:
         """What goes to the requests, from what every stage has of them."""

@@ -12,7 +12,7 @@ import torch
 from attnhook.errors import OptionError
 from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels import topk
-from attnhook.kernels.topk import compiled, naive, triton_plan
+from attnhook.kernels.topk import compiled, jobs, naive, triton_plan
 from attnhook.kernels.topk import cpu as torch_kernel
 from attnhook.kernels.topk import triton as triton_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
@@ -336,13 +336,13 @@ def test_chunks_of_rows_change_nothing(
         else:
             for name in ("_SINGLE_ELEMENTS", "_BLOCK_ELEMENTS"):
                 monkeypatch.setattr(compiled, name, budget)
-            whole = compiled._Call.reduction
+            whole = jobs.Call.reduce
 
-            def reduction(call: Any, z: torch.Tensor, table: Any) -> Any:
+            def reduce(call: Any, z: torch.Tensor, table: Any, result: Any) -> None:
                 calls.append(excess(table.shape[1], z.numel()))
-                return whole(call, z, table)
+                whole(call, z, table, result)
 
-            monkeypatch.setattr(compiled._Call, "reduction", reduction)
+            monkeypatch.setattr(jobs.Call, "reduce", reduce)
     assert_matches(kernel, case)
     assert calls and max(calls) <= limit, "the budget did not bound what is computed at once"
 

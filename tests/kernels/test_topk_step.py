@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnhook.kernels import topk
-from attnhook.kernels.topk import LayerRows, TopK, TopKStep, compiled
+from attnhook.kernels.topk import LayerRows, TopK, TopKStep, again
 from tests.kernels.cases import Case, assert_same, build
 
 ROWS = [(0, 40), (1, 130), (0, 0)]
@@ -66,20 +66,41 @@ def test_layers_of_a_step(
 def test_a_decoding_step_prepares_its_jobs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNHOOK_KERNEL", "compiled")
     made: list[int] = []
-    whole = compiled._Call.reduction
+    whole = again.Again.__init__
 
-    def reduction(call: Any, z: torch.Tensor, table: Any) -> Any:
-        made.append(table.shape[1])
-        return whole(call, z, table)
+    def prepare(self: Any, shared: Any, layers: Any) -> None:
+        made.append(len(shared.request))
+        whole(self, shared, layers)
 
     first = build(ROWS, seed=1)
     # layers of a model: other keys and queries, the same positions, windows and page table
     layers = [replace(first, q=build(ROWS, seed=n).q) for n in range(4)]
     layers = [replace(case, keys=replace(case.keys, cache=case.keys.cache + 0.01 * n)) for n, case in enumerate(layers)]
     step = TopKStep(first.row_request, top_k=8)
-    monkeypatch.setattr(compiled._Call, "reduction", reduction)
+    monkeypatch.setattr(again.Again, "__init__", prepare)
     got = [step([layer(case)])[0] for case in layers]
     assert made == [len(ROWS)]
-    monkeypatch.setattr(compiled._Call, "reduction", whole)
     for case, result in zip(layers, got, strict=True):
         assert_same(result, alone(case), 1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding: other positions, pages and queries; the scratch has to grow on the way."""
+    monkeypatch.setenv("ATTNHOOK_KERNEL", "compiled")
+    made: list[Any] = []
+    whole = again.Again.__init__
+    monkeypatch.setattr(again.Again, "__init__", lambda self, *args: (made.append(args), whole(self, *args))[1])
+    step = TopKStep(torch.tensor([0, 1]), top_k=8)
+    for turn, rows in enumerate([[(0, 30), (1, 90)], [(0, 31), (1, 91)], [(0, 1500), (1, 2)], [(0, 1501), (1, 2030)]]):
+        first = build([(0, 2040), (1, 2040)], seed=7 + turn)  # as many pages in every pass
+        place = torch.tensor([position for _, position in rows], dtype=first.row_position.dtype)
+        layers = [
+            replace(first, q=first.q + n, keys=replace(first.keys, cache=first.keys.cache + 0.01 * n))
+            for n in range(count)
+        ]
+        layers = [replace(case, row_position=place) for case in layers]
+        got = step.stacked([layer(case) for case in layers])
+        for n, case in enumerate(layers):
+            assert_same(TopK(*(x[:, n] for x in got)), alone(case), 1e-7)
+    assert sum(shared is step._step for shared, _ in made) == 1

@@ -47,7 +47,8 @@ def _collect(req: Any, logits: Any) -> None:
         elements = req.customized_info.setdefault(KEY, [])
         elements += [None] * (token - len(elements))
         elements.append(share.pack() if share.generated or share.prompt or share.error else None)
-    lifecycle.publish([TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)])
+    if lifecycle.publishes():
+        lifecycle.publish([TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)])
 
 
 def _share(ask: Asking, row: Row | None, token: int) -> Share:

@@ -65,6 +65,7 @@ def _forward(scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[in
             kept.generated = [row for row in accepted if row]
             if kept.reply and (kept.generated or kept.prompt or kept.error):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
-            lifecycle.publish([TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)])
+            if lifecycle.publishes():
+                lifecycle.publish([TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)])
     for request in [r for r in waiting if r not in scheduler.requests]:
         del waiting[request]

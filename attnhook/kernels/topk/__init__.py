@@ -140,9 +140,20 @@ class TopKStep:
         self._impl = _implementation(row_request.device.type)
         self._step = self._impl.Step(row_request, **self._shared) if hasattr(self._impl, "Step") else None
 
+    def stacked(self, layers: Sequence[LayerRows]) -> TopK:
+        """Results ``[T, L, ...]`` of all layers in one piece, without a copy where they are computed in one call."""
+        alike = self._checked(layers)
+        if self._step is not None and [*alike.values()] == [[*range(len(layers))]]:
+            whole: TopK = self._step.stacked(layers)
+            return whole
+        return TopK(*(torch.stack(x, dim=1) for x in zip(*self._results(layers, alike), strict=True)))
+
     def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
         """One result per layer; computed in one call where the implementation can and the layers are alike."""
-        found: list[TopK | None] = [None] * len(layers)
+        return self._results(layers, self._checked(layers))
+
+    def _checked(self, layers: Sequence[LayerRows]) -> dict[tuple[Any, ...], list[int]]:
+        """Places of the layers that one call can compute together, by what makes them alike."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for n, layer in enumerate(layers):
             check_inputs(
@@ -152,12 +163,17 @@ class TopKStep:
             if self._step is not None and self._impl.computes(layer.q, layer.keys):
                 kind = layer.q.shape[1:], layer.keys.num_kv_heads, layer.keys.page_table.shape[0]
                 alike.setdefault(kind, []).append(n)
-            else:
-                found[n] = self._impl.topk_attention(row_request=self._request, **layer._asdict(), **self._shared)
+        return alike
+
+    def _results(self, layers: Sequence[LayerRows], alike: dict[tuple[Any, ...], list[int]]) -> list[TopK]:
+        found: list[TopK | None] = [None] * len(layers)
         for numbers in alike.values():
             assert self._step is not None
             for n, result in zip(numbers, self._step([layers[n] for n in numbers]), strict=True):
                 found[n] = result
+        for n, layer in enumerate(layers):
+            if found[n] is None:
+                found[n] = self._impl.topk_attention(row_request=self._request, **layer._asdict(), **self._shared)
         return [result for result in found if result is not None]
 
 
@@ -167,7 +183,12 @@ def _implementation(device: str) -> Any:
     if forced and forced not in KERNELS:
         raise OptionError("ATTNHOOK_KERNEL", f"ATTNHOOK_KERNEL={forced!r} is not one of {', '.join(KERNELS)}")
     name = forced or _kernel_for(device)
-    return importlib.import_module(f"attnhook.kernels.topk.{'cpu' if name == 'torch' else name}")
+    return _module(name)
+
+
+@cache
+def _module(kernel: str) -> Any:
+    return importlib.import_module(f"attnhook.kernels.topk.{'cpu' if kernel == 'torch' else kernel}")
 
 
 @cache

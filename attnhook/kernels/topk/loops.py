@@ -2,7 +2,7 @@
 
 Each loop runs over contiguous float32 so that LLVM turns it into vector instructions; `row_job`, and
 `dot_job` of `dots.py`, are C functions that any number of threads may enter at once: they share work by a counter.
-A job's one argument is an array of int64 words: two counters, then sizes and addresses as `compiled.py`
+A job's one argument is an array of int64 words: two counters, then sizes and addresses as `jobs.py`
 writes them. Rows come as a table of int64 columns, described there too.
 
 Exponential, logarithm and tanh follow Cephes (S. L. Moshier, netlib.org/cephes: expf, logf, tanhf):

@@ -26,14 +26,14 @@ def declare(torch):
 @wrapt.when_imported("attnhook.capture")
 def inject(module):
     step = module.StepCapture
-    whole = step.records
+    whole = step._finished
 
-    def records(self, dropped):
+    def finished(self, dropped):
         if self.options.top_k == FAULT:
             raise RuntimeError("injected by a test")
         return whole(self, dropped)
 
-    step.records = records
+    step._finished = finished
 
 
 @wrapt.when_imported("attnhook.backends.sglang.worker")

@@ -33,7 +33,7 @@ def _before(owner, name, look):
 @wrapt.when_imported("attnhook.capture")
 def in_records(module):
     if _RANK is None:
-        _before(module.StepCapture, "records", lambda capture: capture.options.top_k == FAULT)
+        _before(module.StepCapture, "_finished", lambda capture: capture.options.top_k == FAULT)
 
 
 @wrapt.when_imported("attnhook.kernels.topk.split")

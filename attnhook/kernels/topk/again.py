@@ -1,0 +1,143 @@
+"""Decoding again: jobs of the compiled kernel that stay prepared for the next layers, or the next pass.
+
+Where rows are few, as in decoding, preparing the jobs takes longer than running them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from attnhook.kernels.topk import cpu, dots, loops
+from attnhook.kernels.topk.jobs import (
+    FIRST,
+    KEYS,
+    LAYER,
+    OFFSET,
+    REQUEST,
+    RESULT,
+    ROW_RESULTS,
+    ROW_SCRATCH,
+    ROW_Z,
+    STRIDE,
+    Call,
+    Job,
+    Shared,
+    as_numpy,
+    bytes_per_thread,
+    pool_of,
+    reads_in_place,
+    scales_of,
+    threads_for,
+    width_for,
+)
+from attnhook.kernels.topk.types import LayerRows, TopK
+
+_ROOM = 512  # keys that rows may grow by before the scratch is made anew
+
+# places in the words of `dots.dot_job`
+_DOT_Z, _DOT_Q, _DOT_PARTS = slice(6, 8), 9, 13
+
+
+class Again:
+    """The jobs of layers whose rows lie alike and read their keys in place, all in one call."""
+
+    def __init__(self, shared: Shared, layers: Sequence[LayerRows]) -> None:
+        count, rows = len(layers), len(shared.request)
+        self._call = call = Call(shared, layers)
+        self._table = np.zeros((7, count, rows), np.int64)
+        self._table[REQUEST], self._table[LAYER] = shared.request, np.arange(count)[:, None]
+        self._table[RESULT] = np.arange(rows) * count + np.arange(count)[:, None]
+        self._pages = np.empty(tuple(layers[0].keys.page_table.shape), np.int64)
+        self._pools = np.array([pool_of(layer.keys, self._pages) for layer in layers], np.int64)
+        self._scales = scales_of(layers)
+        self._most = 0  # keys that the scratch has room for
+        self._threads = 0
+        self._seen: torch.Tensor | None = None  # the positions that the table is made for
+        dim = layers[0].q.shape[2]
+        self._products = Job(
+            dots.dot_job,
+            [
+                count * rows, call.heads, layers[0].keys.num_kv_heads, dim, 0, 0, self._table.ctypes.data, 0,
+                self._pools.ctypes.data, count, self._scales.ctypes.data, 0,
+            ],
+        )  # fmt: skip
+        self._reduction = Job(loops.row_job, call.words(count * rows, self._table))
+
+    def fits(self, layers: Sequence[LayerRows]) -> bool:
+        """Whether nothing differs from the layers before but q, positions, pages, and where keys lie."""
+        old, first = self._call.layers[0], layers[0]
+        if (
+            len(layers) != len(self._call.layers)
+            or first.q.shape != old.q.shape
+            or first.keys.page_table.shape != old.keys.page_table.shape
+            or first.keys.num_kv_heads != old.keys.num_kv_heads
+        ):
+            return False
+        for new, kept in zip(layers, self._call.layers, strict=True):
+            keys, before = new.keys, kept.keys
+            if not (
+                new.row_position is first.row_position
+                and keys.page_table is first.keys.page_table
+                and (new.window is first.window or (new.window == first.window and isinstance(new.window, int)))
+                and (new.scale, new.softcap) == (kept.scale, kept.softcap)
+                and new.sinks is kept.sinks
+                and new.alibi_slopes is kept.alibi_slopes
+                and keys.k_scale is before.k_scale
+                and keys.cache.dtype == before.cache.dtype
+                and keys.strides == before.strides
+                and keys.page_size == before.page_size
+            ):
+                return False
+        return True
+
+    def run(self, layers: Sequence[LayerRows], first: np.ndarray, seen: np.ndarray) -> TopK:
+        """Results [T * L, ...] of layers that fit, whose rows see ``seen`` keys from ``first`` on; both int64 [T]."""
+        result = self._call.empty()
+        if self._seen is not layers[0].row_position:
+            self._aim(layers, first, seen)
+        q = layers[0].q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
+        q = q.to(torch.float32).contiguous()
+        self._pools[:, 0] = [layer.keys.cache.data_ptr() for layer in layers]
+        self._products.words[_DOT_Q] = q.data_ptr()
+        self._reduction.words[ROW_RESULTS] = [x.data_ptr() for x in result]
+        self._products.run(self._threads)
+        self._reduction.run(self._threads)
+        return result
+
+    def _aim(self, layers: Sequence[LayerRows], first: np.ndarray, seen: np.ndarray) -> None:
+        """Point the jobs at other rows of the same requests."""
+        self._seen = layers[0].row_position
+        self._pages[:] = as_numpy(layers[0].keys.page_table, np.int64)
+        table, heads = self._table, self._call.heads
+        ends = np.cumsum(seen) * heads
+        size = int(ends[-1])  # logits of one layer
+        table[FIRST], table[KEYS], table[STRIDE] = first, seen, seen
+        table[OFFSET] = ends - seen * heads + np.arange(len(layers))[:, None] * size
+        total, longest = size * len(layers), int(seen.max())
+        self._z = cpu.buffer("logits", total, layers[0].q, torch.float32)
+        parts = (first + seen - 1) // dots.PART - first // dots.PART + 1
+        self._products.words[_DOT_Z] = self._reduction.words[ROW_Z] = self._z.data_ptr(), total
+        self._products.words[_DOT_PARTS] = parts.max()
+        threads = threads_for(total)
+        if threads > self._threads or longest > self._most:
+            self._most = longest + _ROOM
+            width = width_for(self._most)
+            part = bytes_per_thread(width, self._call.top_k, self._call.lanes)
+            self._scratch = np.empty(threads * part, np.uint8)
+            self._reduction.words[ROW_SCRATCH] = self._scratch.ctypes.data, part, width
+        self._threads = threads
+
+
+def alike(layers: Sequence[LayerRows]) -> bool:
+    """Whether `Again` can compute these layers together."""
+    one = layers[0]
+    return all(
+        layer.row_position is one.row_position
+        and layer.keys.page_table is one.keys.page_table
+        and (layer.window is one.window or (layer.window == one.window and isinstance(layer.window, int)))
+        and reads_in_place(layer.keys)
+        for layer in layers
+    )

@@ -1,0 +1,206 @@
+"""What numba's loops are called with: jobs on torch's own threads, and the arrays that layers bring to them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnhook.kernels.topk import cpu, loops
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK
+
+_SERIAL = 1 << 15  # logits that are not worth waking threads for
+_MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again
+_IN_PLACE = (torch.float32, torch.bfloat16)  # keys that the loops read where they lie
+
+# columns of the table of rows that the jobs take
+OFFSET, STRIDE, KEYS, FIRST, REQUEST, LAYER, RESULT = range(7)
+# places in the words of `loops.row_job`
+ROW_Z, ROW_RESULTS, ROW_SCRATCH = slice(9, 11), slice(12, 17), slice(25, 28)
+
+
+def _pool() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that torch runs on; None where there is none.
+
+    Its threads are torch's own, so an engine's thread count and core binding hold, and no second pool
+    fights the first for the cores.
+    """
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, TypeError, AttributeError):  # Windows knows no CDLL(None), other libraries no such symbol
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+_parallel = _pool()
+_SERIAL_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _release_compiler() -> None:
+    """Give the pages of LLVM back to the system, where Linux lets us.
+
+    numba loads its compiler to load what it compiled before: about 70 MB of code that nothing runs again. Should
+    something compile after all, the pages come back from the file.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            span, access, *_ = line.split()
+            if "libllvmlite" in line and "w" not in access:
+                start, end = (int(part, 16) for part in span.split("-"))
+                madvise(start, end - start, _MADV_PAGEOUT)  # a hint: a kernel that does not know it does nothing
+
+
+_release_compiler()
+
+
+def threads_for(work: int) -> int:
+    return 1 if _parallel is None or work <= _SERIAL else torch.get_num_threads()
+
+
+class Job:
+    """A job of `loops` with its words, before which two counters go; it may run more than once."""
+
+    def __init__(self, job: Any, words: list[int]) -> None:
+        self.words = np.array([0, 0, *words], dtype=np.int64)
+        self._address, self._words_at = job.address, self.words.ctypes.data
+        self._serial = _SERIAL_CALL(job.address)
+
+    def run(self, threads: int) -> None:
+        """On so many threads, which the scratch must have room for."""
+        self.words[:2] = 0
+        if threads > 1:
+            _parallel(self._address, self._words_at, threads, 0)
+        else:
+            self._serial(self._words_at)
+
+
+def as_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray((x.float() if x.is_floating_point() else x).numpy(), dtype=dtype)
+
+
+def reads_in_place(keys: PagedKeys) -> bool:
+    return keys.cache.dtype in _IN_PLACE and (keys.strides[3] == 1 or keys.strides[1] == 1)
+
+
+@lru_cache(maxsize=64)
+def _neutral(requests: int, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Head masks, spans and first reported positions that change nothing; nobody writes to them."""
+    return (
+        np.ones((requests, heads), np.uint8),
+        np.zeros((requests, 0, 2), np.int64),
+        np.zeros(requests, np.int64),
+    )
+
+
+class Shared:
+    """What all layers of a step have in common; no argument may change while it lasts."""
+
+    def __init__(
+        self,
+        row_request: torch.Tensor,
+        *,
+        top_k: int,
+        head_mask: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
+        first_reported: torch.Tensor | None = None,
+    ) -> None:
+        self.request = as_numpy(row_request, np.int64)
+        self.top_k = top_k
+        self.lanes = max(128, 1 << (4 * top_k - 1).bit_length())
+        self.spans = None if spans is None else as_numpy(spans, np.int64)
+        self.report_from = None if first_reported is None else as_numpy(first_reported, np.int64)
+        self.masks = None if head_mask is None else as_numpy(head_mask, np.uint8)
+        #: float32 [T, width] where the rows' attention itself is wanted, of one layer; the results then mean nothing
+        self.dense: torch.Tensor | None = None
+
+
+class Call:
+    """Layers that are computed together, in the form that the jobs take."""
+
+    def __init__(self, shared: Shared, layers: Sequence[LayerRows]) -> None:
+        self.rows, self.heads, _ = layers[0].q.shape
+        self.layers, self.top_k, self.lanes, self.dense = layers, shared.top_k, shared.lanes, shared.dense
+        self.requests = requests = layers[0].keys.page_table.shape[0]
+        masks, spans, report_from = _neutral(requests, self.heads)
+        self.spans = spans if shared.spans is None else shared.spans
+        self.report_from = report_from if shared.report_from is None else shared.report_from
+        self.masks = masks
+        if shared.masks is not None:
+            self.masks = np.ascontiguousarray(np.broadcast_to(shared.masks, (requests, self.heads)))
+        self.sinks = self._per_head([layer.sinks for layer in layers], -math.inf)
+        self.slopes = self._per_head([layer.alibi_slopes for layer in layers], 0.0)
+        self.softcaps = np.array([layer.softcap for layer in layers], np.float32)
+
+    def _per_head(self, values: list[torch.Tensor | None], neutral: float) -> np.ndarray:
+        """float32 [L, Hq], or [L, 0] where no layer has any; ``neutral`` changes nothing."""
+        if all(value is None for value in values):
+            return np.zeros((len(values), 0), np.float32)
+        absent = torch.full((self.heads,), neutral)
+        return np.stack([as_numpy(absent if value is None else value, np.float32) for value in values])
+
+    def empty(self) -> TopK:
+        """Results ``[T * L, ...]``, a row's layers one after the other, before anything is computed."""
+        count = self.rows * len(self.layers)
+        return cpu.empty_result(count, self.top_k, self.spans.shape[1], self.layers[0].q.device)
+
+    def words(self, rows: int, table: np.ndarray) -> list[int]:
+        """The words of `loops.row_job` for a table's rows; logits, results and scratch are 0 yet."""
+        return [
+            rows, self.heads, self.top_k, self.spans.shape[1], self.requests, len(self.layers),
+            self.rows * len(self.layers), 0, 0, table.ctypes.data, 0, 0, 0, 0, 0,
+            self.spans.ctypes.data, self.masks.ctypes.data, self.report_from.ctypes.data,
+            self.sinks.ctypes.data, self.sinks.shape[1], self.slopes.ctypes.data, self.slopes.shape[1],
+            self.softcaps.ctypes.data, 0, 0, 0, self.lanes,
+            0 if self.dense is None else self.dense.data_ptr(), 0 if self.dense is None else self.dense.shape[1],
+        ]  # fmt: skip
+
+    def reduce(self, z: torch.Tensor, table: np.ndarray, result: TopK) -> None:
+        """Fill the results of a table's rows from their logits z, which it overwrites."""
+        threads = threads_for(int(table[KEYS].sum()) * self.heads)
+        width = width_for(int(table[KEYS].max()))
+        part = bytes_per_thread(width, self.top_k, self.lanes)
+        scratch = np.empty(threads * part, np.uint8)
+        job = Job(loops.row_job, self.words(table.shape[1], table))
+        job.words[ROW_Z] = z.data_ptr(), z.numel()
+        job.words[ROW_RESULTS] = [x.data_ptr() for x in result]
+        job.words[ROW_SCRATCH] = scratch.ctypes.data, part, width
+        job.run(threads)
+
+
+def width_for(keys: int) -> int:
+    """Numbers that a thread's scratch holds for a row of so many keys."""
+    return -(-keys // 16) * 16
+
+
+def bytes_per_thread(width: int, top_k: int, lanes: int) -> int:
+    """Size of a thread's scratch: whole cache lines, so that no two threads write to one."""
+    return -(-(4 * (width + 2 * top_k + lanes) + 8 * 2 * lanes) // 64) * 64
+
+
+def scales_of(layers: Sequence[LayerRows]) -> np.ndarray:
+    """float32 [L, Hkv]: what the product of a query and a stored key is multiplied by."""
+    scales = np.empty((len(layers), layers[0].keys.num_kv_heads), np.float32)
+    scales.T[:] = [layer.scale for layer in layers]
+    for n, layer in enumerate(layers):
+        if layer.keys.k_scale is not None:
+            scales[n] *= as_numpy(torch.as_tensor(layer.keys.k_scale), np.float32)
+    return scales
+
+
+def pool_of(keys: PagedKeys, pages: np.ndarray) -> tuple[int, ...]:
+    cache = keys.cache
+    return (
+        cache.data_ptr(), cache.element_size(), *keys.strides, keys.page_size, pages.ctypes.data, pages.shape[1]
+    )  # fmt: skip
