@@ -208,7 +208,7 @@ class StepCapture:
         if known is None:
             known = self._shared[id(shift)] = self._start(rows[0], shift)
         _, step, offset = known
-        if offset is None and len(layers) > 1 and [*layers] == self._order and isinstance(step, TopKStep):
+        if shift is None and [*layers] == self._order and isinstance(step, TopKStep):
             self._results = step.stacked(rows)
             self._done.update(layers)
             return

@@ -3,8 +3,9 @@
 Two runs of one server differ by more than the 1% that is allowed to idle hooks (`benchmarks.overhead` shows by how
 much), so each hooked function is clocked from without and from within, where the engine's own begins. What lies
 between is attnhook's, the clocks included, so the figure is an upper bound: of the share of tokens per second that is
-lost, but for what capture does to the processor's caches. With vLLM all hooks are clocked, with SGLang those of the
-schedulers, where the model runs.
+lost, but for what capture does to the processor's caches. Hooks of the process where the model runs (vLLM's engine
+core, SGLang's scheduler) hold a step up; a server's front end is another process, on another core, and has its own
+column (vLLM only).
 
     python -m benchmarks.in_engine [--engine sglang]
 """
@@ -26,13 +27,8 @@ import numpy as np
 
 from benchmarks.clock import Clock
 
-PER_STEP = (
-    "vllm.v1.worker.gpu_model_runner",
-    "vllm.v1.core.sched.scheduler",
-    "vllm.v1.engine.input_processor",
-    "vllm.v1.engine.output_processor",
-    "vllm.outputs",
-)
+CORE = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.core.sched.scheduler")
+FRONT_END = ("vllm.v1.engine.input_processor", "vllm.v1.engine.output_processor", "vllm.outputs")
 ONCE = ("initialize_kv_cache", "load_model", "__init__")
 MODES = {"idle": None, "last layer": "last", "4 layers": "auto", "all layers": "all"}
 
@@ -44,6 +40,7 @@ class Reading(NamedTuple):
     without: float
     calls_within: float
     calls: float
+    front_end: float = 0.0  # seconds of ours there
 
 
 class Vllm:
@@ -66,17 +63,20 @@ class Vllm:
         from attnhook.backends.vllm import _HOOKS
 
         self._within, self._without = within, without = Clock(), Clock()
-        places = {
-            (getattr(import_module(module), owner), name)
-            for module in PER_STEP
-            for owner, name, _ in _HOOKS[module]
-            if name not in ONCE
-        }
-        for owner, name in (*places, (CPUAttentionBackendImpl, "forward")):
-            setattr(owner, name, within.around(getattr(owner, name)))
+        self._front = Clock(), Clock()
+
+        def places(modules: tuple[str, ...]) -> set[tuple[Any, str]]:
+            hooks = ((module, owner, name) for module in modules for owner, name, _ in _HOOKS[module])
+            return {(getattr(import_module(module), owner), name) for module, owner, name in hooks if name not in ONCE}
+
+        core, front_end = places(CORE), places(FRONT_END)
+        for clock, some in ((within, {*core, (CPUAttentionBackendImpl, "forward")}), (self._front[0], front_end)):
+            for owner, name in some:
+                setattr(owner, name, clock.around(getattr(owner, name)))
         attnhook.install()
-        for owner, name in places:
-            setattr(owner, name, without.around(getattr(owner, name)))
+        for clock, some in ((without, core), (self._front[1], front_end)):
+            for owner, name in some:
+                setattr(owner, name, clock.around(getattr(owner, name)))
         self._llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=2048, seed=0)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.__dict__["_attnhook"]
         for _, layer in worker.layers.values():
@@ -92,7 +92,14 @@ class Vllm:
 
     def read(self) -> Reading:
         """The clocks so far."""
-        return Reading(self._within.seconds, self._without.seconds, self._within.calls, self._without.calls)
+        inner, outer = self._front
+        return Reading(
+            self._within.seconds,
+            self._without.seconds,
+            self._within.calls + inner.calls,
+            self._without.calls + outer.calls,
+            outer.seconds - inner.seconds,
+        )
 
     def close(self) -> None:
         """Nothing is to be ended: the engine lives in this process."""
@@ -173,7 +180,7 @@ def measure(engine: Vllm | Sglang, options: argparse.Namespace) -> None:
         f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads; {options.rounds} interleaved rounds, "
         f"top_k {options.top_k}\n"
     )
-    found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[int, str], list[tuple[float, float, float, float]]] = {}
     for turn in range(options.rounds + 1):
         for batch in options.batch:
             prompts = [[(7 * n + i) % 1000 + 5 for i in range(options.prompt_tokens)] for n in range(batch)]
@@ -181,20 +188,21 @@ def measure(engine: Vllm | Sglang, options: argparse.Namespace) -> None:
                 one = clocked(engine, prompts, options.new_tokens, mode, options.top_k)
                 if turn:  # the first fills the prefix cache
                     found.setdefault((batch, mode), []).append(one)
-    print("| mode | batch | hooked calls per token | microseconds per step, at most | share of the time, at most |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| mode | batch | hooked calls a token | µs a step, at most | share of the time, at most | front end, µs |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for (batch, mode), taken in found.items():
-        calls, costs, shares = zip(*taken, strict=True)
+        calls, costs, shares, fronts = zip(*taken, strict=True)
         print(
             f"| {mode} | {batch} | {statistics.median(calls):.0f} | {statistics.median(costs):.0f} | "
-            f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) |"
+            f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) | "
+            f"{statistics.median(fronts):.0f} |"
         )
 
 
 def clocked(
     engine: Vllm | Sglang, prompts: list[list[int]], new: int, mode: str, top_k: int
-) -> tuple[float, float, float]:
-    """One measurement: hooked calls per token, microseconds per step, share of the whole time."""
+) -> tuple[float, float, float, float]:
+    """One measurement: hooked calls per token, microseconds per step, share of the time, front end's microseconds."""
     asks = {"return_attention_tokens": True, "attention_layers": MODES[mode], "top_k_attention": top_k}
     before, start = engine.read(), time.perf_counter()
     count = engine.generate(prompts, new, asks if MODES[mode] else {})
@@ -202,10 +210,11 @@ def clocked(
     expected = new * len(prompts) if MODES[mode] else 0
     if count != expected:
         raise SystemExit(f"{mode}: {count} tokens came with their attention instead of {expected}")
-    within, without, calls_within, calls = (b - a for a, b in zip(before, after, strict=True))
+    within, without, calls_within, calls, front_end = (b - a for a, b in zip(before, after, strict=True))
     if calls_within != calls or not calls:
         raise SystemExit(f"{calls:.0f} hooked calls reached the engine {calls_within:.0f} times: a hook is not clocked")
-    return calls / new / len(prompts), (without - within) / new * 1e6, (without - within) / whole
+    cost = without - within
+    return calls / new / len(prompts), cost / new * 1e6, cost / (whole - front_end), front_end / new * 1e6
 
 
 if __name__ == "__main__":

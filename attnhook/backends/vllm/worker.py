@@ -267,8 +267,10 @@ class _Observer:
             self._kept.keep(number, self._heads(query))
             return
         worker = _current
-        step = None if worker is None else worker.step
-        if worker is None or step is None or metadata is None or number not in step.wanted:
+        if worker is None or metadata is None:
+            return
+        step = worker.step
+        if step is None or number not in step.wanted:
             return
         try:
             view = cache.view(layer, kv_cache, worker.block_table(self._name, metadata))
