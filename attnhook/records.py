@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ HEADER_FIELDS: list[tuple[str, str]] = [
     ("position", "<i4"),
 ]
 MAGIC = b"AH"
+_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _PHASE_AT = 4  # its byte in the header
 NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
@@ -233,17 +234,18 @@ class TokenRecord:
         Raises RecordError where a name or a number does not fit its field, or no layer was captured.
         """
         layers, k = self.token_positions.shape
+        spans = self.span_names
         try:
             # a JSON body can hold lone surrogates, which have no UTF-8
             request_id, model = self.request_id.encode(), self.model.encode()
-            names = NAME_SEPARATOR.join(self.span_names).encode()
-            numbers = np.asarray(self.layers, "<i2")
+            names = NAME_SEPARATOR.join(spans).encode()
+            numbers = _layer_numbers(tuple(self.layers))
             header = _HEADER.pack(
                 MAGIC,
                 SCHEMA_VERSION,
                 MODES.index(self.mode),
                 PHASES.index(self.think_phase),
-                len(self.span_names),
+                len(spans),
                 self.choice,
                 layers,
                 k,
@@ -257,21 +259,33 @@ class TokenRecord:
             raise RecordError(
                 f"record {self.key!r} does not fit the binary row: {error}; shorten or mend its names"
             ) from error
-        if layers == 0 or _split(names.decode(), len(self.span_names)) != self.span_names:
+        if layers == 0 or (spans and _split(names.decode(), len(spans)) != spans):
             raise RecordError(
-                f"record {self.key!r} does not fit the binary row: {layers} layers, spans {self.span_names!r}; capture "
+                f"record {self.key!r} does not fit the binary row: {layers} layers, spans {spans!r}; capture "
                 "at least one layer and give spans names without control characters"
             )
-        arrays = (
-            numbers,
-            self.token_positions.astype("<i4", copy=False),
-            self.attention_scores.astype("<f4", copy=False),
-            self.fingerprints.astype("<f4", copy=False),
-            self.span_mass.astype("<f4", copy=False),
+        positions, scores, prints, masses = (
+            self.token_positions,
+            self.attention_scores,
+            self.fingerprints,
+            self.span_mass,
         )
-        data = b"".join((header, request_id, model, names, *(array.tobytes() for array in arrays)))
-        if len(data) != row_size(layers, k, len(self.span_names), len(request_id) + len(model) + len(names)):
-            shapes = [array.shape for array in arrays]
+        data = b"".join(
+            (
+                header,
+                request_id,
+                model,
+                names,
+                numbers,
+                # a comparison costs a third of an astype that changes nothing, and a row is on a hot path
+                (positions if positions.dtype == _INT else positions.astype(_INT)).tobytes(),
+                (scores if scores.dtype == _FLOAT else scores.astype(_FLOAT)).tobytes(),
+                (prints if prints.dtype == _FLOAT else prints.astype(_FLOAT)).tobytes(),
+                (masses if masses.dtype == _FLOAT else masses.astype(_FLOAT)).tobytes(),
+            )
+        )
+        if len(data) != row_size(layers, k, len(spans), len(request_id) + len(model) + len(names)):
+            shapes = [(len(self.layers),), *(array.shape for array in (positions, scores, prints, masses))]
             raise RecordError(f"record {self.key!r} does not fit the binary row: its arrays disagree, {shapes}")
         return data
 
@@ -373,6 +387,11 @@ def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None =
 def row_size(layers: Any, k: Any, spans: Any, text: Any) -> Any:
     """Bytes of a row whose names take ``text`` bytes; of many rows, where arrays are given."""
     return _HEADER.size + text + layers * (2 + 8 * k + 4 * fp.SIZE + 4 * spans)
+
+
+@lru_cache(maxsize=1024)
+def _layer_numbers(layers: tuple[int, ...]) -> bytes:
+    return np.asarray(layers, "<i2").tobytes()
 
 
 def _split(names: str, count: int) -> tuple[str, ...] | None:
