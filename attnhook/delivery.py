@@ -111,7 +111,7 @@ class Delivery:
             if writer.lingering:
                 writer.queue.extend(records)
                 if not writer.lingering:  # it may have looked just before
-                    self._late(writer)
+                    self._late(writer)  # type: ignore[unreachable] # its thread sets it
             elif records:
                 self._put(writer, records)
 
