@@ -71,10 +71,12 @@ class Delivery:
             observers = {"observers": observers}
         self.sinks: dict[str, Sink] = dict(sinks)
         self._size = queue_size
+        # held for microseconds; reentrant, because a signal handler may put as well
+        self._lock = threading.RLock()
         self._writers: list[_Writer] = [_SinkWriter(name, sink) for name, sink in sinks.items()]
         self._writers += [_ObserverWriter(name, observer) for name, observer in observers.items()]
-        # taken by producers only, for a microsecond; reentrant, because a signal handler may put as well
-        self._lock = threading.RLock()
+        for writer in self._writers:
+            writer.lock, writer.size = self._lock, queue_size
         self._closing = self._reported = False
         _open.add(self)
 
@@ -101,21 +103,37 @@ class Delivery:
         """Queue ``records``, in order, for every sink and observer; never waits, never raises.
 
         Those that do not fit a queue are dropped and counted there (``queue_full``), all of them after
-        `close` (``closed``).
+        `close` (``closed``). A writer that waits for more (`LINGER_SECONDS`) counts them when it goes on.
         """
-        if not records:
-            return
+        # One record per step of an engine finds cold caches, where a lock costs more than all else here. A writer that
+        # lingers will look into its queue after this, and sees to the bound then.
+        for writer in self._writers:
+            if writer.lingering:
+                writer.queue.extend(records)
+                if not writer.lingering:  # it may have looked just before
+                    self._late(writer)  # type: ignore[unreachable] # its thread sets it
+            elif records:
+                self._put(writer, records)
+
+    def _put(self, writer: _Writer, records: Sequence[TokenRecord]) -> None:
         with self._lock:
-            for writer in self._writers:
-                # the writer only shortens its queue, so that this is never too much room
-                room = 0 if self._closing else max(self._size - len(writer.queue), 0)
-                if len(records) <= room:
-                    writer.queue.extend(records)
-                else:
-                    writer.queue.extend(records[:room])
-                    writer.dropped["closed" if self._closing else "queue_full"] += len(records) - room
-                if not self._closing:
-                    writer.wake()
+            # the writer only shortens its queue, so that this is never too much room
+            room = 0 if self._closing else max(self._size - len(writer.queue), 0)
+            if len(records) <= room:
+                writer.queue.extend(records)
+            else:
+                writer.queue.extend(records[:room])
+                writer.dropped["closed" if self._closing else "queue_full"] += len(records) - room
+            if not self._closing:
+                writer.wake()
+
+    def _late(self, writer: _Writer) -> None:
+        with self._lock:
+            if self._closing:
+                writer.sweep()
+            else:
+                writer.shorten()
+                writer.wake()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was put before is written and flushed; False if ``timeout`` seconds were too few."""
@@ -174,11 +192,15 @@ class Delivery:
         self._lock = threading.RLock()
         self._reported = False
         for writer in self._writers:
+            writer.lock = self._lock
             writer.after_fork()
 
 
 class _Writer:
     """The queue and the thread of one sink or observer."""
+
+    lock: threading.RLock  # the delivery's
+    size: int  # records that may wait
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -195,6 +217,7 @@ class _Writer:
         # good. SimpleQueue.put is one C call that does not wait; the bell holds a token or two.
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._hurry = threading.Event()  # cuts the linger short
+        self.lingering = False  # the thread looks into the queue after this is False again
         self._thread: threading.Thread | None = None
         self._claim = threading.Lock()  # whoever gets it is the one that calls the sink
         self._done = threading.Event()
@@ -237,6 +260,34 @@ class _Writer:
             self.wake()
             self._hurry.set()
         return barrier
+
+    def shorten(self) -> None:
+        """Drop what came last beyond the bound while the thread lingered."""
+        barriers, lost = [], 0
+        with suppress(IndexError):  # the thread may be taking from the other end
+            while len(self.queue) > self.size:
+                item = self.queue.pop()
+                if isinstance(item, threading.Event):
+                    barriers.append(item)
+                else:
+                    lost += 1
+        self.queue.extend(reversed(barriers))
+        if lost:
+            self.dropped["queue_full"] += lost
+
+    def sweep(self) -> None:
+        """Once the thread has done its last: count what a put that overlapped with it left behind."""
+        if not self._done.is_set():
+            return
+        lost = 0
+        while self.queue:
+            item = self.queue.popleft()
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                lost += 1
+        if lost:
+            self.dropped["closed"] += lost
 
     def stop(self) -> None:
         self._stopping = True
@@ -293,12 +344,19 @@ class _Writer:
             while self.queue or not self._stopping:
                 if not self._stopping:
                     self._bell.get()
+                    self.lingering = True
                     self._hurry.wait(LINGER_SECONDS)
+                    self.lingering = False
                     self._hurry.clear()
+                    if len(self.queue) > self.size:
+                        with self.lock:
+                            self.shorten()
                 self._drain()
             if not self._done.is_set():
                 self._finish()
                 self._done.set()
+            with self.lock:
+                self.sweep()
         finally:
             self._claim.release()
 

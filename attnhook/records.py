@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ HEADER_FIELDS: list[tuple[str, str]] = [
     ("position", "<i4"),
 ]
 MAGIC = b"AH"
+_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _PHASE_AT = 4  # its byte in the header
 NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
@@ -232,12 +233,30 @@ class TokenRecord:
 
         Raises RecordError where a name or a number does not fit its field, or no layer was captured.
         """
+        layers, k = self.token_positions.shape
         name = RowName(self.request_id, self.choice, self.decode_step, self.query_position)
-        arrays = (self.token_positions, self.attention_scores, self.fingerprints, self.span_mass)
-        return pack_rows(
-            [name], self.layers, *(array[None] for array in arrays),
-            mode=self.mode, think_phase=self.think_phase, model=self.model, span_names=self.span_names,
-        )[0]  # fmt: skip
+        head = _head(name, self.layers, k, self.mode, self.think_phase, self.model, self.span_names)
+        positions, scores, prints, masses = (
+            self.token_positions,
+            self.attention_scores,
+            self.fingerprints,
+            self.span_mass,
+        )
+        data = b"".join(
+            (
+                head,
+                # a comparison costs a third of an astype that changes nothing, and a row is on a hot path
+                (positions if positions.dtype == _INT else positions.astype(_INT)).tobytes(),
+                (scores if scores.dtype == _FLOAT else scores.astype(_FLOAT)).tobytes(),
+                (prints if prints.dtype == _FLOAT else prints.astype(_FLOAT)).tobytes(),
+                (masses if masses.dtype == _FLOAT else masses.astype(_FLOAT)).tobytes(),
+            )
+        )
+        numbers = layers * (2 * k + fp.SIZE + len(self.span_names))
+        if len(data) != len(head) + 4 * numbers or len(self.layers) != layers:
+            shapes = [(len(self.layers),), *(array.shape for array in (positions, scores, prints, masses))]
+            raise RecordError(f"record {self.key!r} does not fit the binary row: its arrays disagree, {shapes}")
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TokenRecord:
@@ -327,49 +346,55 @@ def pack_rows(
     the records. Raises RecordError where a name or a number does not fit its field, or no layer was captured.
     """
     count, size, k = positions.shape
-    first = rows[0]
-    try:
-        numbers = np.asarray(layers, "<i2")
-        # a JSON body can hold lone surrogates, which have no UTF-8
-        model_name, names = model.encode(), NAME_SEPARATOR.join(span_names).encode()
-        shared = len(span_names), size, k, len(model_name), len(names), MODES.index(mode), PHASES.index(think_phase)
-        heads = []
-        for first in rows:
-            heads.append(_head(first, *shared))
-    except (struct.error, UnicodeEncodeError, OverflowError) as error:
-        raise RecordError(
-            f"record {first.key!r} does not fit the binary row: {error}; shorten or mend its names"
-        ) from error
-    if size == 0 or _split(names.decode(), len(span_names)) != span_names:
-        raise RecordError(
-            f"record {first.key!r} does not fit the binary row: {size} layers, spans {span_names!r}; capture at "
-            "least one layer and give spans names without control characters"
-        )
+    heads = [_head(row, layers, k, mode, think_phase, model, span_names) for row in rows]
     wanted = (size, k), (size, k), (size, fp.SIZE), (size, len(span_names))
     arrays = positions, scores, fingerprints, span_mass
-    if any(array.shape != (count, *shape) for array, shape in zip(arrays, wanted, strict=True)) or len(numbers) != size:
-        shapes = [numbers.shape, *(array.shape[1:] for array in arrays)]
-        raise RecordError(f"record {first.key!r} does not fit the binary row: its arrays disagree, {shapes}")
-    columns = [np.broadcast_to(numbers.view(np.uint8), (count, 2 * size))]
-    for array, dtype in zip(arrays, ("<i4", "<f4", "<f4", "<f4"), strict=True):
-        if array.size:
-            columns.append(np.ascontiguousarray(array, dtype).reshape(count, -1).view(np.uint8))
-    body = np.concatenate(columns, axis=1)
-    tail = model_name + names
-    return [b"".join((head, tail, values)) for head, values in zip(heads, map(bytes, body), strict=True)]
+    fits = all(array.shape == (count, *shape) for array, shape in zip(arrays, wanted, strict=True))
+    if not fits or len(layers) != size or len(heads) != count:
+        shapes = [(len(rows),), (len(layers),), *(array.shape for array in arrays)]
+        raise RecordError(f"record {rows[0].key!r} does not fit the binary row: its arrays disagree, {shapes}")
+    columns = [
+        np.ascontiguousarray(array, dtype).reshape(count, -1).view(np.uint8)
+        for array, dtype in zip(arrays, (_INT, _FLOAT, _FLOAT, _FLOAT), strict=True)
+        if array.size
+    ]
+    return [head + values.tobytes() for head, values in zip(heads, np.concatenate(columns, axis=1), strict=True)]
 
 
 def _head(
-    row: RowName, spans: int, layers: int, k: int, model_size: int, names_size: int, mode: int, phase: int
+    row: RowName, layers: Sequence[int], k: int, mode: Mode, phase: ThinkPhase, model: str, spans: tuple[str, ...]
 ) -> bytes:
-    """The header of a row and its request id."""
-    request_id = row.request_id.encode()
-    step = -1 if row.decode_step is None else row.decode_step
-    header = _HEADER.pack(
-        MAGIC, SCHEMA_VERSION, mode, phase, spans, row.choice, layers, k, len(request_id), model_size, names_size,
-        step, row.query_position,
-    )  # fmt: skip
-    return header + request_id
+    """A row's header, names and layers. Raises RecordError where one does not fit its field, or there is no layer."""
+    try:
+        # a JSON body can hold lone surrogates, which have no UTF-8
+        request_id, model_name = row.request_id.encode(), model.encode()
+        names = NAME_SEPARATOR.join(spans).encode()
+        numbers = _layer_numbers(tuple(layers))
+        header = _HEADER.pack(
+            MAGIC,
+            SCHEMA_VERSION,
+            MODES.index(mode),
+            PHASES.index(phase),
+            len(spans),
+            row.choice,
+            len(layers),
+            k,
+            len(request_id),
+            len(model_name),
+            len(names),
+            -1 if row.decode_step is None else row.decode_step,
+            row.query_position,
+        )
+    except (struct.error, UnicodeEncodeError, OverflowError) as error:
+        raise RecordError(
+            f"record {row.key!r} does not fit the binary row: {error}; shorten or mend its names"
+        ) from error
+    if not layers or (spans and _split(names.decode(), len(spans)) != spans):
+        raise RecordError(
+            f"record {row.key!r} does not fit the binary row: {len(layers)} layers, spans {spans!r}; capture at least "
+            "one layer and give spans names without control characters"
+        )
+    return b"".join((header, request_id, model_name, names, numbers))
 
 
 def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
@@ -415,6 +440,11 @@ def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None =
 def row_size(layers: Any, k: Any, spans: Any, text: Any) -> Any:
     """Bytes of a row whose names take ``text`` bytes; of many rows, where arrays are given."""
     return _HEADER.size + text + layers * (2 + 8 * k + 4 * fp.SIZE + 4 * spans)
+
+
+@lru_cache(maxsize=1024)
+def _layer_numbers(layers: tuple[int, ...]) -> bytes:
+    return np.asarray(layers, "<i2").tobytes()
 
 
 def _split(names: str, count: int) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from attnhook.sinks.columns import NAMES, Columns
 
 _FINGERPRINT = MODES.index("fingerprint")
 _HEADER = np.dtype(HEADER_FIELDS)
+_ZONES, _MODES, _PHASES = (np.array(names, object) for names in (ZONE_NAMES, MODES, PHASES))
 
 
 class RowBlock:
@@ -86,6 +87,9 @@ class RowBlock:
         header = self._header
         rows: list[bytes | None] = [*self._rows()]
         layer: list[int | None] = [None] * len(self)
+        step: list[int | None] = self.steps.tolist()
+        for row in np.flatnonzero(self.steps < 0).tolist():
+            step[row] = None
         lean = (header["mode"] == _FINGERPRINT) & (header["layers"] == 1) & (header["k"] == 0) & (header["spans"] == 0)
         for row in np.flatnonzero(lean).tolist():  # the columns alone hold all of such a record
             at = int(self._starts[row]) + _HEADER.itemsize + int(_text(header[row : row + 1])[0])
@@ -95,12 +99,12 @@ class RowBlock:
             request_id=self.ids,
             choice=header["choice"].tolist(),
             query_position=header["position"].tolist(),
-            decode_step=[None if step < 0 else step for step in self.steps.tolist()],
+            decode_step=step,
             model=self.models,
             time=[time] * len(self),
-            zone=[ZONE_NAMES[code] for code in self.zones.tolist()],
-            mode=[MODES[code] for code in header["mode"].tolist()],
-            think_phase=[PHASES[code] for code in header["phase"].tolist()],
+            zone=_ZONES[self.zones].tolist(),
+            mode=_MODES[header["mode"]].tolist(),
+            think_phase=_PHASES[header["phase"]].tolist(),
             layer=layer,
             fingerprint=self.fingerprints,
             record=rows,
@@ -138,29 +142,26 @@ class RowBlock:
         return sound
 
     def _names(self) -> None:
-        known: dict[bytes, str | None] = {}  # a frame has few requests and models
-
-        def text(raw: bytes) -> str:
-            if raw not in known:
-                try:
-                    known[raw] = raw.decode()
-                except UnicodeDecodeError:
-                    known[raw] = None
-            found = known[raw]
-            if found is None:
-                self._unreadable.append(len(self.ids))
-            return found or ""
-
-        self.ids: list[str] = []
-        self.models: list[str] = []
         self._unreadable: list[int] = []
-        starts = (self._starts + _HEADER.itemsize).tolist()
-        sizes = self._header["id_size"].tolist(), self._header["model_size"].tolist()
-        for start, id_size, model_size in zip(starts, *sizes, strict=True):
-            middle = start + id_size
-            model = text(self._data[middle : middle + model_size])
-            self.ids.append(text(self._data[start:middle]))
-            self.models.append(model)
+        starts = self._starts + _HEADER.itemsize
+        middles = starts + self._header["id_size"]
+        self.ids: list[str] = self._texts(starts, middles)
+        self.models: list[str] = self._texts(middles, middles + self._header["model_size"])
+
+    def _texts(self, starts: np.ndarray, ends: np.ndarray) -> list[str]:
+        """The text between each row's two places; rows where it is no UTF-8 get "" and go to ``_unreadable``."""
+        data = self._data
+        raw = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        known: dict[bytes, str | None] = {}
+        for one in set(raw):  # a frame has few requests and models
+            try:
+                known[one] = one.decode()
+            except UnicodeDecodeError:
+                known[one] = None
+        found = [known[one] for one in raw]
+        if None in known.values():
+            self._unreadable += [row for row, text in enumerate(found) if text is None]
+        return [text or "" for text in found] if self._unreadable else found  # type: ignore[return-value] # no None
 
     def _span_names(self, row: int, spans: int) -> tuple[str, ...]:
         """The names of a row's spans; a tuple of another length than ``spans`` where they cannot be read."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,10 @@ for name in [name for name in os.environ if name.startswith("ATTNHOOK") and name
 
 #: Whether other tests run at the same time (pytest -n): each then has one core.
 BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+
+# no property is about time, and an example can take any time on a machine that does other things as well
+hypothesis.settings.register_profile("attnhook", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("attnhook")
 
 # what takes longest begins first, or one worker is left alone with it at the end
 _LONGEST = ("backends/vllm", "backends/sglang", "backends")

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ from attnhook.sinks import Sink
 from attnhook.sinks.memory import MemorySink
 
 ROOT = Path(__file__).parents[1]
+
+PATIENCE = 60.0  # seconds for what takes milliseconds, unless the machine is busy
 
 _EMPTY = np.zeros((1, 0), np.float32)
 _POSITIONS = _EMPTY.astype(np.int32)
@@ -63,7 +65,7 @@ class Probe(Sink):
     def write(self, batch: Sequence[TokenRecord]) -> None:
         self.threads.add(threading.get_ident())
         self.entered.set()
-        assert self.let_go.wait(20)
+        assert self.let_go.wait(2 * PATIENCE)
         if self.fail:
             raise self.fail.pop(0)("it broke")
         self.positions += [r.query_position for r in batch]
@@ -86,7 +88,7 @@ def nothing_stays_behind():
 
 
 def _ends(thread: threading.Thread) -> bool:
-    thread.join(5)
+    thread.join(PATIENCE)
     return not thread.is_alive()
 
 
@@ -110,7 +112,7 @@ def test_waiting_records_are_written_in_batches():
     sink = Probe(held=True)
     with Delivery({"probe": sink}) as delivery:
         delivery.put(records(1))
-        assert sink.entered.wait(5)
+        assert sink.entered.wait(PATIENCE)
         for i in range(1, 3001):
             delivery.put([record(i)])
         sink.let_go.set()
@@ -134,6 +136,105 @@ def test_each_producers_order_is_kept():
     delivery.close()
     for name in "0123":
         assert [r.query_position for r in sink.records if r.request_id == name] == list(range(3000))
+
+
+class Interrupted(list[TokenRecord]):
+    """Records; while they are being queued something else happens."""
+
+    def __init__(self, records: Sequence[TokenRecord], happens: Callable[[], object]) -> None:
+        super().__init__(records)
+        self.happens = happens
+
+    def __iter__(self) -> Iterator[TokenRecord]:
+        self.happens()
+        return super().__iter__()
+
+
+def lingering(delivery: Delivery, records: Sequence[TokenRecord]) -> module._Writer:
+    """The writer of a delivery that was given records and waits for more."""
+    (writer,) = delivery._writers
+    delivery.put(records)
+    until(lambda: writer.lingering)
+    return writer
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_put_is_not_overlooked_by_a_writer_that_falls_asleep_just_then(monkeypatch):
+    sink = Probe()
+    with Delivery({"probe": sink}) as delivery:
+        monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+        writer = lingering(delivery, records(1))
+
+        def goes_to_sleep() -> None:
+            monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+            writer._hurry.set()
+            until(lambda: sink.positions == [0] and not writer.lingering and writer._bell.empty())
+
+        delivery.put(Interrupted(records(1, 3), goes_to_sleep))
+        until(lambda: sink.positions == [0, 1, 2])  # no flush, and no later put
+
+
+def test_a_put_that_a_close_overtakes_is_counted(monkeypatch):
+    sink = Probe()
+    delivery = Delivery({"probe": sink})
+    monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+    lingering(delivery, records(1))
+    delivery.put(Interrupted(records(1, 3), delivery.close))
+    assert delivery.stats() == {"probe": {"queued": 0, "written": 1, "dropped": {"closed": 2}}}
+
+
+@pytest.mark.parametrize("queue_size", [3, 10**6])
+def test_puts_while_it_closes_are_written_or_counted(monkeypatch, queue_size):
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.001)
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        for _ in range(30):
+            delivery, began, count = (
+                Delivery({"probe": (sink := Probe())}, queue_size=queue_size),
+                threading.Event(),
+                [],
+            )
+
+            def produce(delivery=delivery, began=began, count=count) -> None:
+                for i in range(400):
+                    delivery.put(records(i % 3))
+                    if i == 100:
+                        began.set()
+                count.append(sum(i % 3 for i in range(400)))
+
+            threads = [threading.Thread(target=produce) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            assert began.wait(PATIENCE)
+            delivery.close()
+            for thread in threads:
+                thread.join(PATIENCE)
+            stats = delivery.stats()["probe"]
+            assert stats["queued"] == 0
+            assert stats["written"] == len(sink.positions)
+            assert stats["written"] + sum(stats["dropped"].values()) == sum(count) == 3 * 399
+            assert set(stats["dropped"]) <= {"queue_full", "closed"}
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_what_comes_beyond_the_bound_while_a_writer_lingers_is_dropped_last_first(monkeypatch):
+    monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+    sink = Probe()
+    with Delivery({"probe": sink}, queue_size=10) as delivery:
+        lingering(delivery, records(1))
+        delivery.put(records(1, 8))
+        delivery.put(records(8, 15))
+        assert delivery.flush(PATIENCE)  # cuts the linger short
+        assert delivery.stats() == {"probe": {"queued": 0, "written": 10, "dropped": {"queue_full": 5}}}
+        assert sink.positions == list(range(10))
 
 
 def test_a_written_batch_belongs_to_the_sink():
@@ -174,13 +275,13 @@ def test_a_full_queue_drops_and_counts_exactly(caplog):
     sink = Probe(held=True)
     delivery = Delivery({"probe": sink}, queue_size=10)
     delivery.put(records(1))
-    assert sink.entered.wait(5)
+    assert sink.entered.wait(PATIENCE)
     delivery.put(records(1, 8))
     delivery.put(records(8, 15))  # three fit
     delivery.put(records(15, 20))
     assert delivery.stats() == {"probe": {"queued": 11, "written": 0, "dropped": {"queue_full": 9}}}
     sink.let_go.set()
-    assert delivery.flush(5)
+    assert delivery.flush(PATIENCE)
     assert sink.positions == list(range(11))
     assert delivery.stats() == {"probe": {"queued": 0, "written": 11, "dropped": {"queue_full": 9}}}
     delivery.put(records(20, 22))  # and it goes on
@@ -198,7 +299,7 @@ def test_written_and_dropped_add_up(sizes, queue_size):
     sink = Probe(held=True)
     delivery = Delivery({"probe": sink}, queue_size=queue_size)
     delivery.put(records(1))
-    assert sink.entered.wait(5)
+    assert sink.entered.wait(PATIENCE)
     for size in sizes:
         delivery.put(records(size))
     fits = min(sum(sizes), queue_size)
@@ -213,19 +314,19 @@ def test_a_hung_sink_holds_up_neither_the_others_nor_the_producer():
     hung, dead, fast = Probe(held=True), Probe(fail=[OSError] * 100), Probe()
     delivery = Delivery({"hung": hung, "dead": dead, "fast": fast}, queue_size=1000)
     delivery.put(records(1))
-    assert hung.entered.wait(5)
+    assert hung.entered.wait(PATIENCE)
     slowest = 0.0
     for i in range(1, 1000):
         batch = [record(i)]
         began = time.perf_counter()
         delivery.put(batch)
         slowest = max(slowest, time.perf_counter() - began)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while len(fast.positions) < 1000 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fast.positions == list(range(1000))
     assert not hung.positions
-    assert slowest < 1  # other threads run in between; a put that waited would take 20 s
+    assert slowest < PATIENCE  # a put that waited for the hung sink would take twice as long
     hung.let_go.set()
     delivery.close()
     assert hung.positions == list(range(1000))
@@ -237,7 +338,7 @@ def test_a_failed_write_is_counted_logged_once_and_not_the_end(caplog, error):
     delivery = Delivery({"probe": sink})
     for start in range(0, 40, 10):
         delivery.put(records(start, start + 10))
-        assert delivery.flush(5)
+        assert delivery.flush(PATIENCE)
     assert sink.positions == list(range(30, 40))
     assert delivery.stats() == {"probe": {"queued": 0, "written": 10, "dropped": {"write_failed": 30}}}
     messages = [r.message for r in caplog.records]
@@ -259,7 +360,7 @@ def test_a_sink_that_fails_to_flush_and_close_is_logged(caplog):
 
     with Delivery({"probe": Broken()}) as delivery:
         delivery.put(records(1))
-        delivery.flush(5)
+        delivery.flush(PATIENCE)
         delivery.put(records(1))
     assert [r.message for r in caplog.records] == [
         "probe failed to flush: OSError: no flush",
@@ -275,7 +376,7 @@ def test_flush_waits_until_what_was_put_is_flushed():
     delivery = Delivery({"probe": sink, "fast": Probe()})
     assert delivery.flush(0)  # nothing was put
     delivery.put(records(3))
-    assert sink.entered.wait(5)
+    assert sink.entered.wait(PATIENCE)
     assert not delivery.flush(0.05)
     threading.Timer(0.1, sink.let_go.set).start()
     assert delivery.flush()
@@ -298,7 +399,7 @@ def test_flush_waits_for_nothing_put_later():
     thread.start()
     try:
         for _ in range(3):
-            assert delivery.flush(5)
+            assert delivery.flush(PATIENCE)
     finally:
         stop.set()
         thread.join()
@@ -310,7 +411,7 @@ def test_the_sink_is_flushed_whenever_the_queue_runs_dry():
     delivery = Delivery({"probe": sink})
     for i in range(3):
         delivery.put([record(i)])
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while sink.calls.count("flush") < i + 1 and time.monotonic() < deadline:
             time.sleep(0.005)
     assert sink.calls == ["write", "flush"] * 3
@@ -327,7 +428,7 @@ def test_an_observer_may_flush_and_close_without_a_deadlock():
 
     delivery = Delivery({}, observers=observer)
     delivery.put([record(0)])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while len(results) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert results == [False, "closed"]
@@ -362,7 +463,7 @@ def test_close_from_several_threads_waits_in_each():
     assert not done
     sink.let_go.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(PATIENCE)
     assert done == [5, 5, 5]
 
 
@@ -370,7 +471,7 @@ def test_close_gives_up_after_its_timeout(caplog):
     hung, fine = Probe(held=True), Probe()
     delivery = Delivery({"hung": hung, "fine": fine})
     delivery.put(records(2))
-    assert hung.entered.wait(5)
+    assert hung.entered.wait(PATIENCE)
     delivery.put(records(2, 7))
     began = time.monotonic()
     delivery.close(timeout=0.1)
@@ -382,7 +483,7 @@ def test_close_gives_up_after_its_timeout(caplog):
     assert "gave up on hung: a write of 2 records does not end, 5 more wait behind it" in caplog.text
     delivery.close()  # does not wait again
     hung.let_go.set()  # and if it comes back after all, what it had is written and it is closed
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while "close" not in hung.calls and time.monotonic() < deadline:
         time.sleep(0.01)
     assert hung.positions == [0, 1]
@@ -456,7 +557,7 @@ def test_one_observer_does_not_hold_up_another():
     hold, seen = threading.Event(), []
     delivery = Delivery({}, observers={"hung": lambda _: hold.wait(20), "fine": seen.append})
     delivery.put(records(3))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while len(seen) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(seen) == 3
@@ -687,7 +788,7 @@ def test_a_forked_child_writes_its_own_records_only(path):
                     super().write([r])
             def close(self):
                 super().close()
-                print("closed by", child)
+                os.write(1, f"closed by {child}\\n".encode())  # print writes in parts, between which others write
         child = 0
         sink = Slow()
         sink.open(PATH)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import MODES, PHASES, TokenRecord, fill_zones, with_phase
+from attnhook.records import MODES, PHASES, RowName, TokenRecord, fill_zones, pack_rows, with_phase
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
@@ -155,6 +155,31 @@ def test_another_version_says_what_to_do():
 def test_what_does_not_fit_a_row_is_refused_when_it_is_made(changes):
     with pytest.raises(RecordError, match="does not fit the binary row"):
         a_record(**changes).to_bytes()
+    with pytest.raises(RecordError, match="does not fit the binary row"):
+        packed([a_record(), a_record(**changes)])
+
+
+def packed(records):
+    """All in one call; they have the same layers, k, spans, mode and model."""
+    last = records[-1]
+    return pack_rows(
+        [RowName(r.request_id, r.choice, r.decode_step, r.query_position) for r in records],
+        last.layers,
+        *(np.stack([getattr(last, name) for _ in records]) for name in ARRAYS),
+        mode=last.mode,
+        think_phase=last.think_phase,
+        model=last.model,
+        span_names=last.span_names,
+    )
+
+
+@settings(max_examples=50)
+@given(record=token_records(), others=st.lists(st.tuples(NAMES, st.integers(0, 2**31 - 1)), max_size=3))
+def test_rows_that_are_packed_together_are_those_of_their_records(record, others):
+    records = [record]
+    for name, position in others:
+        records.append(dataclasses.replace(record, request_id=name, query_position=position, decode_step=position))
+    assert packed(records) == [r.to_bytes() for r in records]
 
 
 def test_the_row_is_compact():

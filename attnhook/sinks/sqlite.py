@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Sequence
+from itertools import chain
 
 from attnhook.records import TokenRecord
 from attnhook.sinks import Sink, config, database
@@ -12,11 +13,24 @@ from attnhook.sinks.columns import Columns, from_records
 from attnhook.sinks.retention import Retention
 
 _CACHED_SESSIONS = 65536
-_INSERT = """
-INSERT INTO records (session, query_position, decode_step, model, time, zone, mode, think_phase, layer, fingerprint,
-                     record)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (session, query_position) DO NOTHING
-"""
+_COLUMNS = (
+    "session", "query_position", "decode_step", "model", "time", "zone", "mode", "think_phase", "layer", "fingerprint",
+    "record",
+)  # fmt: skip
+_ROW = f"({', '.join('?' * len(_COLUMNS))})"
+#: Rows of one statement: a step of SQLite for each row costs a third more, and lets go of the interpreter each time.
+#: Every SQLite takes 999 parameters.
+_ROWS = 64
+
+
+def _insertion(rows: int) -> str:
+    values = ", ".join([_ROW] * rows)
+    return (
+        f"INSERT INTO records ({', '.join(_COLUMNS)}) VALUES {values} ON CONFLICT (session, query_position) DO NOTHING"
+    )
+
+
+_INSERT_ONE, _INSERT_MANY = _insertion(1), _insertion(_ROWS)
 _inherited: list[sqlite3.Connection] = []  # of a parent process: closing one here could harm its locks
 
 
@@ -139,8 +153,8 @@ class SqliteSink(Sink):
         sessions = self._session_numbers(connection, columns)
         models = self._model_numbers(connection, columns.model)
         data = columns.fingerprint.astype("<f4", copy=False).tobytes()
-        width = len(data) // max(len(columns), 1)
-        rows = zip(
+        size = len(data) // max(len(columns), 1)
+        parts = (
             sessions,
             columns.query_position,
             columns.decode_step,
@@ -150,12 +164,15 @@ class SqliteSink(Sink):
             columns.mode,
             columns.think_phase,
             columns.layer,
-            [data[at : at + width] for at in range(0, len(data), width or 1)],
+            [data[at : at + size] for at in range(0, len(data), size or 1)],
             columns.record,
-            strict=True,
         )
+        rows = list(zip(*parts, strict=True))
         before = connection.total_changes
-        connection.executemany(_INSERT, rows)
+        whole = len(columns) - len(columns) % _ROWS
+        for start in range(0, whole, _ROWS):
+            connection.execute(_INSERT_MANY, list(chain.from_iterable(rows[start : start + _ROWS])))
+        connection.executemany(_INSERT_ONE, rows[whole:])
         return connection.total_changes - before
 
     def _session_numbers(self, connection: sqlite3.Connection, columns: Columns) -> list[int]:

@@ -77,7 +77,8 @@ class ZmqSink(Sink):
         """Hand the records over.
 
         Raises DroppedError where the high-water mark is reached (the records before that count are on their way),
-        RecordError where a record does not fit the binary row (none of the batch is sent).
+        RecordError where a record does not fit the binary row (none of the batch is sent). Where there is no room at
+        all, no record is looked at.
         """
         from attnhook import frames
 
@@ -85,18 +86,13 @@ class ZmqSink(Sink):
             raise ValueError(f"sink zmq:{self._address} is closed")
         if self._pid != os.getpid():  # forked: ZeroMQ's threads are the parent's
             self._connect()
+        if batch and not self._has_room():
+            raise self._drop(len(batch))  # before they are encoded: a collector that lags is to cost nothing here
         rows = [record.to_bytes() for record in batch]
         for start, stop in _pieces(rows):
             data = frames.encode(self._producer, self.sent, self.dropped, rows[start:stop])
             if not self._send(data):
-                left = len(rows) - start
-                self.dropped["collector_busy"] += left
-                raise DroppedError(
-                    "collector_busy",
-                    left,
-                    f"{left} records dropped: {self._hwm} frames wait already for the collector at {self._address}; "
-                    "see that it runs and keeps up, or allow more with ?hwm=",
-                )
+                raise self._drop(len(rows) - start)
             self.sent += stop - start
 
     def close(self) -> None:
@@ -114,6 +110,20 @@ class ZmqSink(Sink):
             if self._socket.poll(int(self._linger * 1000), zmq.POLLOUT):
                 self._send(frames.encode_end(self._producer, self.sent, self.dropped))
         self._let_go(int(self._linger * 1000))
+
+    def _has_room(self) -> bool:
+        import zmq
+
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)
+
+    def _drop(self, count: int) -> DroppedError:
+        self.dropped["collector_busy"] += count
+        return DroppedError(
+            "collector_busy",
+            count,
+            f"{count} records dropped: {self._hwm} frames wait already for the collector at {self._address}; see that "
+            "it runs and keeps up, or allow more with ?hwm=",
+        )
 
     def _send(self, data: bytes) -> bool:
         import zmq

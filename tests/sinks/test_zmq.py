@@ -54,6 +54,8 @@ def test_without_a_collector_it_never_waits_and_counts_what_it_drops():
         assert (error.value.reason, error.value.count) == ("collector_busy", 10)
         assert sink.dropped == {"collector_busy": dropped}
     assert sink.sent == 30
+    with pytest.raises(DroppedError):  # nobody takes it, so it is not even looked at
+        sink.write([record(request_id="\ud800")])
     sink.close()  # the linger of a second, then it lets go
 
 
