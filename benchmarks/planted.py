@@ -58,7 +58,8 @@ def planted(count: int, *, seed: int = 0, kinds: tuple[Kind, ...] = KINDS) -> tu
 def _shares(count: int) -> np.ndarray:
     """Kinds are not equally frequent: the commonest is four times as frequent as the rarest."""
     weights = np.linspace(4.0, 1.0, count)
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 def _rows(labels: np.ndarray, kinds: tuple[Kind, ...], rng: np.random.Generator) -> np.ndarray:

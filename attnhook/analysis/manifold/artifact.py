@@ -113,7 +113,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise RecordError(f"{path} has format {manifest['format']}; this attnhook reads {FORMAT}: upgrade attnhook")
     if manifest.get("digest") != digest(manifest):
-        raise RecordError(f"{path} was changed after it was written: its digest does not fit; run attnhook discover again")
+        raise RecordError(
+            f"{path} was changed after it was written: its digest does not fit; run attnhook discover again"
+        )
     schema = manifest.get("fingerprint_schema")
     if schema != fp.SCHEMA_VERSION:
         raise RecordError(

@@ -43,7 +43,7 @@ class Checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(f"{self.folder} cannot be made: {error}; name another folder with --out") from error
-        self._lock()
+        self._fd: int | None = self._lock()
         try:
             state = self._read() if unfinished and resume else None
             if out.is_dir() and any(out.iterdir()) and not force and not self._was_published(state):
@@ -142,16 +142,18 @@ class Checkpoint:
     def _write(self) -> None:
         write_json(self.folder / _STATE, {"identity": self._identity, "stages": [[k, v] for k, v in self.done.items()]})
 
-    def _lock(self) -> None:
-        self._fd: int | None = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _lock(self) -> int:
+        """A file descriptor that holds the folder; a process that dies lets go of it."""
+        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         if sys.platform == "win32":
-            return
+            return fd
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
+            os.close(fd)
             raise PluginError(f"{self.folder} is used by another process: wait for it, or name another --out") from (
                 error
             )
         except OSError:  # a file system without locks
-            return
+            return fd
+        return fd

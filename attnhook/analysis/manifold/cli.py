@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,9 +37,7 @@ def discover(
     ] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Put several models on one map.")] = False,
     neighbours: Annotated[int, typer.Option(help="Neighbours of a point on the map.")] = _DEFAULTS.neighbours,
-    min_distance: Annotated[
-        float, typer.Option(help="Least distance of points on the map.")
-    ] = _DEFAULTS.min_distance,
+    min_distance: Annotated[float, typer.Option(help="Least distance of points on the map.")] = _DEFAULTS.min_distance,
     epochs: Annotated[int, typer.Option(help="Rounds of the map's layout.")] = _DEFAULTS.epochs,
     min_cluster_share: Annotated[
         float, typer.Option(help="Smallest cluster, share of the sample.")
@@ -60,21 +57,19 @@ def discover(
     ] = False,
 ) -> None:
     """Find the kinds of attention in a store: a map, its clusters, and how far they can be believed."""
-    values = {
-        "sample": sample,
-        "seed": seed,
-        "model": model,
-        "layers": _layers(layers),
-        "allow_mixed": allow_mixed,
-        "variance": variance,
-        "neighbours": neighbours,
-        "min_distance": min_distance,
-        "epochs": epochs,
-        "min_cluster_share": min_cluster_share,
-        "repeats": repeats,
-    }
-    assert set(values) == {field.name for field in fields(Settings)}
-    settings = Settings(**values)
+    settings = Settings(
+        sample=sample,
+        seed=seed,
+        model=model,
+        layers=_layers(layers),
+        allow_mixed=allow_mixed,
+        variance=variance,
+        neighbours=neighbours,
+        min_distance=min_distance,
+        epochs=epochs,
+        min_cluster_share=min_cluster_share,
+        repeats=repeats,
+    )
     if register_run and not store.startswith("sqlite:"):
         raise OptionError("register", f"--register writes to sqlite: stores only, not to {store}: drop it")
     from attnhook.analysis.manifold.run import discover as run
@@ -104,7 +99,7 @@ def _layers(text: str | None) -> tuple[int, ...] | str | None:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise OptionError("layers", f"--layers {text!r} must be all, or numbers of stored layers such as 0,14") from None
+        raise OptionError("layers", f"--layers {text!r} must be all, or stored layers such as 0,14") from None
 
 
 class _Bar:

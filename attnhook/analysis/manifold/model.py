@@ -88,9 +88,7 @@ class Model:
         bit whatever the other rows are.
         """
         n = len(fingerprints)
-        places = Places(
-            np.empty((n, 2), np.float32), np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, bool)
-        )
+        places = Places(np.empty((n, 2), np.float32), np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, bool))
         for start in range(0, n, _CHUNK):
             part = slice(start, start + _CHUNK)
             self._place(fingerprints[part], workers, places, part)
@@ -119,9 +117,7 @@ class Model:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All state as plain arrays, by name."""
-        return {
-            name: getattr(self.components if hasattr(self.components, name) else self, name) for name in _ARRAYS
-        }
+        return {name: getattr(self.components if hasattr(self.components, name) else self, name) for name in _ARRAYS}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Model:

@@ -16,7 +16,7 @@ _NEAREST = 15  # neighbours of trustworthiness, at most a third of the points
 
 
 def trustworthiness(high: np.ndarray, low: np.ndarray) -> float:
-    """Share, weighted by rank, of map neighbours that are neighbours in ``high`` too, in [0, 1] (Venna & Kaski 2001)."""
+    """How many neighbours on the map are neighbours in ``high`` too, weighted by rank, in [0, 1] (Venna & Kaski)."""
     with libraries():
         from sklearn.manifold import trustworthiness as measure  # type: ignore[import-untyped]
     return float(measure(high, low, n_neighbors=min(_NEAREST, len(high) // 3)))
@@ -25,7 +25,7 @@ def trustworthiness(high: np.ndarray, low: np.ndarray) -> float:
 def silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
     """Mean silhouette of what has a cluster, in [-1, 1]; None with fewer than two clusters."""
     with libraries():
-        from sklearn.metrics import silhouette_score
+        from sklearn.metrics import silhouette_score  # type: ignore[import-untyped]
     inside = labels >= 0
     if len(np.unique(labels[inside])) < 2 or inside.sum() <= len(np.unique(labels[inside])):
         return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _stages(job: stages.Job, checkpoint: Checkpoint, progress: Progress) -> dict
             continue
         start = time.perf_counter()
         progress(name, 0, 0)
-        told = replace(job, progress=lambda done, total, name=name: progress(name, done, total))
+        told = replace(job, progress=partial(progress, name))
         checkpoint.finish(name, work(told))
         seconds[name] = round(time.perf_counter() - start, 3)
     progress("publish", 0, 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from attnhook.errors import OptionError, PluginError
 
 MINIMUM = 100  # fingerprints; a map of fewer shows nothing but chance
+_CLUMP = 30
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Settings:
             raise OptionError("layers", f"layers={list(self.layers)}: name stored layers, such as 0,14,29, or all")
 
     def min_cluster(self, points: int) -> int:
-        """Points in the smallest cluster of a fit on so many."""
-        return max(5, round(self.min_cluster_share * points))
+        """Points in the smallest cluster of a fit on so many: below some 30, UMAP's own clumps count as clusters."""
+        return max(5, min(_CLUMP, points // 10), round(self.min_cluster_share * points))
 
 
 @contextmanager

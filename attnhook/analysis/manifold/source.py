@@ -128,7 +128,7 @@ def sample(path: Path, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 def allocate(sizes: np.ndarray, total: int) -> np.ndarray:
     """How many of ``total`` each stratum gets, int64; by size, above a floor, and never more than there are."""
     sizes = sizes.astype(np.int64)
-    wanted = np.minimum(sizes, min(_FLOOR, total // max(len(sizes), 1)))
+    wanted: np.ndarray = np.minimum(sizes, min(_FLOOR, total // max(len(sizes), 1)))
     room = sizes - wanted
     share = room * (total - wanted.sum()) / max(int(room.sum()), 1)
     wanted += np.floor(share).astype(np.int64)
