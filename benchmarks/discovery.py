@@ -155,10 +155,8 @@ def compare(url: str, folder: Path, limit: float) -> None:
         noise = f"{(found < 0).mean():.2%}"
         print(f"| {name} | {seconds:.1f} | {work:.1f} | {memory:.0f} | {found.max() + 1} | {noise} | {trust} | {ari} |")
     sys.stdout.flush()
-    print(
-        f"\nplain / attnhook: {plain_seconds / ours_seconds:.2f} times the time, {plain_work / ours_work:.2f} times the processor's.",
-        end=" ",
-    )
+    times, work_times = plain_seconds / ours_seconds, plain_work / ours_work
+    print(f"\nplain / attnhook: {times:.2f} times the time, {work_times:.2f} times the processor's.", end=" ")
     print(f"ARI between the two: {agreement(labels, their_labels):.4f}.")
     print(f"Seconds in attnhook's stages: {', '.join(f'{k} {v:.1f}' for k, v in stages.items())}.")
     fitted = sum(stages[k] for k in ("read", "components", "sample", "embed", "cluster", "assign"))
@@ -182,20 +180,23 @@ def million(count: int, folder: Path, limit: float) -> None:
 def rate(folder: Path, count: int = 200_000) -> None:
     """Fingerprints a second of the classifier; what it says is what the batch run said."""
     rows: Any = planted(count, seed=2)[0]
-    print("\n## Classifier\n\n| threads | a call | fingerprints a second, median of 5 | range |")
-    print("| --- | --- | --- | --- |")
+    print(
+        "\n## Classifier\n\n| threads | a call | fingerprints a second, median of 5 | range | a second of processor |"
+    )
+    print("| --- | --- | --- | --- | --- |")
     for workers in (1, os.cpu_count() or 1):
         classifier = FingerprintClassifier(folder / "ours", workers=workers)
         classifier.places(rows[:1000])
         for size in (256, 8192, count):
-            rates = []
+            rates, work = [], time.process_time()
             for _ in range(5):
                 start = time.perf_counter()
                 for at in range(0, count, size):
                     classifier.places(rows[at : at + size])
                 rates.append(count / (time.perf_counter() - start))
-            low, high = min(rates), max(rates)
-            print(f"| {workers} | {size:,} | {statistics.median(rates):,.0f} | {low:,.0f} to {high:,.0f} |")
+            work = time.process_time() - work
+            each, spread = statistics.median(rates), f"{min(rates):,.0f} to {max(rates):,.0f}"
+            print(f"| {workers} | {size:,} | {each:,.0f} | {spread} | {5 * count / work:,.0f} |")
     stored = pq.read_table(folder / "ours" / "points.parquet").combine_chunks().to_batches()[0]
     batch = pq.read_table(folder / "ours" / "assignments.parquet")
     found = FingerprintClassifier(folder / "ours").places(fingerprints_of(stored))

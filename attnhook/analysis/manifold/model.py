@@ -15,6 +15,7 @@ from attnhook.errors import RecordError
 
 NEAREST = 5  # sampled fingerprints that a place is made of
 _CHUNK = 16384  # rows at a time: temporaries stay in the processor's cache
+_NEW = 0.01  # difference, in a column that was constant, that makes a fingerprint unlike all others
 _TINY = 1e-12  # squared distance within which a fingerprint is the sampled one
 _ARRAYS = ("center", "scale", "directions", "variance", "share", "points", "embedding", "labels", "memberships")
 
@@ -84,7 +85,8 @@ class Model:
 
         A fingerprint gets the mean place of its `NEAREST` sampled neighbours, weighted by 1/distance², and the
         cluster with the largest weight among them; so a sampled one keeps its own. What is further from its nearest
-        neighbour than any sampled one from its fifth gets no cluster. Each row's result is its own: the same to the
+        neighbour than any sampled one from its fifth, or has more than 0.01 where all that the map was fitted on have
+        the same, is far and gets no cluster. Each row's result is its own: the same to the
         bit whatever the other rows are.
         """
         n = len(fingerprints)
@@ -109,7 +111,10 @@ class Model:
             sure += same * belief[:, j, None]
         rows, best = np.arange(len(votes)), votes.argmax(axis=1)
         cluster, probability = labels[rows, best], sure[rows, best]
-        far = distances[:, 0] > self.reach
+        # a column that was constant has no component; what is new there must not look like the rest
+        constant = self.components.scale == 0
+        new = np.abs(fingerprints[:, constant] - self.components.center[constant]) > _NEW
+        far = (distances[:, 0] > self.reach) | new.any(axis=1)
         cluster[far] = -1
         probability[cluster < 0] = 0
         places.xy[part], places.cluster[part] = xy, cluster
