@@ -21,12 +21,13 @@ from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
 from attnhook import fingerprint as fp
-from attnhook.analysis import probes
+from attnhook.analysis import probes, zones
 from attnhook.analysis.manifold import artifact, fit, quality, source
 from attnhook.analysis.manifold.run import STAGES, discover
 from attnhook.analysis.manifold.settings import Settings
 from attnhook.analysis.zones import ZONE_NAMES, classify_many
 from attnhook.cli import app
+from attnhook.errors import OptionError
 from attnhook.store import discoveries
 from benchmarks.planted import KINDS, planted
 from tests.analysis.maps import SMALL, Stop, contents, kinds_of, records, stored, write
@@ -156,6 +157,25 @@ def test_layers_are_rows_of_their_own(tmp_path):
     assert np.array_equal(stored(one.folder), far)
     mean = discover(store, tmp_path / "mean", replace(SMALL, repeats=0))
     np.testing.assert_allclose(stored(mean.folder), (local + far) / 2, atol=1e-6)
+
+
+def test_the_sink_is_taken_out(tmp_path):
+    rows, _ = planted(300, kinds=KINDS[1:2])
+    scores = rows[:, fp.HISTOGRAM][:, 11] * 0.9  # most of what lies where position 0 is
+    whole = [
+        replace(record, span_names=("sink",), span_mass=np.array([[score], [0]], np.float32))
+        for record, score in zip(records(np.stack([rows, rows], axis=1), ["r"] * 300), scores, strict=True)
+    ]
+    store = write(f"sqlite:{tmp_path / 'x.db'}", whole)
+    settings = replace(SMALL, repeats=0, without_sink="sink")
+    each = stored(discover(store, tmp_path / "each", replace(settings, layers="all")).folder)
+    p = np.arange(2048, 2348)
+    wanted = zones.without_key(rows, scores, p, p + 1)
+    assert np.array_equal(each[::2], wanted) and np.array_equal(each[1::2], rows)
+    mean = stored(discover(store, tmp_path / "mean", settings).folder)
+    np.testing.assert_allclose(mean, (wanted + rows) / 2, atol=1e-6)
+    with pytest.raises(OptionError, match="has no span 'other'"):
+        discover(store, tmp_path / "none", replace(settings, without_sink="other"))
 
 
 def test_probes_label_the_map_and_the_run_is_noted_in_the_store(tmp_path):

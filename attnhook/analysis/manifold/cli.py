@@ -35,6 +35,10 @@ def discover(
         str | None,
         typer.Option(help="A row for each stored layer (all), or these: 0,14. Default: a record's mean over its own."),
     ] = None,
+    without_sink: Annotated[
+        str | None,
+        typer.Option(help="Take position 0 out, by the mass of the span of this name; attnhook probe's is sink."),
+    ] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Put several models on one map.")] = False,
     neighbours: Annotated[int, typer.Option(help="Neighbours of a point on the map.")] = _DEFAULTS.neighbours,
     min_distance: Annotated[float, typer.Option(help="Least distance of points on the map.")] = _DEFAULTS.min_distance,
@@ -62,6 +66,7 @@ def discover(
         seed=seed,
         model=model,
         layers=_layers(layers),
+        without_sink=without_sink,
         allow_mixed=allow_mixed,
         variance=variance,
         neighbours=neighbours,

@@ -20,6 +20,7 @@ class Settings:
     seed: int = 0
     model: str | None = None  # only this model's records
     layers: tuple[int, ...] | str | None = None  # None: a record's mean over its layers; "all", or these layers
+    without_sink: str | None = None  # name of the span (0, 1), whose key is taken out of every fingerprint
     allow_mixed: bool = False  # records of several models on one map
     variance: float = 0.95  # share of the variance that the kept components explain
     neighbours: int = 15  # of a point on the map

@@ -15,13 +15,15 @@ import numpy as np
 from attnhook import fingerprint as fp
 from attnhook.analysis import probes
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
+from attnhook.analysis.zones import ZONE_NAMES, classify_many, without_key
 from attnhook.errors import OptionError, RecordError
 from attnhook.sinks.columns import NAMES, fingerprints_of, fixed_list, to_records
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
+
+    from attnhook.records import TokenRecord
 
 ROWS = 65536  # of a row group: what is in memory at a time
 _KEYS = ("request_id", "choice", "query_position", "model")
@@ -64,7 +66,8 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
     with open_store(url) as store:
         total = store.count(model=settings.model)
         done = 0
-        columns = NAMES if settings.layers is not None else (*_KEYS, "fingerprint")
+        whole = settings.layers is not None or settings.without_sink is not None
+        columns = NAMES if whole else (*_KEYS, "fingerprint")
         with pq.ParquetWriter(target, _schema()) as writer:
             for batch in store.fingerprints(model=settings.model, columns=columns):
                 done += batch.num_rows
@@ -143,21 +146,12 @@ def _rows(batch: pa.RecordBatch, settings: Settings, strata: _Strata) -> pa.Reco
     """A store's batch in the columns of the copy, checked."""
     import pyarrow as pa
 
-    if settings.layers is None:
+    if settings.layers is None and settings.without_sink is None:
         keys = [batch.column(name) for name in _KEYS]
         prints, layers = fingerprints_of(batch), [-1] * batch.num_rows
     else:
-        records = list(to_records(batch))
-        chosen = [
-            (i, row)
-            for i, record in enumerate(records)
-            for row, layer in enumerate(record.layers)
-            if settings.layers == "all" or layer in settings.layers
-        ]
-        layers = [records[i].layers[row] for i, row in chosen]
-        prints = np.array([records[i].fingerprints[row] for i, row in chosen], np.float32).reshape(-1, fp.SIZE)
-        own = pa.array([i for i, _ in chosen], pa.int64())
-        keys = [batch.column(name).take(own) for name in _KEYS]
+        own, layers, prints = _of_layers(list(to_records(batch)), settings)
+        keys = [batch.column(name).take(pa.array(own, pa.int64())) for name in _KEYS]
     ids, models = keys[0].to_pylist(), keys[3].to_pylist()
     zones = _checked(prints, ids, keys)
     found = [probes.find(one) for one in ids]
@@ -171,6 +165,44 @@ def _rows(batch: pa.RecordBatch, settings: Settings, strata: _Strata) -> pa.Reco
         fixed_list(prints),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=_schema())
+
+
+def _of_layers(records: list[TokenRecord], settings: Settings) -> tuple[list[int], list[int], np.ndarray]:
+    """Number of the record, layer (-1: the mean) and fingerprint of each row that whole records give."""
+    counts = np.array([len(record.layers) for record in records], np.int64)
+    if not counts.sum():
+        return [], [], np.zeros((0, fp.SIZE), np.float32)
+    prints = np.concatenate([record.fingerprints for record in records])
+    if settings.without_sink is not None:
+        prints = _without_sink(records, prints, np.repeat([r.query_position for r in records], counts), settings)
+    if settings.layers is None:
+        starts = np.cumsum(counts) - counts
+        means = np.add.reduceat(prints.astype(np.float64), starts) / counts[:, None]
+        return list(range(len(records))), [-1] * len(records), means.astype(np.float32)
+    layers = np.concatenate([record.layers for record in records])
+    kept = np.ones(len(layers), bool) if settings.layers == "all" else np.isin(layers, settings.layers)
+    own = np.repeat(np.arange(len(records)), counts)
+    return own[kept].tolist(), layers[kept].tolist(), np.asarray(prints[kept], np.float32)
+
+
+def _without_sink(
+    records: list[TokenRecord], prints: np.ndarray, positions: np.ndarray, settings: Settings
+) -> np.ndarray:
+    """Each layer's fingerprint as if position 0 were not there; a layer whose window hides it stays as it is."""
+    name = settings.without_sink
+    for record in records:
+        if name not in record.span_names:
+            raise OptionError(
+                "without_sink",
+                f"record {record.request_id!r} has no span {name!r}: capture with spans={{{name!r}: (0, 1)}}, as "
+                "attnhook probe does, or do not ask for --without-sink",
+            )
+    scores = np.concatenate([record.span_mass[:, record.span_names.index(str(name))] for record in records])
+    there = (positions > 0) & (scores > 0)
+    out = prints.copy()
+    p = positions[there]
+    out[there] = without_key(prints[there], scores[there], p, p + 1)
+    return out
 
 
 def _checked(prints: np.ndarray, ids: list[str], keys: list[Any]) -> np.ndarray:
