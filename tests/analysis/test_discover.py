@@ -83,7 +83,7 @@ def test_quality_is_measured(small_map):
     assert 0 < figures["silhouette"] <= 1
     assert len(figures["stability"]["seeds"]) == len(figures["stability"]["bootstraps"]) == 1
     assert 0.5 < figures["stability"]["seeds_mean"] <= 1
-    assert figures["ari_packs"] is None and figures["ari_layers"] is None
+    assert figures["ari_packs"] is None and figures["ari_layers"] is None and figures["ari_octaves"] is None
     # the same points at random places are not to be trusted
     prints = stored(small_map)[:500]
     assert quality.trustworthiness(prints, np.random.default_rng(0).random((500, 2))) < 0.6

@@ -187,6 +187,7 @@ def _show(manifest: dict[str, Any], console: Console) -> None:
         "ARI with probe packs": _number(quality["ari_packs"]),
         "with zones": _number(quality["ari_zones"]),
         "with layers": _number(quality["ari_layers"]),
+        "with the position's octave": _number(quality["ari_octaves"]),
     }
     console.print("; ".join(f"{name} {value}" for name, value in told.items()), soft_wrap=True, highlight=False)
 

@@ -165,7 +165,7 @@ def measure(job: Job) -> list[Path]:
     own = _picked(job.artifact / ASSIGNMENTS, rows, ["cluster"])
     prints = fingerprints_of(points)
     xy = np.stack([points.column(name).to_numpy() for name in ("x", "y")], axis=1)
-    clusters, zones, packs, layers = _labels(job)
+    clusters, zones, packs, layers, octaves = _labels(job)
     known = np.array([pack is not None for pack in packs], bool)
     found = job.json("cluster.json")
     noted = {
@@ -180,6 +180,7 @@ def measure(job: Job) -> list[Path]:
         "ari_packs": quality.agreement(clusters[known], np.array(packs)[known].tolist()) if known.any() else None,
         "rows_with_pack": int(known.sum()),
         "ari_layers": quality.agreement(clusters, layers) if len(np.unique(layers)) > 1 else None,
+        "ari_octaves": quality.agreement(clusters, octaves) if len(np.unique(octaves)) > 1 else None,
         "stability": quality.stability(model.points, model.labels, job.settings, job.progress),
     }
     target = job.folder / "quality.json"
@@ -321,13 +322,14 @@ def _picked(path: Path, rows: np.ndarray, columns: list[str]) -> Any:
     return pa.Table.from_batches(found).combine_chunks().to_batches()[0]
 
 
-def _labels(job: Job) -> tuple[np.ndarray, np.ndarray, list[str | None], np.ndarray]:
-    """Cluster, zone, pack and layer of every row."""
-    clusters, zones, packs, layers = [], [], list[str | None](), []
+def _labels(job: Job) -> tuple[np.ndarray, np.ndarray, list[str | None], np.ndarray, np.ndarray]:
+    """Cluster, zone, pack, layer and the bin of position 0 of every row."""
+    clusters, zones, packs, layers, octaves = [], [], list[str | None](), [], []
     for batch in source.chunks(job.artifact / ASSIGNMENTS, ["cluster", "zone"]):
         clusters.append(batch.column("cluster").to_numpy())
         zones.append(batch.column("zone").indices.to_numpy())
-    for batch in source.chunks(job.artifact / POINTS, ["pack", "layer"]):
+    for batch in source.chunks(job.artifact / POINTS, ["pack", "layer", "query_position"]):
         packs += batch.column("pack").to_pylist()
         layers.append(batch.column("layer").to_numpy())
-    return np.concatenate(clusters), np.concatenate(zones), packs, np.concatenate(layers)
+        octaves.append(np.searchsorted(fp.BIN_STARTS, batch.column("query_position").to_numpy(), side="right"))
+    return np.concatenate(clusters), np.concatenate(zones), packs, np.concatenate(layers), np.concatenate(octaves)
