@@ -36,6 +36,9 @@ def collect(
     queue: Annotated[str, typer.Option(help="Most bytes that may wait for a store; more is dropped.")] = "256MB",
     drain_seconds: Annotated[float, typer.Option(help="At the end: take what is on its way for at most so long.")] = 5,
     stop_seconds: Annotated[float, typer.Option(help="At the end: try to write what waits for at most so long.")] = 30,
+    artifact: Annotated[
+        Path | None, typer.Option(help="What attnhook discover wrote: /classify then knows the classifier clusters.")
+    ] = None,
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -46,6 +49,7 @@ def collect(
     with needs("attnhook collect"):
         import zmq  # noqa: F401
 
+        from attnhook.collector.classifiers import Classifier
         from attnhook.collector.http import application
         from attnhook.collector.server import Server
         from attnhook.collector.service import Collector
@@ -56,10 +60,15 @@ def collect(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     secret = _token(token, token_file)
+    classifiers: dict[str, Classifier] = {}
+    if artifact is not None:
+        from attnhook.analysis.classify import FingerprintClassifier
+
+        classifiers["clusters"] = FingerprintClassifier(artifact)
     server = Server(http, token=secret)
     collector = Collector(listen, store, journal=journal, queue_bytes=size)
     collector.start()
-    server.start(application(collector, token=secret))
+    server.start(application(collector, token=secret, classifiers=classifiers))
     print(f"collecting on {collector.receiver.address} into {', '.join(store)}; {server.url}/stats", flush=True)
     while not stopping.wait(1.0):
         continue
