@@ -1,0 +1,104 @@
+"""How well predicted zones agree with what the probes should show: counts, intervals over probes, permutations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnhook.analysis import zones
+from attnhook.analysis.calibration.rows import Rows
+
+ROUNDS = 1000  # bootstraps, and permutations
+_ZONES = len(zones.ZONE_NAMES)
+_INTERVAL = (2.5, 97.5)  # percent
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Agreement of one view of the rows; all numbers give every probe the same weight."""
+
+    confusion: np.ndarray  # int [5, 5], rows (of the store) by wanted zone and predicted zone
+    rates: np.ndarray  # float [5, 5], each line the mean over its probes; sums to 1
+    probes: np.ndarray  # int [5]
+    recall: np.ndarray  # float [5]
+    recall_interval: np.ndarray  # float [5, 2], 95%, over bootstraps of probes
+    precision: np.ndarray  # float [5], as if the five kinds were equally frequent; NaN: never predicted
+    precision_interval: np.ndarray  # float [5, 2]
+    balanced: float
+    balanced_interval: tuple[float, float]
+    chance: float  # mean balanced accuracy with the labels permuted over probes
+    chance_bound: float  # its 97.5th percentile
+    p_value: float  # share of permutations that reach the balanced accuracy, at least 1 / (ROUNDS + 1)
+
+    @property
+    def supported(self) -> tuple[bool, ...]:
+        """Whether each zone is told apart: its precision is above chance (1/5) with 97.5% confidence.
+
+        That is the same as its recall being above the rate at which probes of other kinds are given the zone.
+        """
+        return tuple(bool(low > 1 / _ZONES) for low in np.nan_to_num(self.precision_interval[:, 0]))
+
+
+def recalls(rows: Rows, codes: np.ndarray) -> np.ndarray:
+    """Recall of each zone with a probe, every probe with the same weight; codes int [N]."""
+    labels = rows.labels
+    hits = np.bincount(rows.probe, (codes == labels[rows.probe]) * rows.weights(), minlength=len(labels))
+    present = np.zeros(len(labels), bool)
+    present[rows.probe] = True
+    return np.array([hits[present & (labels == zone)].mean() for zone in np.unique(labels[present & (labels >= 0)])])
+
+
+def shares(rows: Rows, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each zone in every probe's rows, float [P, 5], and the labels of those probes, int [P]."""
+    table = np.zeros((len(rows.probes), _ZONES))
+    np.add.at(table, (rows.probe, codes), rows.weights())
+    present = table.sum(axis=1) > 0
+    return table[present], rows.labels[present]
+
+
+def judge(rows: Rows, codes: np.ndarray, *, seed: int = 0, rounds: int = ROUNDS) -> Judgement:
+    """Judge the predicted ``codes``, int [N], of rows that have probes of every zone."""
+    table, labels = shares(rows, codes)
+    table, labels = table[labels >= 0], labels[labels >= 0]
+    rng = np.random.default_rng(seed)
+    rates = _rates(table, labels)
+    boots = np.empty((rounds, _ZONES, _ZONES))
+    members = [np.flatnonzero(labels == zone) for zone in range(_ZONES)]
+    for i in range(rounds):
+        boots[i] = [table[rng.choice(own, len(own))].mean(axis=0) for own in members]
+    permuted = np.array([_balanced(_rates(table, rng.permutation(labels))) for _ in range(rounds)])
+    confusion = np.zeros((_ZONES, _ZONES), np.int64)
+    wanted = rows.labels[rows.probe]
+    np.add.at(confusion, (wanted[wanted >= 0], codes[wanted >= 0]), 1)
+    balanced = _balanced(rates)
+    low, high = np.percentile(boots.diagonal(axis1=1, axis2=2).mean(axis=1), _INTERVAL)
+    return Judgement(
+        confusion=confusion,
+        rates=rates,
+        probes=np.array([len(own) for own in members]),
+        recall=rates.diagonal().copy(),
+        recall_interval=np.percentile(boots.diagonal(axis1=1, axis2=2), _INTERVAL, axis=0).T,
+        precision=_precision(rates),
+        precision_interval=np.nanpercentile(np.nan_to_num(_precision(boots)), _INTERVAL, axis=0).T,
+        balanced=balanced,
+        balanced_interval=(float(low), float(high)),
+        chance=float(permuted.mean()),
+        chance_bound=float(np.percentile(permuted, _INTERVAL[1])),
+        p_value=float((1 + (permuted >= balanced).sum()) / (rounds + 1)),
+    )
+
+
+def _rates(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.stack([table[labels == zone].mean(axis=0) for zone in range(_ZONES)])
+
+
+def _balanced(rates: np.ndarray) -> float:
+    return float(rates.diagonal().mean())
+
+
+def _precision(rates: np.ndarray) -> np.ndarray:
+    """Precision by zone of rates [..., 5, 5], the kinds taken as equally frequent; NaN where never predicted."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision: np.ndarray = rates.diagonal(axis1=-2, axis2=-1) / rates.sum(axis=-2)
+    return precision
