@@ -93,7 +93,7 @@ def _show(found: Calibration, console: Console) -> None:
         table.add_row(
             name,
             str(judged.probes[i]),
-            f"{judged.recall[i]:.0%}",
+            "-" if judged.recall[i] != judged.recall[i] else f"{judged.recall[i]:.0%}",
             "-" if judged.precision[i] != judged.precision[i] else f"{judged.precision[i]:.0%}",
             "yes" if judged.supported[i] else "no",
         )

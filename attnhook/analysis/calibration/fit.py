@@ -11,7 +11,6 @@ from attnhook.analysis import zones
 from attnhook.analysis.calibration.judge import recalls
 from attnhook.analysis.calibration.rows import Rows
 from attnhook.analysis.zones import Thresholds
-from attnhook.errors import RecordError
 
 #: Values that are tried for each fitted threshold; the others keep their defaults.
 GRID: dict[str, tuple[float, ...]] = {
@@ -20,6 +19,13 @@ GRID: dict[str, tuple[float, ...]] = {
     "diffuse_entropy": (0.7, 0.74, 0.76, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94),
     "diffuse_keys": (4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0),
     "ripple_periodicity": (0.06, 0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3),
+}
+_OF_ZONE = {  # thresholds that cannot be fitted without probes of the zone
+    "local_mass": zones.SYNTAX_FLOOR,
+    "long_mass": zones.LONG_RANGE,
+    "diffuse_entropy": zones.DIFFUSE,
+    "diffuse_keys": zones.DIFFUSE,
+    "ripple_periodicity": zones.STRUCTURE_RIPPLE,
 }
 _SWEEPS = 6
 _MARGIN = 0.002  # balanced accuracy that a value must win to replace one that is there: noise wins less
@@ -39,27 +45,21 @@ def predictions(rows: Rows, thresholds: Thresholds) -> np.ndarray:
 def fit(rows: Rows, *, progress: Callable[[str], object] = lambda name: None) -> Thresholds:
     """Thresholds for these rows: coordinate search from the defaults over `GRID`.
 
-    What is made as large as possible is the balanced accuracy (mean recall of the five zones, every probe with the
-    same weight), averaged over the views: each layer, and the mean over layers. Raises RecordError where a zone has
-    no probe.
+    What is made as large as possible is the balanced accuracy (mean recall of the zones, every probe with the same
+    weight) of the last view, the mean over layers that a record's zone is told from. A threshold of a zone without
+    probes stays as it is.
     """
-    labels = rows.labels
-    present = set(labels[np.unique(rows.probe)].tolist())
-    missing = [name for code, name in enumerate(zones.ZONE_NAMES) if code not in present]
-    if missing:
-        raise RecordError(
-            f"no probe left in the fit half for {', '.join(missing)}: run more packs with attnhook probe, or take "
-            "wrong answers too with --wrong-too"
-        )
+    present = set(rows.labels[np.unique(rows.probe)].tolist())
+    grid = {name: values for name, values in GRID.items() if _OF_ZONE[name] in present}
+    last = replace(rows, fingerprints=rows.fingerprints[:, -1:], periodicity=rows.periodicity[:, -1:])
 
     def worth(thresholds: Thresholds) -> float:
-        codes = predictions(rows, thresholds)
-        return float(np.mean([recalls(rows, codes[:, unit]).mean() for unit in range(codes.shape[1])]))
+        return float(recalls(last, predictions(last, thresholds)[:, 0]).mean())
 
     best, value = zones.DEFAULTS, worth(zones.DEFAULTS)
     for _ in range(_SWEEPS):
         before = best
-        for name, values in GRID.items():
+        for name, values in grid.items():
             progress(name)
             tried = [replace(best, **{name: candidate}) for candidate in values]
             reached = [worth(one) for one in tried]

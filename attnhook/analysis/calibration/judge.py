@@ -10,13 +10,18 @@ from attnhook.analysis import zones
 from attnhook.analysis.calibration.rows import Rows
 
 ROUNDS = 1000  # bootstraps, and permutations
+BLOCK = 10  # probes of about the same length, among which labels are permuted
 _ZONES = len(zones.ZONE_NAMES)
+_ABSENT = np.full(_ZONES, np.nan)  # the line of a zone without probes
 _INTERVAL = (2.5, 97.5)  # percent
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Agreement of one view of the rows; all numbers give every probe the same weight."""
+    """Agreement of one view of the rows; all numbers give every probe the same weight.
+
+    Zones without a probe have NaN in their lines, and are left out of means and of what precision compares with.
+    """
 
     confusion: np.ndarray  # int [5, 5], rows (of the store) by wanted zone and predicted zone
     rates: np.ndarray  # float [5, 5], each line the mean over its probes; sums to 1
@@ -29,15 +34,23 @@ class Judgement:
     balanced_interval: tuple[float, float]
     chance: float  # mean balanced accuracy with the labels permuted over probes
     chance_bound: float  # its 97.5th percentile
+    chance_at_length: float  # the same, labels permuted only among probes whose rows see about as many keys
+    chance_at_length_bound: float  # its 97.5th percentile
     p_value: float  # share of permutations that reach the balanced accuracy, at least 1 / (ROUNDS + 1)
 
     @property
     def supported(self) -> tuple[bool, ...]:
-        """Whether each zone is told apart: its precision is above chance (1/5) with 97.5% confidence.
+        """Whether each zone is told apart: its precision is above chance with 97.5% confidence.
 
-        That is the same as its recall being above the rate at which probes of other kinds are given the zone.
+        Chance is 1 over the number of judged zones. That is the same as the zone's recall being above the rate at
+        which probes of other kinds are given the zone. A zone that was not judged is not supported.
         """
-        return tuple(bool(low > 1 / _ZONES) for low in np.nan_to_num(self.precision_interval[:, 0]))
+        return tuple(bool(low > self.chance_precision) for low in np.nan_to_num(self.precision_interval[:, 0]))
+
+    @property
+    def chance_precision(self) -> float:
+        """Precision of a guess: 1 over the number of zones that have probes."""
+        return 1 / int((self.probes > 0).sum())
 
 
 def recalls(rows: Rows, codes: np.ndarray) -> np.ndarray:
@@ -58,21 +71,25 @@ def shares(rows: Rows, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge(rows: Rows, codes: np.ndarray, *, seed: int = 0, rounds: int = ROUNDS) -> Judgement:
-    """Judge the predicted ``codes``, int [N], of rows that have probes of every zone."""
+    """Judge the predicted ``codes``, int [N]; the same seed gives the same intervals."""
     table, labels = shares(rows, codes)
-    table, labels = table[labels >= 0], labels[labels >= 0]
+    keys = np.bincount(rows.probe, rows.keys * rows.weights(), minlength=len(rows.probes))[np.unique(rows.probe)]
+    table, labels, keys = table[labels >= 0], labels[labels >= 0], keys[labels >= 0]
     rng = np.random.default_rng(seed)
     rates = _rates(table, labels)
     boots = np.empty((rounds, _ZONES, _ZONES))
     members = [np.flatnonzero(labels == zone) for zone in range(_ZONES)]
     for i in range(rounds):
-        boots[i] = [table[rng.choice(own, len(own))].mean(axis=0) for own in members]
+        boots[i] = [_mean(table[rng.choice(own, len(own))]) if len(own) else _ABSENT for own in members]
     permuted = np.array([_balanced(_rates(table, rng.permutation(labels))) for _ in range(rounds)])
+    alike = np.argsort(keys, kind="stable")
+    table_, labels_ = table[alike], labels[alike]
+    matched = np.array([_balanced(_rates(table_, labels_[_within_blocks(len(labels_), rng)])) for _ in range(rounds)])
     confusion = np.zeros((_ZONES, _ZONES), np.int64)
     wanted = rows.labels[rows.probe]
     np.add.at(confusion, (wanted[wanted >= 0], codes[wanted >= 0]), 1)
     balanced = _balanced(rates)
-    low, high = np.percentile(boots.diagonal(axis1=1, axis2=2).mean(axis=1), _INTERVAL)
+    low, high = np.percentile(np.nanmean(boots.diagonal(axis1=1, axis2=2), axis=1), _INTERVAL)
     return Judgement(
         confusion=confusion,
         rates=rates,
@@ -80,25 +97,38 @@ def judge(rows: Rows, codes: np.ndarray, *, seed: int = 0, rounds: int = ROUNDS)
         recall=rates.diagonal().copy(),
         recall_interval=np.percentile(boots.diagonal(axis1=1, axis2=2), _INTERVAL, axis=0).T,
         precision=_precision(rates),
-        precision_interval=np.nanpercentile(np.nan_to_num(_precision(boots)), _INTERVAL, axis=0).T,
+        precision_interval=np.percentile(np.nan_to_num(_precision(boots)), _INTERVAL, axis=0).T,
         balanced=balanced,
         balanced_interval=(float(low), float(high)),
         chance=float(permuted.mean()),
         chance_bound=float(np.percentile(permuted, _INTERVAL[1])),
+        chance_at_length=float(matched.mean()),
+        chance_at_length_bound=float(np.percentile(matched, _INTERVAL[1])),
         p_value=float((1 + (permuted >= balanced).sum()) / (rounds + 1)),
     )
 
 
+def _within_blocks(count: int, rng: np.random.Generator) -> np.ndarray:
+    """A permutation of ``range(count)`` that leaves each number in its block of `BLOCK`."""
+    return np.argsort(np.arange(count) // BLOCK + rng.random(count), kind="stable")
+
+
 def _rates(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.stack([table[labels == zone].mean(axis=0) for zone in range(_ZONES)])
+    kinds = [table[labels == zone] for zone in range(_ZONES)]
+    return np.stack([_mean(kind) if len(kind) else _ABSENT for kind in kinds])
+
+
+def _mean(table: np.ndarray) -> np.ndarray:
+    mean: np.ndarray = table.mean(axis=0)
+    return mean
 
 
 def _balanced(rates: np.ndarray) -> float:
-    return float(rates.diagonal().mean())
+    return float(np.nanmean(rates.diagonal()))
 
 
 def _precision(rates: np.ndarray) -> np.ndarray:
     """Precision by zone of rates [..., 5, 5], the kinds taken as equally frequent; NaN where never predicted."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision: np.ndarray = rates.diagonal(axis1=-2, axis2=-1) / rates.sum(axis=-2)
+        precision: np.ndarray = rates.diagonal(axis1=-2, axis2=-1) / np.nansum(rates, axis=-2)
     return precision

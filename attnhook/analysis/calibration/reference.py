@@ -45,10 +45,10 @@ def predict(name: str, fit: Rows, held_out: Rows, unit: int) -> np.ndarray:
     Features are standardised, every probe has the same weight and every zone the same sum of weights.
     """
     with needs_analysis():
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+        from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+        from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
     labels = fit.labels[fit.probe]
     known = labels >= 0

@@ -28,6 +28,7 @@ class Calibration:
     fitted: dict[str, Judgement]  # by view: each layer, MEAN, SERVED
     default: dict[str, Judgement]  # the same with the thresholds in use so far
     references: dict[str, Judgement]  # by name of `reference.NAMES`, in the view MEAN
+    thin: dict[str, tuple[int, int]]  # zones with too few probes to judge: probes of each half
     natural: dict[str, float]  # zone shares of natural text in the held-out half, in the view MEAN
 
     def figures(self) -> dict[str, Any]:
@@ -39,6 +40,7 @@ class Calibration:
             "layers": list(rows.layers),
             "rows": len(rows.probe),
             "probes": {f"{behaviour}, {half}": count for (behaviour, half), count in sorted(halves.items())},
+            "not_judged": {zone: list(count) for zone, count in self.thin.items()},
             "left_out_as_wrong": dict(rows.left_out),
             "fitted": {name: _plain(one) for name, one in self.fitted.items()},
             "before": {name: _plain(one) for name, one in self.default.items()},
@@ -79,6 +81,11 @@ class Calibration:
             "| --- | --- | --- | --- |",
         ]
         for i, name in enumerate(zones.ZONE_NAMES):
+            if name in self.thin:
+                first, second = self.thin[name]
+                matrix.append(f"| {name} | 0 | " + " | ".join("" for _ in zones.ZONE_NAMES) + " |")
+                table.append(f"| {name} | not judged: {first} and {second} probes in the halves | | **no** |")
+                continue
             cells = [f"{judged.rates[i, j]:.0%} ({judged.confusion[i, j]})" for j in range(len(zones.ZONE_NAMES))]
             matrix.append(f"| {name} | {judged.probes[i]} | " + " | ".join(cells) + " |")
             precision = (
@@ -96,12 +103,13 @@ class Calibration:
             "## Held-out probes, mean over layers, sink left out",
             f"Balanced accuracy {judged.balanced:.3f} {_interval(judged.balanced_interval, 3)}; with the labels "
             f"permuted over probes {judged.chance:.3f} (97.5th percentile {judged.chance_bound:.3f}), "
-            f"p = {judged.p_value:.3g}.",
+            f"p = {judged.p_value:.3g}. Permuted only among probes of about the same context length, which length alone "
+            f"can't beat: {judged.chance_at_length:.3f} (97.5th percentile {judged.chance_at_length_bound:.3f}).",
             "\n".join(matrix),
             "Shares of the rows that each kind of probe has in each zone, and the number of rows.",
             "\n".join(table),
             "Precision is as if the five kinds were equally frequent. A zone is supported where the lower end of its "
-            "interval is above chance (20%): its probes are given it more often than others are.",
+            f"interval is above chance ({judged.chance_precision:.0%}): its probes are given it more often than others.",
             (f"**Not supported by this run: {', '.join(unsupported)}.**" if unsupported else "All zones are supported.")
             + (f" Natural text (chat): {natural}." if self.natural else ""),
         )
@@ -112,13 +120,13 @@ class Calibration:
             "| --- " * (len(zones.ZONE_NAMES) + 3) + "|",
         ]
         for view, judged in self.fitted.items():
-            cells = " | ".join(f"{value:.0%}" for value in judged.recall)
+            cells = _recalls(judged)
             table.append(
                 f"| {view} | {self.default[view].balanced:.3f} | {judged.balanced:.3f} "
                 f"{_interval(judged.balanced_interval, 3)} | {cells} |"
             )
         for name, judged in self.references.items():
-            cells = " | ".join(f"{value:.0%}" for value in judged.recall)
+            cells = _recalls(judged)
             table.append(
                 f"| {NAMES[name]} | | {judged.balanced:.3f} {_interval(judged.balanced_interval, 3)} | {cells} |"
             )
@@ -146,7 +154,7 @@ class Calibration:
 def draw(judged: Judgement, path: Path) -> None:
     """Write the confusion matrix as a picture. Raises PluginError without matplotlib, OSError."""
     with needs_analysis():
-        from matplotlib.figure import Figure  # type: ignore[import-not-found]
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 6), layout="constrained")
     axes = figure.add_subplot()
@@ -155,6 +163,8 @@ def draw(judged: Judgement, path: Path) -> None:
     for i in range(len(names)):
         for j in range(len(names)):
             rate = judged.rates[i, j]
+            if np.isnan(rate):
+                continue
             label = f"{rate:.0%}\n{judged.confusion[i, j]} rows"
             axes.text(j, i, label, ha="center", va="center", color="white" if rate > 0.55 else "black", fontsize=9)
     axes.set_xticks(range(len(names)), names)
@@ -168,8 +178,20 @@ def draw(judged: Judgement, path: Path) -> None:
 
 def _plain(judged: Judgement) -> dict[str, Any]:
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(judged).items()}
-    plain["precision"] = [None if np.isnan(value) else float(value) for value in judged.precision]
-    return {**plain, "supported": dict(zip(zones.ZONE_NAMES, judged.supported, strict=True))}
+    return {**_without_nan(plain), "supported": dict(zip(zones.ZONE_NAMES, judged.supported, strict=True))}
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN is no JSON: null in its place."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _recalls(judged: Judgement) -> str:
+    return " | ".join("" if np.isnan(value) else f"{value:.0%}" for value in judged.recall)
 
 
 def _interval(ends: Any, digits: int = 0) -> str:

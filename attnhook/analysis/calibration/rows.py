@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -50,22 +50,20 @@ class Rows:
 
     def where(self, mask: np.ndarray) -> Rows:
         """The rows that ``mask``, bool [N], lets through."""
-        return Rows(
-            self.fingerprints[mask],
-            self.whole[mask],
-            self.periodicity[mask],
-            self.keys[mask],
-            self.probe[mask],
-            self.probes,
-            self.layers,
-            self.model,
-            self.left_out,
+        return replace(
+            self,
+            fingerprints=self.fingerprints[mask],
+            whole=self.whole[mask],
+            periodicity=self.periodicity[mask],
+            keys=self.keys[mask],
+            probe=self.probe[mask],
         )
 
     def weights(self) -> np.ndarray:
         """Weight of each row, float [N], so that every probe of these rows has weight 1."""
         counts = np.bincount(self.probe, minlength=len(self.probes))
-        return 1 / counts[self.probe]
+        weights: np.ndarray = 1 / counts[self.probe]
+        return weights
 
 
 def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *, wrong_too: bool = False) -> Rows:

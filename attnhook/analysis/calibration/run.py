@@ -15,6 +15,8 @@ from attnhook.analysis.calibration.rows import Rows
 from attnhook.analysis.zones import Thresholds
 from attnhook.errors import RecordError
 
+MIN_PROBES = 3  # of a zone in each half: of fewer nothing can be said
+
 
 def calibrate(
     rows: Rows,
@@ -25,18 +27,19 @@ def calibrate(
 ) -> Calibration:
     """Fit thresholds on the fit half (or take the given ones), and judge them and the defaults on the other half.
 
-    The same rows and seed give the same numbers. Raises RecordError where a half lacks probes of a zone.
+    The same rows and seed give the same numbers. A zone with fewer than `MIN_PROBES` probes in a half is neither
+    fitted nor judged. Raises RecordError where fewer than two zones are left.
     """
+    counts = {zone: _probes(rows, code) for code, zone in enumerate(zones.ZONE_NAMES)}
+    thin = {zone: count for zone, count in counts.items() if min(count) < MIN_PROBES}
+    if len(zones.ZONE_NAMES) - len(thin) < 2:
+        raise RecordError(
+            f"fewer than two zones have {MIN_PROBES} probes in each half ({counts}): run more packs with attnhook "
+            "probe, or count wrong answers too with --wrong-too"
+        )
+    codes_of_thin = [zones.ZONE_NAMES.index(zone) for zone in thin]
+    rows = rows.where(~np.isin(rows.labels, codes_of_thin)[rows.probe])
     first, held_out = rows.of_half("fit"), rows.of_half("held-out")
-    labels = rows.labels
-    for half, part in (("fit", first), ("held-out", held_out)):
-        present = set(labels[np.unique(part.probe)].tolist())
-        missing = [name for code, name in enumerate(zones.ZONE_NAMES) if code not in present]
-        if missing:
-            raise RecordError(
-                f"the {half} half has no probe for {', '.join(missing)}: run more packs with attnhook probe, or count "
-                "wrong answers too with --wrong-too"
-            )
     if thresholds is None:
         thresholds = fit(first, progress=progress)
 
@@ -63,5 +66,12 @@ def calibrate(
         fitted=judged(thresholds),
         default=judged(zones.DEFAULTS),
         references=references,
+        thin=thin,
         natural=dict(zip(zones.ZONE_NAMES, natural.mean(axis=0).tolist(), strict=True)) if len(natural) else {},
     )
+
+
+def _probes(rows: Rows, code: int) -> tuple[int, int]:
+    """Probes of a zone in the fit and in the held-out half."""
+    there = [rows.probes[i] for i in np.unique(rows.probe) if rows.labels[i] == code]
+    return sum(one.half == "fit" for one in there), sum(one.half != "fit" for one in there)
