@@ -52,20 +52,23 @@ COLOURS: dict[str, str] = {
 class Thresholds:
     """Every number that the classification rests on; nothing else in attnhook knows one.
 
+    ``local_mass``, ``diffuse_entropy`` and ``ripple_periodicity`` are what ``attnhook calibrate`` fitted to
+    SmolLM2-135M-Instruct (docs/zones.md); the others are conventions.
+
     "Mass" is a fraction of the row's whole attention on keys, in [0, 1]. Conditions are logistic curves:
     one half at the threshold, and 0.12 or 0.88 two softnesses away.
     """
 
-    # masses at which the zones of a band count the same: with equal values the larger band wins
-    local_mass: float = 0.5
+    # masses at which the zones of a band count the same; with equal values the larger band wins
+    local_mass: float = 0.3
     mid_mass: float = 0.5
     long_mass: float = 0.5
 
-    diffuse_entropy: float = 0.8  # normalised entropy, in [0, 1]
+    diffuse_entropy: float = 0.88  # normalised entropy, in [0, 1]
     diffuse_entropy_softness: float = 0.04  # normalised entropy
     diffuse_keys: float = 12.0  # effective number of keys, exp(entropy in nats): fewer are a focus
 
-    ripple_periodicity: float = 0.12  # periodicity, in [0, 1]; see `attnhook.analysis.periodicity`
+    ripple_periodicity: float = 0.14  # periodicity, in [0, 1]; see `attnhook.analysis.periodicity`
     ripple_softness: float = 0.02  # periodicity
 
     count_softness: float = 0.2  # nats, for the effective number of keys: 0.2 is a factor of 1.22

@@ -75,7 +75,7 @@ def _write(found: Calibration, out: Path, source: dict[str, object]) -> None:
             **source,
             model=found.rows.model,
             balanced_accuracy=judged.balanced,
-            supported=dict(zip(zones.ZONE_NAMES, judged.supported, strict=True)),
+            supported=found.supported,
         )
         (out / _FIGURES).write_text(json.dumps({**source, **found.figures()}, indent=1) + "\n", encoding="utf-8")
         draw(judged, out / _PICTURE)
@@ -95,7 +95,7 @@ def _show(found: Calibration, console: Console) -> None:
             str(judged.probes[i]),
             "-" if judged.recall[i] != judged.recall[i] else f"{judged.recall[i]:.0%}",
             "-" if judged.precision[i] != judged.precision[i] else f"{judged.precision[i]:.0%}",
-            "yes" if judged.supported[i] else "no",
+            "yes" if found.supported[name] else "no",
         )
     console.print(table)
     console.print(

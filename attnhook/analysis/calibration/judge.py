@@ -53,6 +53,39 @@ class Judgement:
         return 1 / int((self.probes > 0).sum())
 
 
+@dataclass(frozen=True)
+class Control:
+    """How often a zone is given to the rows that have to show it, and to others of the same prompts."""
+
+    probes: int
+    recall: float
+    rate: float  # in the control rows
+    difference_interval: tuple[float, float]  # of recall - rate, 95%, over bootstraps of probes
+
+    @property
+    def passed(self) -> bool:
+        """Whether the zone tells those rows apart, and not only the kind and length of the prompt."""
+        return self.difference_interval[0] > 0
+
+
+def against_controls(
+    rows: Rows, codes: np.ndarray, controls: Rows, control_codes: np.ndarray, zone: int, *, seed: int = 0
+) -> Control | None:
+    """Compare a zone's rows with the control rows of the same probes; None where there are none."""
+    both = np.intersect1d(rows.probe, controls.probe)
+    both = both[rows.labels[both] == zone]
+    if not len(both):
+        return None
+    given, by_chance = (
+        np.array([(found[part.probe == one] == zone).mean() for one in both])
+        for part, found in ((rows, codes), (controls, control_codes))
+    )
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(both), (ROUNDS, len(both)))
+    low, high = np.percentile((given - by_chance)[draws].mean(axis=1), _INTERVAL)
+    return Control(len(both), float(given.mean()), float(by_chance.mean()), (float(low), float(high)))
+
+
 def recalls(rows: Rows, codes: np.ndarray) -> np.ndarray:
     """Recall of each zone with a probe, every probe with the same weight; codes int [N]."""
     labels = rows.labels

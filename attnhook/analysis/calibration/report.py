@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnhook.analysis import zones
-from attnhook.analysis.calibration.judge import ROUNDS, Judgement
+from attnhook.analysis.calibration.judge import ROUNDS, Control, Judgement
 from attnhook.analysis.calibration.reference import NAMES, needs_analysis
 from attnhook.analysis.calibration.rows import Rows
 from attnhook.analysis.zones import Thresholds
@@ -29,7 +29,14 @@ class Calibration:
     default: dict[str, Judgement]  # the same with the thresholds in use so far
     references: dict[str, Judgement]  # by name of `reference.NAMES`, in the view MEAN
     thin: dict[str, tuple[int, int]]  # zones with too few probes to judge: probes of each half
+    controls: dict[str, Control]  # by zone, in the view MEAN
     natural: dict[str, float]  # zone shares of natural text in the held-out half, in the view MEAN
+
+    @property
+    def supported(self) -> dict[str, bool]:
+        """Whether each zone is told apart on the held-out probes, and from the controls where it has some."""
+        judged = zip(zones.ZONE_NAMES, self.fitted[MEAN].supported, strict=True)
+        return {name: good and (name not in self.controls or self.controls[name].passed) for name, good in judged}
 
     def figures(self) -> dict[str, Any]:
         """The numbers of the report as plain Python, for JSON."""
@@ -45,6 +52,8 @@ class Calibration:
             "fitted": {name: _plain(one) for name, one in self.fitted.items()},
             "before": {name: _plain(one) for name, one in self.default.items()},
             "references": {name: _plain(one) for name, one in self.references.items()},
+            "controls": {name: {**asdict(one), "passed": one.passed} for name, one in self.controls.items()},
+            "supported": self.supported,
             "natural_text": self.natural,
         }
 
@@ -80,6 +89,7 @@ class Calibration:
             "| zone | recall | precision | supported |",
             "| --- | --- | --- | --- |",
         ]
+        compared = ["| zone | probes | recall | rate in controls | difference |", "| --- | --- | --- | --- | --- |"]
         for i, name in enumerate(zones.ZONE_NAMES):
             if name in self.thin:
                 first, second = self.thin[name]
@@ -95,21 +105,29 @@ class Calibration:
             )
             table.append(
                 f"| {name} | {judged.recall[i]:.0%} {_interval(judged.recall_interval[i])} | {precision} | "
-                f"{'yes' if judged.supported[i] else '**no**'} |"
+                f"{'yes' if self.supported[name] else '**no**'} |"
             )
-        unsupported = [name for name, good in zip(zones.ZONE_NAMES, judged.supported, strict=True) if not good]
+        unsupported = [name for name, good in self.supported.items() if not good]
+        for name, one in self.controls.items():
+            compared.append(
+                f"| {name} | {one.probes} | {one.recall:.0%} | {one.rate:.0%} | {_interval(one.difference_interval)} |"
+            )
         natural = ", ".join(f"{name} {share:.0%}" for name, share in self.natural.items())
         return (
             "## Held-out probes, mean over layers, sink left out",
             f"Balanced accuracy {judged.balanced:.3f} {_interval(judged.balanced_interval, 3)}; with the labels "
             f"permuted over probes {judged.chance:.3f} (97.5th percentile {judged.chance_bound:.3f}), "
-            f"p = {judged.p_value:.3g}. Permuted only among probes of about the same context length, which length alone "
-            f"can't beat: {judged.chance_at_length:.3f} (97.5th percentile {judged.chance_at_length_bound:.3f}).",
+            f"p = {judged.p_value:.3g}. Permuted among probes of about equal length only, which is what the length "
+            f"of the context alone gives: {judged.chance_at_length:.3f} (97.5th percentile "
+            f"{judged.chance_at_length_bound:.3f}).",
             "\n".join(matrix),
             "Shares of the rows that each kind of probe has in each zone, and the number of rows.",
             "\n".join(table),
             "Precision is as if the five kinds were equally frequent. A zone is supported where the lower end of its "
-            f"interval is above chance ({judged.chance_precision:.0%}): its probes are given it more often than others.",
+            f"interval is above chance ({judged.chance_precision:.0%}): its probes get it more often than others do.",
+            "Controls: rows before the question of the same prompts. A zone they get as often tells prompts apart, "
+            "not what the row does, and is not supported.",
+            "\n".join(compared),
             (f"**Not supported by this run: {', '.join(unsupported)}.**" if unsupported else "All zones are supported.")
             + (f" Natural text (chat): {natural}." if self.natural else ""),
         )
@@ -178,7 +196,7 @@ def draw(judged: Judgement, path: Path) -> None:
 
 def _plain(judged: Judgement) -> dict[str, Any]:
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(judged).items()}
-    return {**_without_nan(plain), "supported": dict(zip(zones.ZONE_NAMES, judged.supported, strict=True))}
+    return {**_without_nan(plain), "told_apart": dict(zip(zones.ZONE_NAMES, judged.supported, strict=True))}
 
 
 def _without_nan(value: Any) -> Any:

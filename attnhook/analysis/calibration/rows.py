@@ -15,6 +15,8 @@ from attnhook.errors import RecordError
 from attnhook.records import TokenRecord
 
 MOST_ROWS = 32  # of one probe
+CONTROLS = 8  # rows of a prompt, beside the one that is judged
+_APART = 16  # tokens between them and the end of the prompt
 _ANSWERED = ("mid", "long")  # behaviours that only the row before the answer has to show
 _NONE = -1  # label of a pack without a zone
 
@@ -28,6 +30,7 @@ class Rows:
     periodicity: np.ndarray  # float64 [N, U], NaN where it could not be measured
     keys: np.ndarray  # int [N], visible keys of the row
     probe: np.ndarray  # int [N], index into ``probes``
+    control: np.ndarray  # bool [N]: rows of the same prompt that do not have to show what the probe is for
     probes: tuple[probes.Probe, ...]
     layers: tuple[int, ...]
     model: str
@@ -57,6 +60,7 @@ class Rows:
             periodicity=self.periodicity[mask],
             keys=self.keys[mask],
             probe=self.probe[mask],
+            control=self.control[mask],
         )
 
     def weights(self) -> np.ndarray:
@@ -71,6 +75,7 @@ def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *,
 
     Of probes that ask for something far back (mid and long) it is the row that the answer's first token is sampled
     from; of the others at most `MOST_ROWS` of the second half of the prompt and of what was generated, evenly spread.
+    Rows before the question in the second half of the same prompt are the controls of the first kind.
     ``right`` is the run's journal: request id to whether the answer was right, None where no answer is certain.
     Probes answered wrongly are left out unless ``wrong_too``: a model that cannot do the task shows something else.
 
@@ -81,6 +86,7 @@ def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *,
     regular: list[np.ndarray] = []
     found: list[probes.Probe] = []
     which: list[int] = []
+    control: list[bool] = []
     left_out: Counter[str] = Counter()
     for request_id, group in groupby(records, key=lambda record: record.request_id):
         probe = probes.find(request_id)
@@ -94,9 +100,11 @@ def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *,
         picked = _decisive(probe, rows)
         if picked:
             measured = _periodicity(rows)
-            chosen += [rows[i] for i in picked]
-            regular.append(measured[picked])
-            which += [len(found)] * len(picked)
+            others = _controls(rows, picked[0]) if probe.behaviour in _ANSWERED else []
+            chosen += [rows[i] for i in (*picked, *others)]
+            control += [False] * len(picked) + [True] * len(others)
+            regular.append(measured[[*picked, *others]])
+            which += [len(found)] * (len(picked) + len(others))
             found.append(probe)
     if not chosen:
         raise RecordError(
@@ -110,6 +118,7 @@ def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *,
         periodicity=np.concatenate(regular),
         keys=np.array([record.query_position + 1 for record in chosen]),
         probe=np.array(which),
+        control=np.array(control),
         probes=tuple(found),
         layers=first.layers,
         model=first.model,
@@ -125,6 +134,14 @@ def _decisive(probe: probes.Probe, rows: list[TokenRecord]) -> list[int]:
     later = [i for i, record in enumerate(rows) if record.query_position >= max(prompt // 2, 2)]
     step = max(1.0, len(later) / MOST_ROWS)
     return [later[int(i * step)] for i in range(min(len(later), MOST_ROWS))]
+
+
+def _controls(rows: list[TokenRecord], judged: int) -> list[int]:
+    """Rows of the second half of the prompt, evenly spread, where no answer is asked for yet."""
+    end = rows[judged].query_position
+    before = [i for i, record in enumerate(rows) if end // 2 <= record.query_position <= end - _APART]
+    step = max(1.0, len(before) / CONTROLS)
+    return [before[int(i * step)] for i in range(min(len(before), CONTROLS))]
 
 
 def _periodicity(rows: list[TokenRecord]) -> np.ndarray:

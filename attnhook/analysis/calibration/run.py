@@ -9,7 +9,7 @@ import numpy as np
 from attnhook.analysis import zones
 from attnhook.analysis.calibration import reference
 from attnhook.analysis.calibration.fit import fit, predictions
-from attnhook.analysis.calibration.judge import Judgement, judge, shares
+from attnhook.analysis.calibration.judge import Judgement, against_controls, judge, shares
 from attnhook.analysis.calibration.report import MEAN, SERVED, Calibration
 from attnhook.analysis.calibration.rows import Rows
 from attnhook.analysis.zones import Thresholds
@@ -39,6 +39,8 @@ def calibrate(
         )
     codes_of_thin = [zones.ZONE_NAMES.index(zone) for zone in thin]
     rows = rows.where(~np.isin(rows.labels, codes_of_thin)[rows.probe])
+    controls = rows.where(rows.control).of_half("held-out")
+    rows = rows.where(~rows.control)
     first, held_out = rows.of_half("fit"), rows.of_half("held-out")
     if thresholds is None:
         thresholds = fit(first, progress=progress)
@@ -58,7 +60,14 @@ def calibrate(
         progress(name)
         codes = reference.predict(name, first, held_out, rows.units.index(MEAN))
         references[name] = judge(held_out, codes, seed=seed)
-    table, kinds = shares(held_out, predictions(held_out, thresholds)[:, rows.units.index(MEAN)])
+    mean = rows.units.index(MEAN)
+    codes = predictions(held_out, thresholds)[:, mean]
+    table, kinds = shares(held_out, codes)
+    other = predictions(controls, thresholds)[:, mean] if len(controls.probe) else np.zeros(0, np.int8)
+    compared = {
+        name: against_controls(held_out, codes, controls, other, code, seed=seed)
+        for code, name in enumerate(zones.ZONE_NAMES)
+    }
     natural = table[kinds < 0]
     return Calibration(
         rows=rows,
@@ -67,11 +76,12 @@ def calibrate(
         default=judged(zones.DEFAULTS),
         references=references,
         thin=thin,
+        controls={name: one for name, one in compared.items() if one is not None},
         natural=dict(zip(zones.ZONE_NAMES, natural.mean(axis=0).tolist(), strict=True)) if len(natural) else {},
     )
 
 
 def _probes(rows: Rows, code: int) -> tuple[int, int]:
     """Probes of a zone in the fit and in the held-out half."""
-    there = [rows.probes[i] for i in np.unique(rows.probe) if rows.labels[i] == code]
+    there = [rows.probes[i] for i in np.unique(rows.probe[~rows.control]) if rows.labels[i] == code]
     return sum(one.half == "fit" for one in there), sum(one.half != "fit" for one in there)
