@@ -110,14 +110,17 @@ def judge(rows: Rows, codes: np.ndarray, *, seed: int = 0, rounds: int = ROUNDS)
     table, labels, keys = table[labels >= 0], labels[labels >= 0], keys[labels >= 0]
     rng = np.random.default_rng(seed)
     rates = _rates(table, labels)
-    boots = np.empty((rounds, _ZONES, _ZONES))
+    boots = np.full((rounds, _ZONES, _ZONES), np.nan)
     members = [np.flatnonzero(labels == zone) for zone in range(_ZONES)]
-    for i in range(rounds):
-        boots[i] = [_mean(table[rng.choice(own, len(own))]) if len(own) else _ABSENT for own in members]
-    permuted = np.array([_balanced(_rates(table, rng.permutation(labels))) for _ in range(rounds)])
+    for zone, own in enumerate(members):
+        if len(own):
+            boots[:, zone] = table[rng.choice(own, (rounds, len(own)))].mean(axis=1)
+    anywhere = np.argsort(rng.random((rounds, len(labels))), axis=1)
+    permuted = _balanced_with(table, labels[anywhere])
+    # in blocks of probes of about equal length: the whole part of the sorting key is the block
     alike = np.argsort(keys, kind="stable")
-    table_, labels_ = table[alike], labels[alike]
-    matched = np.array([_balanced(_rates(table_, labels_[_within_blocks(len(labels_), rng)])) for _ in range(rounds)])
+    nearby = np.argsort(np.arange(len(labels)) // BLOCK + rng.random((rounds, len(labels))), axis=1)
+    matched = _balanced_with(table[alike], labels[alike][nearby])
     confusion = np.zeros((_ZONES, _ZONES), np.int64)
     wanted = rows.labels[rows.probe]
     np.add.at(confusion, (wanted[wanted >= 0], codes[wanted >= 0]), 1)
@@ -141,9 +144,12 @@ def judge(rows: Rows, codes: np.ndarray, *, seed: int = 0, rounds: int = ROUNDS)
     )
 
 
-def _within_blocks(count: int, rng: np.random.Generator) -> np.ndarray:
-    """A permutation of ``range(count)`` that leaves each number in its block of `BLOCK`."""
-    return np.argsort(np.arange(count) // BLOCK + rng.random(count), kind="stable")
+def _balanced_with(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Balanced accuracy, float [R], of shares [P, 5] under each of R assignments of labels, int [R, P]."""
+    counts = np.bincount(labels[0], minlength=_ZONES)
+    hits = table[np.arange(len(table)), labels] / counts[labels]
+    means: np.ndarray = hits.sum(axis=1) / int((counts > 0).sum())
+    return means
 
 
 def _rates(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
