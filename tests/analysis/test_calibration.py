@@ -132,10 +132,10 @@ def test_every_probe_has_the_same_weight():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A store of real records: the default model on three probes of two packs."""
+    """A store of real records: the default model on three probes of each half of two packs."""
     store = f"sqlite:{tmp_path_factory.mktemp('run') / 'probes.db'}"
     code, _, err = command(
-        *("probe", "--out", store, "--packs", "grammar,repeats", "--limit", "6", "--new-tokens", "2"), "--prompt-rows"
+        *("probe", "--out", store, "--packs", "grammar,lists", "--limit", "6", "--new-tokens", "2"), "--prompt-rows"
     )
     assert code == 0, err
     return store
