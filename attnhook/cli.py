@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnhook import __version__, cli_options
+from attnhook.analysis import session_cli as session_command
+from attnhook.analysis.calibration import cli as calibrate_command
 from attnhook.analysis.manifold import cli as discover_command
 from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
@@ -184,6 +186,8 @@ def verify(
 
 probe_command.register(app)
 discover_command.register(app)
+session_command.register(app)
+calibrate_command.register(app)
 
 
 @app.command("model-path")

@@ -5,20 +5,24 @@ A zone is a summary for people, not a measurement. Two limits matter most (docs/
 - Many heads put much of their mass on the attention sink, the token at position 0, which does nothing.
   In a row at position 256 or later that mass lies in the long bins, so ``long_range`` often just says
   "sink". `without_key` takes it out, exactly, where its score is known.
-- Sixteen log2 bins hold no period. `ripple` sees that attention skips keys at several scales at once and
-  leaves the nearest ones out, as regular attention does; irregular sparse attention can look the same.
+- Sixteen log2 bins hold no period, so no fingerprint alone is ``structure_ripple``. That zone needs the
+  periodicity which `attnhook.analysis.periodicity` measures from the attended positions of consecutive rows.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from attnhook import fingerprint as fp
-from attnhook.errors import RecordError
+from attnhook.analysis import periodicity as periods
+from attnhook.errors import OptionError, RecordError
 
 if TYPE_CHECKING:
     from attnhook.records import TokenRecord
@@ -29,7 +33,7 @@ SYNTAX_FLOOR, SEMANTIC_BRIDGE, STRUCTURE_RIPPLE, LONG_RANGE, DIFFUSE = range(5)
 MEANINGS: dict[str, str] = {
     "syntax_floor": "Most attention is on the last few tokens, as in grammar and bracket matching.",
     "semantic_bridge": "Most attention is 8 to 255 tokens back, as when a fact is fetched from the last paragraphs.",
-    "structure_ripple": "Attention skips from key to key over many distances, as in counting, tables and repeats.",
+    "structure_ripple": "Attention falls on multiples of one distance, row after row, as in counting and repeats.",
     "long_range": "Most attention is 256 tokens back or more: retrieval from afar, or the attention sink.",
     "diffuse": "Attention is spread almost evenly over what is visible, with no focus.",
 }
@@ -48,37 +52,71 @@ COLOURS: dict[str, str] = {
 class Thresholds:
     """Every number that the classification rests on; nothing else in attnhook knows one.
 
+    ``local_mass``, ``diffuse_entropy`` and ``ripple_periodicity`` are what ``attnhook calibrate`` fitted to
+    SmolLM2-135M-Instruct (docs/zones.md); the others are conventions.
+
     "Mass" is a fraction of the row's whole attention on keys, in [0, 1]. Conditions are logistic curves:
     one half at the threshold, and 0.12 or 0.88 two softnesses away.
     """
 
-    # masses at which the zones of a band count the same: with equal values the larger band wins
-    local_mass: float = 0.5
+    # masses at which the zones of a band count the same; with equal values the larger band wins
+    local_mass: float = 0.3
     mid_mass: float = 0.5
     long_mass: float = 0.5
 
-    diffuse_entropy: float = 0.8  # normalised entropy, in [0, 1]
+    diffuse_entropy: float = 0.88  # normalised entropy, in [0, 1]
     diffuse_entropy_softness: float = 0.04  # normalised entropy
     diffuse_keys: float = 12.0  # effective number of keys, exp(entropy in nats): fewer are a focus
 
-    ripple_scales: float = 2.5  # effective number of bins
-    ripple_teeth: float = 6.0  # effective number of keys inside a bin
-    ripple_spacing: float = 2.0  # visible keys per attended key inside a bin
-    ripple_near_mass: float = 0.03  # mass at distances 2..7 that divides the signal by e
-    count_softness: float = 0.2  # nats, for the effective numbers above: 0.2 is a factor of 1.22
+    ripple_periodicity: float = 0.14  # periodicity, in [0, 1]; see `attnhook.analysis.periodicity`
+    ripple_softness: float = 0.02  # periodicity
 
+    count_softness: float = 0.2  # nats, for the effective number of keys: 0.2 is a factor of 1.22
     tail_mass: float = 0.003  # mass from a distance on that shows that keys are visible there
     faint_mass: float = 0.001  # total mass at which a row counts half as attending to nothing at all
     tolerance: float = 0.01  # rounding by which a fingerprint may leave [0, 1]
     sharpness: float = 2.0  # exponent that turns weights into a confidence
 
+    def save(self, path: Path, **notes: Any) -> None:
+        """Write the table as JSON, with ``notes`` beside it that `load` passes over. Raises OSError."""
+        content = {"attnhook_thresholds": _FORMAT, "thresholds": asdict(self), "notes": notes}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+    @classmethod
+    def load(cls, path: Path) -> Thresholds:
+        """Read a table that `save` wrote.
+
+        Raises OptionError where the file cannot be read, is of a newer format, lacks a field, has one that this
+        release does not know, or a number that is not positive.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptionError("thresholds", f"cannot read thresholds from {path}: {error}") from error
+        version = content.get("attnhook_thresholds") if isinstance(content, dict) else None
+        if version != _FORMAT:
+            raise OptionError(
+                "thresholds",
+                f"{path} has thresholds of format {version!r}; this attnhook reads {_FORMAT}: fit them anew with "
+                "attnhook calibrate",
+            )
+        table, known = content.get("thresholds"), {field.name for field in fields(cls)}
+        if not isinstance(table, dict) or set(table) != known:
+            odd = sorted(known ^ set(table)) if isinstance(table, dict) else sorted(known)
+            raise OptionError(
+                "thresholds", f"{path} has unknown or missing thresholds: {', '.join(odd)}; fit them anew"
+            )
+        for name, value in table.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise OptionError("thresholds", f"{path}: {name} is {value!r}; it must be a positive number")
+        return cls(**{name: float(value) for name, value in table.items()})
+
+
+_FORMAT = 1
 DEFAULTS = Thresholds()
 
 _CHUNK = 16384  # rows at a time: temporaries stay in the processor's cache
 _TINY = 1e-12
-# keys that a bin can hold, in nats; the last bin has no end, and is taken to end at twice its start
-_LOG_WIDTHS = np.log(np.diff(np.array([*fp.BIN_STARTS, 2 * fp.BIN_STARTS[-1]], np.float64)))
 
 
 class Zone(NamedTuple):
@@ -98,14 +136,17 @@ def classify(fingerprint: Sequence[float] | np.ndarray) -> Zone:
 
 
 def classify_many(
-    fingerprints: Sequence[Sequence[float]] | np.ndarray, *, thresholds: Thresholds = DEFAULTS
+    fingerprints: Sequence[Sequence[float]] | np.ndarray,
+    *,
+    periodicity: np.ndarray | None = None,
+    thresholds: Thresholds = DEFAULTS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zones of many fingerprints.
 
     The histogram is divided by its sum m. Five weights then share out 1, with f logistic curves:
 
         diffuse            D = 1 - (1 - f(entropy) f(exp(entropy in nats))) m / (m + faint_mass)
-        structure_ripple   (1 - D) R, R as in `ripple`
+        structure_ripple   (1 - D) R, R = f(periodicity), 0 where that was not measured
         the three bands    (1 - D) (1 - R) b, b their masses over their thresholds, made to sum to 1
 
     The zone has the largest weight w, and confidence ``w**s / sum of all w**s`` with s the sharpness. So a
@@ -116,6 +157,9 @@ def classify_many(
     ----------
     fingerprints : [N, 20] float
         N may be 0. Masses below 1 (models with learned attention sinks) are divided by their sum.
+    periodicity : [N] float, optional
+        What `attnhook.analysis.periodicity` measured; NaN where it could not. Without it no row is
+        ``structure_ripple``.
     thresholds : Thresholds
         The table to use.
 
@@ -132,13 +176,14 @@ def classify_many(
         Wrong shape, or a number that is NaN or out of range; the message names it.
     """
     rows = _as_rows(fingerprints)
+    regular = _regular(periodicity, len(rows))
     codes = np.empty(len(rows), np.int8)
     confidence = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
         chunk = rows[part].astype(np.float64)
         _check(chunk, start, thresholds.tolerance)
-        weights = _weights(chunk, thresholds)
+        weights = _weights(chunk, regular[part], thresholds)
         sharpened = weights**thresholds.sharpness
         codes[part] = weights.argmax(axis=1)
         confidence[part] = sharpened.max(axis=1) / sharpened.sum(axis=1)
@@ -154,36 +199,12 @@ def shares(codes: np.ndarray) -> dict[str, float]:
     return {name: float(count / max(codes.size, 1)) for name, count in zip(ZONE_NAMES, counts, strict=True)}
 
 
-def ripple(fingerprints: np.ndarray, *, thresholds: Thresholds = DEFAULTS) -> np.ndarray:
-    """The periodicity signal R of fingerprints ``[N, 20]``, float64 ``[N]`` in [0, 1].
-
-    A row that attends to every P-th key fills its bins with holes. With the normalised histogram h, bin
-    widths w (in keys), and the row's entropy H in nats:
-
-        H_bins  = -sum h ln h                 scales  = exp(H_bins)           effective number of bins
-        inside  = H - H_bins                  teeth   = exp(inside)           effective keys per bin
-        even    = sum h ln w                  spacing = exp(even - inside)    about P, and 1 without holes
-        near    = mass at distances 2..7
-
-        R = f(scales) f(teeth) f(spacing) exp(-near / ripple_near_mass)
-
-    where f is a logistic curve in the logarithm. H needs the number of visible keys, which a fingerprint
-    does not hold: the end of the furthest bin that has mass is taken. That is up to twice too far, so
-    spacing errs low and teeth err high by at most 2. Where not even ``tail_mass`` lies in the further half
-    of the visible keys (rare under a softmax, common in made-up rows) it is too near, and a dense band can
-    look full of holes. A period below about 5, or with fewer than some 30 repeats, does not show.
-    """
-    rows = _as_rows(fingerprints).astype(np.float64)
-    _check(rows, 0, thresholds.tolerance)
-    histogram, _, entropy = _normalised(rows)
-    return _ripple(histogram, _nats(histogram, entropy, thresholds), thresholds)
-
-
 def without_sink(records: Sequence[TokenRecord], span: str) -> list[Zone]:
     """Zones of records as if the key at position 0 were not there.
 
     ``span`` names the captured span ``(0, 1)``, whose mass is that key's score in each layer. Each layer's
-    fingerprint is freed of it, then averaged and classified. Raises KeyError if a record lacks the span.
+    fingerprint is freed of it, then averaged and classified, with the periodicity of the records' attended
+    positions. Raises KeyError if a record lacks the span.
     """
     if not records:
         return []
@@ -198,7 +219,7 @@ def without_sink(records: Sequence[TokenRecord], span: str) -> list[Zone]:
             without = without_key(freed, scores, np.full(layers, p), np.full(layers, p + 1))
             freed = np.where((scores > 0)[:, None], without, freed)
         means.append(freed.mean(axis=0, dtype=np.float64))
-    codes, confidence = classify_many(np.stack(means))
+    codes, confidence = classify_many(np.stack(means), periodicity=periods.measure(records))
     return [Zone(ZONE_NAMES[code], float(sure)) for code, sure in zip(codes, confidence, strict=True)]
 
 
@@ -300,22 +321,20 @@ def _nats(histogram: np.ndarray, entropy: np.ndarray, t: Thresholds) -> np.ndarr
     return nats
 
 
-def _ripple(histogram: np.ndarray, nats: np.ndarray, t: Thresholds) -> np.ndarray:
-    across = -(histogram * np.log(np.maximum(histogram, _TINY))).sum(axis=1)
-    even = histogram @ _LOG_WIDTHS
-    inside = np.clip(nats - across, 0, even)
-    near = fp.masses(histogram)[0] - histogram[:, 0]
-    signal: np.ndarray = np.exp(-near / t.ripple_near_mass)
-    for count, threshold in (
-        (across, t.ripple_scales),
-        (inside, t.ripple_teeth),
-        (even - inside, t.ripple_spacing),
-    ):
-        signal *= _above(count, np.log(threshold), t.count_softness)
-    return signal
+def _regular(periodicity: np.ndarray | None, count: int) -> np.ndarray:
+    """Periodicity of each row, 0 where it is unknown."""
+    if periodicity is None:
+        return np.zeros(count)
+    measured = np.asarray(periodicity, np.float64)
+    if measured.shape != (count,) or ((measured < 0) | (measured > 1)).any():
+        raise RecordError(
+            f"periodicity has shape {list(measured.shape)} for {count} fingerprints; it must have one number in "
+            "[0, 1] or NaN for each"
+        )
+    return np.nan_to_num(measured)
 
 
-def _weights(rows: np.ndarray, t: Thresholds) -> np.ndarray:
+def _weights(rows: np.ndarray, periodicity: np.ndarray, t: Thresholds) -> np.ndarray:
     """Weight of each zone, ``[N, 5]``, rows summing to 1."""
     histogram, total, entropy = _normalised(rows)
     nats = _nats(histogram, entropy, t)
@@ -323,7 +342,8 @@ def _weights(rows: np.ndarray, t: Thresholds) -> np.ndarray:
         nats, np.log(t.diffuse_keys), t.count_softness
     )
     focus *= total / (total + t.faint_mass)
-    rippled = _ripple(histogram, nats, t)
+    rippled = _above(periodicity, t.ripple_periodicity, t.ripple_softness)
+    rippled[periodicity == 0] = 0  # not measured, or none
     local, mid, long = fp.masses(histogram)
     bands = np.stack([local / t.local_mass, mid / t.mid_mass, long / t.long_mass], axis=1)
     bands /= np.maximum(bands.sum(axis=1, keepdims=True), _TINY)

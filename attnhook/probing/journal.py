@@ -134,6 +134,22 @@ class Journal:
             os.close(fd)
 
 
+def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The manifest and the finished probes, by request id, of the journal at ``path``; the run may be going on.
+
+    Raises OptionError where it cannot be read, AttnhookError where it is damaged.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise OptionError(
+            "state", f"cannot open {path}, the record of a probe run: {error.strerror}; name it with --state"
+        ) from error
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    return _parse(path, lines)
+
+
 def place(out: str, state: Path | None) -> Path:
     """Where the journal of a run into the sink ``out`` lies: ``state``, or beside a local output.
 

@@ -1,0 +1,107 @@
+"""``attnhook calibrate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnhook import __version__
+from attnhook.analysis import probes, zones
+from attnhook.analysis.calibration.report import MEAN, Calibration, draw
+from attnhook.analysis.calibration.rows import collect
+from attnhook.analysis.calibration.run import calibrate
+from attnhook.analysis.zones import Thresholds
+from attnhook.errors import AttnhookError, OptionError
+from attnhook.probing import journal as journals
+from attnhook.store import open_store
+
+_REPORT, _THRESHOLDS, _FIGURES, _PICTURE = "report.md", "thresholds.json", "figures.json", "confusion.png"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("calibrate")(command)
+
+
+def command(
+    store: Annotated[str, typer.Argument(help="The records of attnhook probe: sqlite:probes.db or another.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report, the thresholds, all figures and the picture.")],
+    state: Annotated[
+        Path | None, typer.Option(help="Where the probe run is recorded. Default: beside the store, as probe does.")
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="Judge the thresholds of this file in place of fitting new ones.")
+    ] = None,
+    wrong_too: Annotated[
+        bool, typer.Option("--wrong-too", help="Count probes that the model answered wrongly too.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of bootstraps and permutations.")] = 0,
+) -> None:
+    """Fit the zones' thresholds to one half of the probe packs and judge them on the other half."""
+    table = None if thresholds is None else Thresholds.load(thresholds)
+    for name in (_REPORT, _THRESHOLDS, _FIGURES, _PICTURE):
+        if (out / name).exists():
+            raise OptionError("out", f"{out / name} is there already: name another folder with --out")
+    manifest, done = journals.read(journals.place(store, state))
+    if manifest.get("probes") != probes.digest():
+        raise OptionError(
+            "store",
+            f"the run has probes {manifest.get('probes')!r}, this attnhook {probes.digest()!r}: calibrate with the "
+            "attnhook that made the run, or run the probes anew",
+        )
+    console = Console(stderr=True)
+    with console.status("reading the records") as status:
+        with open_store(store) as opened:
+            rows = collect(
+                opened.records(), {name: entry["right"] for name, entry in done.items()}, wrong_too=wrong_too
+            )
+        found = calibrate(rows, thresholds=table, seed=seed, progress=lambda name: status.update(f"judging: {name}"))
+    _write(found, out, {"store": store, "attnhook": __version__, "probes": probes.digest(), "seed": seed})
+    _show(found, Console())
+    print(f"wrote {out}")
+
+
+def _write(found: Calibration, out: Path, source: dict[str, object]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        judged = found.fitted[MEAN]
+        found.thresholds.save(
+            out / _THRESHOLDS,
+            **source,
+            model=found.rows.model,
+            balanced_accuracy=judged.balanced,
+            supported=found.supported,
+        )
+        (out / _FIGURES).write_text(json.dumps({**source, **found.figures()}, indent=1) + "\n", encoding="utf-8")
+        draw(judged, out / _PICTURE)
+        (out / _REPORT).write_text(found.markdown(), encoding="utf-8")
+    except OSError as error:
+        raise AttnhookError(f"cannot write {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def _show(found: Calibration, console: Console) -> None:
+    judged = found.fitted[MEAN]
+    table = Table(title="held-out probes, mean over layers", title_justify="left", box=None, pad_edge=False)
+    for name in ("zone", "probes", "recall", "precision", "supported"):
+        table.add_column(name, justify="left" if name == "zone" else "right", no_wrap=True)
+    for i, name in enumerate(zones.ZONE_NAMES):
+        table.add_row(
+            name,
+            str(judged.probes[i]),
+            "-" if judged.recall[i] != judged.recall[i] else f"{judged.recall[i]:.0%}",
+            "-" if judged.precision[i] != judged.precision[i] else f"{judged.precision[i]:.0%}",
+            "yes" if found.supported[name] else "no",
+        )
+    console.print(table)
+    console.print(
+        f"balanced accuracy {judged.balanced:.3f}, labels permuted {judged.chance:.3f} (97.5th percentile "
+        f"{judged.chance_bound:.3f}); thresholds before {found.default[MEAN].balanced:.3f}",
+        soft_wrap=True,
+    )
+    for name, one in found.references.items():
+        console.print(f"logistic regression of {name}: {one.balanced:.3f}", soft_wrap=True)
