@@ -76,7 +76,7 @@ class Delivery:
         self._writers: list[_Writer] = [_SinkWriter(name, sink) for name, sink in sinks.items()]
         self._writers += [_ObserverWriter(name, observer) for name, observer in observers.items()]
         for writer in self._writers:
-            writer.lock, writer.size = self._lock, queue_size
+            writer.lock = self._lock
         self._closing = self._reported = False
         _open.add(self)
 
@@ -103,14 +103,14 @@ class Delivery:
         """Queue ``records``, in order, for every sink and observer; never waits, never raises.
 
         Those that do not fit a queue are dropped and counted there (``queue_full``), all of them after
-        `close` (``closed``). A writer that waits for more (`LINGER_SECONDS`) counts them when it goes on.
+        `close` (``closed``). Producers on several threads may together exceed a queue's size by a put each.
         """
         # One record per step of an engine finds cold caches, where a lock costs more than all else here. A writer that
-        # lingers will look into its queue after this, and sees to the bound then.
+        # is awake looks into its queue once more before it sleeps.
         for writer in self._writers:
-            if writer.lingering:
+            if writer.awake and len(writer.queue) + len(records) <= self._size:
                 writer.queue.extend(records)
-                if not writer.lingering:  # it may have looked just before
+                if not writer.awake:  # it may have looked just before
                     self._late(writer)  # type: ignore[unreachable] # its thread sets it
             elif records:
                 self._put(writer, records)
@@ -132,7 +132,6 @@ class Delivery:
             if self._closing:
                 writer.sweep()
             else:
-                writer.shorten()
                 writer.wake()
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -200,7 +199,6 @@ class _Writer:
     """The queue and the thread of one sink or observer."""
 
     lock: threading.RLock  # the delivery's
-    size: int  # records that may wait
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -217,7 +215,7 @@ class _Writer:
         # good. SimpleQueue.put is one C call that does not wait; the bell holds a token or two.
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._hurry = threading.Event()  # cuts the linger short
-        self.lingering = False  # the thread looks into the queue after this is False again
+        self.awake = False  # the thread looks into the queue after it set this to False, and only then sleeps
         self._thread: threading.Thread | None = None
         self._claim = threading.Lock()  # whoever gets it is the one that calls the sink
         self._done = threading.Event()
@@ -261,20 +259,6 @@ class _Writer:
             self._hurry.set()
         return barrier
 
-    def shorten(self) -> None:
-        """Drop what came last beyond the bound while the thread lingered."""
-        barriers, lost = [], 0
-        with suppress(IndexError):  # the thread may be taking from the other end
-            while len(self.queue) > self.size:
-                item = self.queue.pop()
-                if isinstance(item, threading.Event):
-                    barriers.append(item)
-                else:
-                    lost += 1
-        self.queue.extend(reversed(barriers))
-        if lost:
-            self.dropped["queue_full"] += lost
-
     def sweep(self) -> None:
         """Once the thread has done its last: count what a put that overlapped with it left behind."""
         if not self._done.is_set():
@@ -291,6 +275,7 @@ class _Writer:
 
     def stop(self) -> None:
         self._stopping = True
+        self.awake = False  # puts that come now are counted as closed
         self._bell.put(None)
         self._hurry.set()
 
@@ -343,14 +328,14 @@ class _Writer:
         try:
             while self.queue or not self._stopping:
                 if not self._stopping:
-                    self._bell.get()
-                    self.lingering = True
+                    self.awake = False
+                    if not self.queue:
+                        self._bell.get()
+                    self.awake = True
                     self._hurry.wait(LINGER_SECONDS)
-                    self.lingering = False
                     self._hurry.clear()
-                    if len(self.queue) > self.size:
-                        with self.lock:
-                            self.shorten()
+                    if self._stopping:  # since just now
+                        self.awake = False  # type: ignore[unreachable] # stop() sets it
                 self._drain()
             if not self._done.is_set():
                 self._finish()
@@ -358,6 +343,7 @@ class _Writer:
             with self.lock:
                 self.sweep()
         finally:
+            self.awake = False
             self._claim.release()
 
     def _drain(self) -> None:

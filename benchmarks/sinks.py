@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 
 from attnhook import fingerprint as fp
 from attnhook.delivery import BATCH, Delivery

@@ -150,11 +150,11 @@ class Interrupted(list[TokenRecord]):
         return super().__iter__()
 
 
-def lingering(delivery: Delivery, records: Sequence[TokenRecord]) -> module._Writer:
+def awake(delivery: Delivery, records: Sequence[TokenRecord]) -> module._Writer:
     """The writer of a delivery that was given records and waits for more."""
     (writer,) = delivery._writers
     delivery.put(records)
-    until(lambda: writer.lingering)
+    until(lambda: writer.awake)
     return writer
 
 
@@ -169,12 +169,12 @@ def test_a_put_is_not_overlooked_by_a_writer_that_falls_asleep_just_then(monkeyp
     sink = Probe()
     with Delivery({"probe": sink}) as delivery:
         monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
-        writer = lingering(delivery, records(1))
+        writer = awake(delivery, records(1))
 
         def goes_to_sleep() -> None:
             monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
             writer._hurry.set()
-            until(lambda: sink.positions == [0] and not writer.lingering and writer._bell.empty())
+            until(lambda: sink.positions == [0] and not writer.awake and writer._bell.empty())
 
         delivery.put(Interrupted(records(1, 3), goes_to_sleep))
         until(lambda: sink.positions == [0, 1, 2])  # no flush, and no later put
@@ -184,7 +184,7 @@ def test_a_put_that_a_close_overtakes_is_counted(monkeypatch):
     sink = Probe()
     delivery = Delivery({"probe": sink})
     monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
-    lingering(delivery, records(1))
+    awake(delivery, records(1))
     delivery.put(Interrupted(records(1, 3), delivery.close))
     assert delivery.stats() == {"probe": {"queued": 0, "written": 1, "dropped": {"closed": 2}}}
 
@@ -225,11 +225,11 @@ def test_puts_while_it_closes_are_written_or_counted(monkeypatch, queue_size):
         sys.setswitchinterval(interval)
 
 
-def test_what_comes_beyond_the_bound_while_a_writer_lingers_is_dropped_last_first(monkeypatch):
+def test_what_comes_beyond_the_bound_while_a_writer_lingers_is_dropped(monkeypatch):
     monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
     sink = Probe()
     with Delivery({"probe": sink}, queue_size=10) as delivery:
-        lingering(delivery, records(1))
+        awake(delivery, records(1))
         delivery.put(records(1, 8))
         delivery.put(records(8, 15))
         assert delivery.flush(PATIENCE)  # cuts the linger short

@@ -23,7 +23,7 @@ from attnhook.metrics import registry
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     from attnhook.collector.service import Collector
 

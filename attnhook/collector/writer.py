@@ -14,7 +14,7 @@ from attnhook.errors import PluginError
 from attnhook.rowblock import RowBlock, joined
 from attnhook.sinks import Sink
 from attnhook.sinks.columns import now_us
-from attnhook.sinks.privacy import hashed
+from attnhook.sinks.privacy import id_in
 
 logger = logging.getLogger("attnhook")
 
@@ -82,8 +82,7 @@ class StoreWriter:
 
     def stored_id(self, request_id: str) -> str:
         """What a request id becomes in the store."""
-        rules = getattr(self._sink, "rules", None)
-        return hashed(request_id, rules.key) if rules is not None and rules.key else request_id
+        return id_in(self._sink, request_id)
 
     def abandon(self) -> None:
         """Close the store of a writer that was never started."""

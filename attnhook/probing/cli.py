@@ -15,6 +15,7 @@ from attnhook.analysis import probes
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.options import CaptureOptions, parse_layers
 from attnhook.probing import journal as journals
+from attnhook.probing import repeats
 from attnhook.probing.run import Tally, run
 from attnhook.probing.targets import LocalTarget, ServerTarget, Target, check_concurrency
 from attnhook.sinks import Sink
@@ -85,9 +86,15 @@ def probe(
     journal = (journals.Journal.resume if going_on else journals.Journal.begin)(path, out, identity)
     try:
         before = len(journal.done)
-        sink = _open(out, journal, going_on, error_console)
+        sink = _open(out, journal, going_on)
         try:
-            tally = _run(chosen, target, sink, journal, new_tokens, {**options, "mode": "raw"}, error_console)
+            known = repeats.find(out, sink, journal.done) if going_on and journal.may_repeat else None
+            if going_on and journal.may_repeat and known is None:
+                error_console.print(
+                    f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
+                    soft_wrap=True,
+                )
+            tally = _run(chosen, target, sink, journal, known, new_tokens, {**options, "mode": "raw"}, error_console)
         except AttnhookError as error:
             raise AttnhookError(f"{error}; {_finished(chosen, journal)}") from error
         except KeyboardInterrupt:
@@ -145,6 +152,7 @@ def _run(
     target: Target,
     sink: Sink,
     journal: journals.Journal,
+    known: repeats.Repeats | None,
     new_tokens: int,
     options: dict[str, Any],
     console: Console,
@@ -172,7 +180,9 @@ def _run(
                     description=one.pack,
                 )
 
-        return run(chosen, target, sink, journal, new_tokens=new_tokens, options=options, progress=progress)
+        return run(
+            chosen, target, sink, journal, new_tokens=new_tokens, options=options, repeats=known, progress=progress
+        )
 
 
 def _work(one: probes.Probe) -> int:
@@ -180,7 +190,7 @@ def _work(one: probes.Probe) -> int:
     return 200 + (one.distance or 0)
 
 
-def _open(out: str, journal: journals.Journal, going_on: bool, console: Console) -> Sink:
+def _open(out: str, journal: journals.Journal, going_on: bool) -> Sink:
     """The sink, ready to take up where the journal ends."""
     try:
         if going_on:
@@ -190,11 +200,6 @@ def _open(out: str, journal: journals.Journal, going_on: bool, console: Console)
         if not going_on:
             journal.path.unlink(missing_ok=True)  # no run has begun
         raise
-    if going_on and journal.may_repeat:
-        console.print(
-            f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
-            soft_wrap=True,
-        )
     return sink
 
 

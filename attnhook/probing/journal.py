@@ -110,7 +110,7 @@ class Journal:
 
     @property
     def may_repeat(self) -> bool:
-        """Whether the probe in writing when a run was killed may be in the output twice after it is resumed."""
+        """Whether the output may have records of probes that are not recorded, and would keep them twice."""
         return _plain_file(self._out) is None and self._out.partition(":")[0] not in _ONCE
 
     def add(self, request_id: str, entry: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from attnhook.analysis.probes import Probe, Prompt, build
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.probing.journal import Journal
+from attnhook.probing.repeats import Repeats
 from attnhook.probing.targets import Outcome, Target
 from attnhook.sinks import Sink
 
@@ -45,13 +46,14 @@ def run(
     *,
     new_tokens: int,
     options: Mapping[str, Any],
+    repeats: Repeats | None = None,
     progress: Callable[[Probe, Tally], object] = lambda probe, tally: None,
 ) -> Tally:
     """Run the probes that the journal does not have; ``progress`` is told of each that is finished or skipped.
 
-    ``options`` are those of `attnhook.capture`. A probe that needs more tokens than the model's context, or whose
-    distance the tokenizer cannot make, is skipped and not recorded. Raises AttnhookError at the first probe that
-    fails; what was finished before is recorded.
+    ``options`` are those of `attnhook.capture`; records in ``repeats`` are not written again. A probe that needs more
+    tokens than the model's context, or whose distance the tokenizer cannot make, is skipped and not recorded. Raises
+    AttnhookError at the first probe that fails; what was finished before is recorded.
     """
     tally = Tally()
     left = []
@@ -88,7 +90,9 @@ def run(
         }
         # at the sink first: what the journal has must be there
         try:
-            sink.write(outcome.records)
+            fresh = outcome.records if repeats is None else repeats.without(outcome.records)
+            if fresh:
+                sink.write(fresh)
             sink.flush()
         except AttnhookError:
             raise

@@ -20,7 +20,7 @@ from attnhook.errors import RecordError
 from attnhook.records import TokenRecord, fill_zones
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 #: Version of the columns, in the metadata of every Parquet file and Arrow journal.
 SCHEMA_VERSION = 1

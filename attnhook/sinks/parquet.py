@@ -183,7 +183,7 @@ class ParquetSink(Sink):
 
     def _finish(self, journal: Journal) -> None:
         """Files in the place of a journal."""
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
 
         from attnhook.sinks.columns import arrow_schema
 

@@ -131,6 +131,12 @@ def hashed(request_id: str, key: bytes) -> str:
     return blake2b(request_id.encode("utf-8", "surrogatepass"), key=key, digest_size=16).hexdigest()
 
 
+def id_in(sink: Sink, request_id: str) -> str:
+    """What a request id becomes in an open sink."""
+    rules = getattr(sink, "rules", None)
+    return hashed(request_id, rules.key) if rules is not None and rules.key else request_id
+
+
 def _key(scheme: str, path: str) -> bytes:
     given = os.environ.get(KEY_VARIABLE, "")
     if given:

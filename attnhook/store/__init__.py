@@ -14,7 +14,7 @@ from attnhook.records import TokenRecord
 from attnhook.sinks.columns import LIGHT, NAMES, to_records
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 BATCH = 8192
 SCHEMES = ("jsonl", "parquet", "sqlite")

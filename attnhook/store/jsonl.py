@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from attnhook.errors import PluginError, RecordError
 from attnhook.sinks.columns import Columns, from_entries

@@ -62,6 +62,7 @@ def go(*processes: subprocess.Popen[str], say: str = "go") -> None:
         process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_killed_under_load_and_started_again_every_record_is_stored_or_counted_as_lost(tmp_path):
     """Two stores, two producers that live through it; what was received before the kill -9 is stored after it."""
     stores = ["--store", "sqlite:x.db", "--store", "parquet:data?every=1s"]
@@ -109,6 +110,7 @@ def test_sigterm_writes_what_was_sent_and_what_is_queued(tmp_path):
     assert set(keys(f"sqlite:{tmp_path / 'x.db'}")) == sent_keys("a", said["sent"])
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_what_comes_too_late_is_counted_by_the_next_run(tmp_path):
     with collect(tmp_path, "--store", "sqlite:x.db", "--drain-seconds", "0.2") as first:
         worker = producer(first.address, "a", 150, 200, 0.02)
@@ -125,6 +127,7 @@ def test_sigterm_under_load_what_comes_too_late_is_counted_by_the_next_run(tmp_p
     assert len(keys(f"sqlite:{tmp_path / 'x.db'}")) + stats["records"]["lost"] == said["sent"]
 
 
+@pytest.mark.slow
 def test_eight_producers_at_once(tmp_path):
     with collect(tmp_path, "--store", "sqlite:x.db") as collector:
         workers = {f"w{i}": producer(collector.address, f"w{i}", 10, 250) for i in range(8)}
@@ -180,6 +183,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tm
         assert "does not take records, trying again" in collector.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_full_drops_by_count_and_the_journal_keeps_the_rest(tmp_path):
     """The journal lies on a good disk: the queue's bound is what drops, and the next run writes what was queued."""
     with small_disk(tmp_path / "disk", 3_000) as disk:

@@ -23,6 +23,7 @@ from attnhook.analysis import probes
 from attnhook.probing.run import is_right
 from attnhook.records import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
+from attnhook.store import open_store
 from tests.backends.vllm.engine import needs_vllm, serve
 from tests.helpers import byte_tokenizer, environment, tiny_model
 from tests.test_client import CAPABILITIES, CHAT, MODELS, TEXT, server
@@ -119,6 +120,7 @@ def test_resumed_after_any_moment_the_output_is_the_same(copied: Path, tiny: str
     assert "4 probes were there already" in shown and "10" in shown
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_without_duplicates_or_gaps(
     tiny: str, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +150,37 @@ def test_a_killed_run_is_resumed_without_duplicates_or_gaps(
     assert len(set(keys(tmp_path / "p.jsonl"))) == 3 * len(expected)
     assert set(keys(finished / "p.jsonl")) < set(keys(tmp_path / "p.jsonl"))
     assert "72" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "out", ["sqlite:p.db", "parquet:p", "parquet:p?hash_ids=1&every=1s", "jsonl:p.jsonl?rotate=40KB"]
+)
+def test_a_killed_run_into_any_store_is_resumed_without_duplicates_or_gaps(
+    out: str, tiny: str, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = out.partition(":")[2].partition("?")[0]
+    journal = tmp_path / f"{name}.probes"
+    arguments = ("probe", "--model", tiny, "--out", out, *PACKS)
+    process = subprocess.Popen([str(COMMAND), *arguments], env=environment(), stderr=subprocess.PIPE)
+    until = time.monotonic() + 300
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:3]))  # two probes are recorded, and at least one more is in the store
+    code, _, err = attnhook(*arguments, "--resume")
+    assert code == 0 and "may be there twice" not in err, err
+    with open_store(out) as store:
+        rows = [row for batch in store.fingerprints() for row in batch.to_pylist()]
+    expected = keys(finished / "p.jsonl")
+    stored = [(row["request_id"], row["choice"], row["query_position"]) for row in rows]
+    assert len(stored) == len(set(stored)) == len(expected)
+    if "hash_ids" not in out:
+        assert set(stored) == set(expected)
 
 
 def test_resuming_with_more_packs_goes_on(copied: Path, tiny: str) -> None:

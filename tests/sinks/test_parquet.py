@@ -247,6 +247,7 @@ def test_the_journal_of_a_living_process_is_left_to_it(path):
     assert sorted(positions(path)) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_processes_share_a_data_set(path):
     code = f"""
 import sys

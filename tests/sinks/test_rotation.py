@@ -69,6 +69,7 @@ def test_a_file_that_is_old_enough_is_put_away(path):
     assert positions(path) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_processes_that_rotate_one_file_lose_no_line(path):
     code = f"""
 import sys
