@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnhook import __version__, cli_options
+from attnhook.analysis.compare import cli as compare_command
 from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
@@ -182,6 +183,7 @@ def verify(
 
 
 probe_command.register(app)
+compare_command.register(app)
 
 
 @app.command("model-path")
