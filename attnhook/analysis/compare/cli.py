@@ -28,9 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[
-        str, typer.Argument(help="Store of side A: sqlite:records.db, parquet:folder, jsonl:file, or a path.")
-    ],
+    a: Annotated[str, typer.Argument(help="Store of side A, such as sqlite:records.db, or its path.")],
     b: Annotated[str, typer.Argument(help="Store of side B; may be the same, with filters.")],
     out: Annotated[Path | None, typer.Option(help="Write the report into this new folder.")] = None,
     a_model: Annotated[str | None, typer.Option(help="Only this model's rows of A.")] = None,
@@ -45,9 +43,7 @@ def compare(
     design: Annotated[
         str, typer.Option(help="paired (by request id), independent, or auto: paired where both ran the same probes.")
     ] = "auto",
-    mixed: Annotated[
-        bool, typer.Option("--mixed", help="Take several models, or layers, on one side together.")
-    ] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Take models, or layers, of one side together.")] = False,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples for the intervals.")] = 2000,
     permutations: Annotated[int, typer.Option(help="Permutations for the p-values.")] = 9999,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,

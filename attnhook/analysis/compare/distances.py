@@ -23,6 +23,12 @@ class Distance:
     p: float
 
 
+def against_null(observed: float, null: np.ndarray) -> Distance:
+    """The observed distance beside those of random dealings, ``null`` [n]."""
+    median, high = np.quantile(null, [0.5, 0.95]).tolist()
+    return Distance(observed, median, high, p_value(observed, null))
+
+
 def jensen_shannon(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence in bits, [...] in [0, 1], of histograms [..., n] that need not sum to 1.
 
@@ -101,7 +107,7 @@ def energy_distance(
         [statistic(dealt)[0] for dealt in labels(rng, *requests, permutations=permutations, paired=paired)]
     )
     return Energy(
-        distance=Distance(max(observed, 0), *np.quantile(null, [0.5, 0.95]).tolist(), p_value(observed, null)),
+        distance=against_null(max(observed, 0), null),
         energy=max(energy, 0),
         rows=(len(samples[0]), len(samples[1])),
         requests=(requests[0], requests[1]),

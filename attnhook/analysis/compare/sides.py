@@ -35,6 +35,11 @@ SAMPLED_ROWS: Final = 8  # fingerprints kept of each request
 _BATCH = 4096
 _ZONES = len(zones.ZONE_NAMES)
 
+_PER_REQUEST = (
+    *("rows", "zones", "sums", "free_rows", "free_zones", "sink"),
+    *("layer_rows", "layer_sums", "layer_sink_rows", "layer_sink"),
+)
+
 Layers = tuple[int, ...]
 
 
@@ -88,9 +93,7 @@ class Side:
         place = np.full(len(self.requests), -1)
         place[index] = np.arange(len(index))
         kept = place[self.sample_request] >= 0
-        names = ("rows", "zones", "sums", "free_rows", "free_zones", "sink")
-        names += ("layer_rows", "layer_sums", "layer_sink_rows", "layer_sink")
-        values = {**self.__dict__, **{name: getattr(self, name)[index] for name in names}}
+        values = {**self.__dict__, **{name: getattr(self, name)[index] for name in _PER_REQUEST}}
         values["requests"] = tuple(self.requests[i] for i in index)
         values["sample"] = self.sample[kept]
         values["sample_request"] = place[self.sample_request[kept]]
@@ -137,10 +140,12 @@ def read(
                 ) from error
             progress(seen, max(total, seen))
     if not found.requests:
+        kind = "" if rows == "all" else f" {rows}"
+        model = "" if source.model is None else f" of model {source.model!r}"
         raise OptionError(
-            f"{name.lower()}",
-            f"side {name} ({source.url}) has no {'' if rows == 'all' else rows + ' '}rows"
-            f"{'' if source.model is None else f' of model {source.model!r}'} among {seen} rows read: check the store and the filters",
+            name.lower(),
+            f"side {name} ({source.url}) has no{kind} rows{model} among the {seen} that its filters let through: check "
+            "the store and the filters",
         )
     if not mixed:
         _refuse_mixture(found, name, source)
@@ -367,7 +372,8 @@ def _without_sink(own: np.ndarray, sink: np.ndarray, positions: np.ndarray) -> n
     freed = own.astype(np.float32)
     if hit.any():
         freed[hit] = zones.without_key(own[hit], sink[hit], at[hit], at[hit] + 1)
-    return freed.mean(axis=1, dtype=np.float64).astype(np.float32)
+    mean: np.ndarray = freed.mean(axis=1, dtype=np.float64).astype(np.float32)
+    return mean
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -376,4 +382,5 @@ def _mixed(values: np.ndarray) -> np.ndarray:
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+        mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 
 from attnhook import fingerprint as fp
-from attnhook.analysis.compare.distances import Distance, Energy, energy_distance, jensen_shannon
+from attnhook.analysis.compare.distances import Distance, Energy, against_null, energy_distance, jensen_shannon
 from attnhook.analysis.compare.resampling import Estimate, bootstrap_sums, estimate, holm, labels, p_value
 from attnhook.analysis.compare.sides import MIN_REQUESTS, Side
 from attnhook.analysis.zones import ZONE_NAMES
@@ -272,7 +272,7 @@ def _shannon(a: Side, b: Side, settings: Settings, paired: bool, step: int) -> D
         _rng(settings, step), len(a.requests), len(b.requests), permutations=settings.permutations, paired=paired
     )
     null = np.concatenate([jensen_shannon(sums := in_a @ pooled, pooled.sum(axis=0) - sums) for in_a in dealt])
-    return Distance(observed, *np.quantile(null, [0.5, 0.95]).tolist(), p_value(observed, null))
+    return against_null(observed, null)
 
 
 def _energy(a: Side, b: Side, settings: Settings, paired: bool) -> Energy:
