@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from attnhook import __version__, cli_options
 from attnhook.analysis.compare import cli as compare_command
+from attnhook.analysis.drift import cli as drift_commands
 from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError, OptionError
@@ -184,6 +185,7 @@ def verify(
 
 probe_command.register(app)
 compare_command.register(app)
+drift_commands.register(app)
 
 
 @app.command("model-path")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from attnhook.analysis.drift.baseline import load as load_baseline
 from attnhook.errors import OptionError
 from attnhook.sinks import config, needs
 
@@ -36,6 +37,9 @@ def collect(
     queue: Annotated[str, typer.Option(help="Most bytes that may wait for a store; more is dropped.")] = "256MB",
     drain_seconds: Annotated[float, typer.Option(help="At the end: take what is on its way for at most so long.")] = 5,
     stop_seconds: Annotated[float, typer.Option(help="At the end: try to write what waits for at most so long.")] = 30,
+    drift_baseline: Annotated[
+        Path | None, typer.Option(help="Watch for drift from this baseline, a file of attnhook drift fit.")
+    ] = None,
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -46,10 +50,12 @@ def collect(
     with needs("attnhook collect"):
         import zmq  # noqa: F401
 
+        from attnhook.collector.drift import DriftWatch
         from attnhook.collector.http import application
         from attnhook.collector.server import Server
         from attnhook.collector.service import Collector
 
+    drift = None if drift_baseline is None else DriftWatch(load_baseline(drift_baseline))
     # many small pieces of work: a thread that computes is not to hold up the one that receives
     sys.setswitchinterval(0.0005)
     stopping = threading.Event()
@@ -57,7 +63,7 @@ def collect(
         signal.signal(number, lambda *_: stopping.set())
     secret = _token(token, token_file)
     server = Server(http, token=secret)
-    collector = Collector(listen, store, journal=journal, queue_bytes=size)
+    collector = Collector(listen, store, journal=journal, queue_bytes=size, drift=drift)
     collector.start()
     server.start(application(collector, token=secret))
     print(f"collecting on {collector.receiver.address} into {', '.join(store)}; {server.url}/stats", flush=True)
