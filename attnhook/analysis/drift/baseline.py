@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +28,11 @@ WARNING_FACTOR: Final = 5  # a warning is so many times as frequent as an alarm,
 _KEPT_VARIANCE = 0.999
 _CONSTANT = 1e-6  # standard deviation of a number that does not vary
 _MAX_COMPONENTS = 8
+# what numpy, zipfile and json raise for a file that is none of theirs, or was cut or changed
+_UNREADABLE = (
+    *(KeyError, ValueError, EOFError, AttributeError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 _MAX_BYTES = 16 * 2**20
 _ARRAYS = {"mean": (fp.SIZE,), "spread": (fp.SIZE,), "whitening": (None, fp.SIZE), "thresholds": (2,)}
 
@@ -271,7 +277,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any baseline")
         with np.load(path, allow_pickle=False) as file:
             # sizes as the archive tells them: a small file may announce more than the memory holds
-            sizes = sum(info.file_size for info in file.zip.infolist())  # type: ignore[attr-defined]
+            sizes = sum(info.file_size for info in file.zip.infolist())
             if sizes > _MAX_BYTES:
                 raise ValueError(f"it unpacks to {sizes:,} bytes, more than any baseline")
             arrays = {name: file[name] for name in ("manifest", "manifest_sha256", *_ARRAYS)}
@@ -282,18 +288,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError("its manifest is that of something else")
     except OSError as error:
-        raise PluginError(
-            f"baseline {path} cannot be read: {error.strerror or error}; name a file that drift fit made"
-        ) from error
-    except (
-        KeyError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        RecursionError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-    ) as error:
+        reason = error.strerror or error
+        raise PluginError(f"baseline {path} cannot be read: {reason}; name a file that drift fit made") from error
+    except _UNREADABLE as error:
         raise _damaged(path, error) from error
     return arrays, manifest
 

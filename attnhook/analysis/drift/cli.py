@@ -127,12 +127,11 @@ def check(
         print(json.dumps({**status.to_dict(), "first_alarm": None if first is None else first.to_dict()}))
     else:
         print(f"{status.requests} requests: {status.alarms} alarms, {status.warnings} warnings")
-        print(
-            f"at the end: {status.state}, {status.statistic:.1f} (warning {status.warning:.1f}, alarm {status.alarm:.1f})"
-        )
+        limits = f"warning {status.warning:.1f}, alarm {status.alarm:.1f}"
+        print(f"at the end: {status.state}, {status.statistic:.1f} ({limits})")
         if first is not None:
             print(f"first alarm: at request {first.requests}, {first.statistic:.1f}")
         for name, mean_value, spreads in (first or status).moved:
-            print(f"  {name}: {mean_value:.4f}, {spreads:+.2f} standard deviations of a request from the baseline")
+            print(f"  {name}: {mean_value:.4f}, {spreads:+.2f} standard deviations of requests from the baseline")
     if status.alarms:
         raise typer.Exit(1)
