@@ -40,6 +40,7 @@ def collect(
     drift_baseline: Annotated[
         Path | None, typer.Option(help="Watch for drift from this baseline, a file of attnhook drift fit.")
     ] = None,
+    drift_idle: Annotated[float, typer.Option(help="Seconds without a record after which a request is over.")] = 30,
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -47,6 +48,8 @@ def collect(
         size = config.size(queue)
     except ValueError as error:
         raise OptionError("queue", f"--queue {queue}: must be {error}") from error
+    if not 0 < drift_idle <= 86400:
+        raise OptionError("drift_idle", f"--drift-idle {drift_idle:g} must be above 0 and at most 86400 seconds")
     with needs("attnhook collect"):
         import zmq  # noqa: F401
 
@@ -55,7 +58,7 @@ def collect(
         from attnhook.collector.server import Server
         from attnhook.collector.service import Collector
 
-    drift = None if drift_baseline is None else DriftWatch(load_baseline(drift_baseline))
+    drift = None if drift_baseline is None else DriftWatch(load_baseline(drift_baseline), idle_seconds=drift_idle)
     # many small pieces of work: a thread that computes is not to hold up the one that receives
     sys.setswitchinterval(0.0005)
     stopping = threading.Event()

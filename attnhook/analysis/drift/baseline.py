@@ -30,7 +30,7 @@ _CONSTANT = 1e-6  # standard deviation of a number that does not vary
 _MAX_COMPONENTS = 8
 # what numpy, zipfile and json raise for a file that is none of theirs, or was cut or changed
 _UNREADABLE = (
-    *(KeyError, ValueError, EOFError, AttributeError, NotImplementedError, RuntimeError),
+    *(KeyError, ValueError, TypeError, EOFError, AttributeError, NotImplementedError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
 _MAX_BYTES = 16 * 2**20
@@ -275,7 +275,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any baseline")
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             # sizes as the archive tells them: a small file may announce more than the memory holds
             sizes = sum(info.file_size for info in file.zip.infolist())
             if sizes > _MAX_BYTES:
