@@ -365,10 +365,10 @@ def test_fit_refuses_a_mixture_and_warns_of_neighbours(tmp_path, monkeypatch, ca
     write_requests("sqlite:two.db", made.traffic(rng, 30).repeat(10, axis=0), "a")
     write_requests("sqlite:two.db", made.traffic(rng, 10), "b")
     fit = ("drift", "fit", "two.db", "--window", "10", "--simulations", "2000", "--horizon", "20")
-    code, out, err = attnhook(monkeypatch, capsys, *fit, "--out", "base.npz")
+    code, _, err = attnhook(monkeypatch, capsys, *fit, "--out", "base.npz")
     assert code == 2 and "rows of 2 models: 'a' (600 rows), 'b' (20 rows)" in err
     assert not (tmp_path / "base.npz").exists()
-    code, out, err = attnhook(monkeypatch, capsys, *fit, "--out", "base.npz", "--model", "a")
+    code, _, err = attnhook(monkeypatch, capsys, *fit, "--out", "base.npz", "--model", "a")
     assert code == 0 and "neighbouring requests are alike" in err
     assert drift.load(tmp_path / "base.npz").model == "a"
     code, _, err = attnhook(monkeypatch, capsys, *fit, "--out", "mixed.npz", "--mixed")
