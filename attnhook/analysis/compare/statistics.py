@@ -20,7 +20,7 @@ DESIGNS: tuple[Design, ...] = get_args(Design)
 #: Numbers of a fingerprint that profiles show.
 MEASURES: Final[dict[str, int]] = {"local": fp.LOCAL, "mid": fp.MID, "long": fp.LONG, "entropy": fp.ENTROPY}
 _PROBE = "probe/"
-_PAIRED_SHARE = 0.9  # of each side's requests must have a partner
+_PAIRED_SHARE = 0.9  # of the requests of the side that has fewer must have a partner
 _ENERGY_ROWS = 3000  # fingerprints of each side
 _MIN_PACK = 5  # requests of each side in a pack that is compared by itself
 
@@ -183,7 +183,7 @@ def _matched(a: Side, b: Side, design: Design) -> tuple[Side, Side, bool]:
     shared = [name for name in a.requests if name in places_b]
     if design == "auto":
         probes = all(name.startswith(_PROBE) for name in shared)  # other ids may be the same by chance
-        enough = len(shared) >= max(MIN_REQUESTS, _PAIRED_SHARE * max(len(a.requests), len(b.requests)))
+        enough = len(shared) >= max(MIN_REQUESTS, _PAIRED_SHARE * min(len(a.requests), len(b.requests)))
         if not (probes and enough):
             return a, b, False
     elif len(shared) < MIN_REQUESTS:
@@ -364,6 +364,8 @@ def _notes(whole: Sequence[Side], a: Side, b: Side, known: bool, energy: Energy)
             notes.append(
                 f"Side {name}: {before.left_out} requests beyond the first {len(before.requests)} drawn are left out."
             )
+        if (alone := len(before.requests) - len(side.requests)) > 0.1 * len(before.requests):
+            notes.append(f"Side {name}: {alone} of {len(before.requests)} requests have no partner and are left out.")
         if len(side.requests) < 30:
             notes.append(f"Side {name} has {len(side.requests)} requests: its intervals are too narrow, as a rule.")
         if len(side.models) > 1:
