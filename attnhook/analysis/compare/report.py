@@ -156,6 +156,11 @@ def points(found: Estimate, *, sign: bool = False) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def small(value: float) -> str:
+    """A distance: four decimals, or two digits where those would be zeros."""
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
 def probability(p: float) -> str:
     """A p-value as people write it."""
     return f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
@@ -237,7 +242,7 @@ def _distance_table(c: Comparison) -> Table:
     )
     return Table(
         ("distance", "value", "dealt at random: median", "95% below", "p"),
-        [(name, *(f"{x:.4f}" for x in (d.value, d.null_median, d.null_high)), probability(d.p)) for name, d in named],
+        [(name, *map(small, (d.value, d.null_median, d.null_high)), probability(d.p)) for name, d in named],
     )
 
 
@@ -245,7 +250,7 @@ def _distance_text(c: Comparison) -> str:
     e = c.energy
     return (
         "Both lie in [0, 1] and are 0 for equal sides; the columns in the middle are what chance alone gives. Energy "
-        f"distance: {e.energy:.4f} standard deviations, over {e.rows[0]:,} and {e.rows[1]:,} fingerprints of "
+        f"distance: {small(e.energy)} standard deviations, over {e.rows[0]:,} and {e.rows[1]:,} fingerprints of "
         f"{e.requests[0]:,} and {e.requests[1]:,} requests, each number divided by its standard deviation."
     )
 
@@ -261,7 +266,7 @@ def _layer_blocks(c: Comparison, level: str, *, drawn: bool) -> list[Block]:
             (
                 str(row.layer),
                 *(points(row.measures[name], sign=True) for name in names if name in row.measures),
-                f"{row.jensen_shannon:.4f}",
+                small(row.jensen_shannon),
             )
             for row in c.layer_differences
         ]
@@ -295,7 +300,7 @@ def _pack_table(c: Comparison) -> Table:
                 row.pack,
                 str(row.requests[0]) if row.requests[0] == row.requests[1] else "{} / {}".format(*row.requests),
                 *(points(row.differences[name], sign=True) for name in MEASURES),
-                f"{row.jensen_shannon.value:.4f}",
+                small(row.jensen_shannon.value),
                 probability(row.p_holm),
             )
             for row in c.packs

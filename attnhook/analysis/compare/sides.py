@@ -296,7 +296,7 @@ class _Gatherer:
         sink: np.ndarray,
         positions: np.ndarray,
     ) -> None:
-        codes, _ = zones.classify_many(_without_sink(own, sink, positions))
+        codes, _ = zones.classify_many(without_sink(own, sink, positions))
         counted = np.bincount(which * _ZONES + codes, minlength=len(owners) * _ZONES).reshape(-1, _ZONES)
         mass = np.bincount(which, sink.mean(axis=1, dtype=np.float64), minlength=len(owners))
         for owner, zone, total in zip(owners, counted, mass.tolist(), strict=True):
@@ -364,7 +364,7 @@ def _by_layers(
         yield layers, where, own, sink, positions[where]
 
 
-def _without_sink(own: np.ndarray, sink: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def without_sink(own: np.ndarray, sink: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Fingerprints float32 [n, 20] without the key at position 0: layers freed of it, then averaged."""
     at = np.broadcast_to(positions[:, None], sink.shape)
     # at position 0 there is no other key, and a layer whose window hides position 0 stays as it is
