@@ -3,8 +3,8 @@
     python -m benchmarks.findings without-sink sqlite:smollm2.db sqlite:free.db   # the key at position 0 taken out
     python -m benchmarks.findings octaves map                                     # clusters of attnhook discover
 
-``without-sink`` writes records whose one fingerprint is the mean over layers of what is left, exactly; rows at position 0,
-which have no other key, are left out. ``octaves`` compares clusters with floor(log2(position)) alone.
+``without-sink`` writes records whose one fingerprint is the mean over layers of what is left, exactly; rows at
+position 0 have no other key and are left out. ``octaves`` compares clusters with floor(log2(position)) alone.
 """
 
 from __future__ import annotations

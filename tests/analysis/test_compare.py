@@ -64,8 +64,8 @@ def store(url: str, requests: list[list[TokenRecord]]) -> str:
 
 def probes(seed: int, count: int = 40, **changes: object) -> list[list[TokenRecord]]:
     """Requests of two packs."""
-    rng = np.random.default_rng(seed)
-    return [request(rng, f"probe/{'ab'[i % 2]}/{i}", **changes) for i in range(count)]  # type: ignore[arg-type]
+    rngs = [np.random.default_rng([seed, i]) for i in range(count)]  # the i-th probes of equal seeds are alike
+    return [request(rng, f"probe/{'ab'[i % 2]}/{i}", **changes) for i, rng in enumerate(rngs)]  # type: ignore[arg-type]
 
 
 def made_side(rng: np.random.Generator, requests: int, *, rows: int = 20, share: float = 0.3) -> Side:
@@ -288,7 +288,7 @@ def test_too_few_requests_are_refused(tmp_path):
 
 def test_the_same_probes_are_compared_in_pairs(tmp_path):
     a = store(f"sqlite:{tmp_path}/a.db", probes(1, 40))
-    b = store(f"sqlite:{tmp_path}/b.db", [*probes(1, 39, far=0.5), request(np.random.default_rng(2), "probe/b/other")])
+    b = store(f"sqlite:{tmp_path}/b.db", [*probes(1, 39, far=2.0), request(np.random.default_rng(2), "probe/b/other")])
     found = compare(read(Source(a), name="A"), read(Source(b), name="B"), QUICK)
     assert found.paired and found.without_partner == (1, 1) and found.a.requests == found.b.requests
     alone = compare(read(Source(a), name="A"), read(Source(b), name="B"), replace(QUICK, design="independent"))
