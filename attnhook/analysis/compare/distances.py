@@ -121,8 +121,8 @@ def _block_sums(rows: np.ndarray, own: np.ndarray, requests: int) -> np.ndarray:
     squares = (rows**2).sum(axis=1)
     for start in range(0, len(rows), 512):
         part = rows[start : start + 512]
-        apart = np.sqrt(np.maximum(squares[start : start + 512, None] + squares - 2 * part @ rows.T, 0))
-        apart[np.arange(len(part)), start + np.arange(len(part))] = 0  # rounding, not distance
+        apart = squares[start : start + 512, None] + squares - 2 * part @ rows.T
+        apart = np.sqrt(np.where(apart > 1e-10, apart, 0))  # below that it is rounding, not distance
         np.add.at(by_request, own[start : start + 512], apart)
     blocks = np.zeros((requests, requests))
     np.add.at(blocks.T, own, by_request.T)
