@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from attnhook import __version__, cli_options
 from attnhook.analysis import session_cli as session_command
 from attnhook.analysis.calibration import cli as calibrate_command
+from attnhook.analysis.compare import cli as compare_command
+from attnhook.analysis.drift import cli as drift_commands
 from attnhook.analysis.manifold import cli as discover_command
 from attnhook.cli_sinks import app as sinks_app
 from attnhook.collector import cli as collector_commands
@@ -188,6 +190,8 @@ probe_command.register(app)
 discover_command.register(app)
 session_command.register(app)
 calibrate_command.register(app)
+compare_command.register(app)
+drift_commands.register(app)
 
 
 @app.command("model-path")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 
 from attnhook.analysis.classify import FingerprintClassifier
 from attnhook.analysis.manifold.quality import agreement, trustworthiness
@@ -69,9 +69,9 @@ def make_store(url: str, count: int, seed: int) -> None:
 
 def plain(url: str, out: Path) -> None:
     """The notebook's way; leaves ``plain.npz`` in the folder."""
-    import hdbscan  # type: ignore[import-untyped]
-    import umap  # type: ignore[import-untyped]
-    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+    import hdbscan
+    import umap
+    from sklearn.preprocessing import StandardScaler
 
     settings = Settings()
     with open_store(url) as store:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from attnhook.analysis.drift.baseline import load as load_baseline
 from attnhook.errors import OptionError
 from attnhook.sinks import config, needs
 
@@ -39,6 +40,10 @@ def collect(
     artifact: Annotated[
         Path | None, typer.Option(help="What attnhook discover wrote: /classify then knows the classifier clusters.")
     ] = None,
+    drift_baseline: Annotated[
+        Path | None, typer.Option(help="Watch for drift from this baseline, a file of attnhook drift fit.")
+    ] = None,
+    drift_idle: Annotated[float, typer.Option(help="Seconds without a record after which a request is over.")] = 30,
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -46,14 +51,18 @@ def collect(
         size = config.size(queue)
     except ValueError as error:
         raise OptionError("queue", f"--queue {queue}: must be {error}") from error
+    if not 0 < drift_idle <= 86400:
+        raise OptionError("drift_idle", f"--drift-idle {drift_idle:g} must be above 0 and at most 86400 seconds")
     with needs("attnhook collect"):
         import zmq  # noqa: F401
 
         from attnhook.collector.classifiers import Classifier
+        from attnhook.collector.drift import DriftWatch
         from attnhook.collector.http import application
         from attnhook.collector.server import Server
         from attnhook.collector.service import Collector
 
+    drift = None if drift_baseline is None else DriftWatch(load_baseline(drift_baseline), idle_seconds=drift_idle)
     # many small pieces of work: a thread that computes is not to hold up the one that receives
     sys.setswitchinterval(0.0005)
     stopping = threading.Event()
@@ -66,7 +75,7 @@ def collect(
 
         classifiers["clusters"] = FingerprintClassifier(artifact)
     server = Server(http, token=secret)
-    collector = Collector(listen, store, journal=journal, queue_bytes=size)
+    collector = Collector(listen, store, journal=journal, queue_bytes=size, drift=drift)
     collector.start()
     server.start(application(collector, token=secret, classifiers=classifiers))
     print(f"collecting on {collector.receiver.address} into {', '.join(store)}; {server.url}/stats", flush=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from attnhook import metrics
+from attnhook.collector.drift import STATES
 
 if TYPE_CHECKING:
     from attnhook.collector.service import Collector
@@ -47,6 +48,27 @@ def families(collector: Collector) -> Iterator[Metric]:
         yield metrics.counter(f"attnhook_store_{name}", text, "store", {url: s[key] for url, s in stores.items()})
     queued = {url: store["queued_bytes"] for url, store in stores.items()}
     yield metrics.gauge("attnhook_store_queued_bytes", "Bytes of records that wait for a store.", "store", queued)
+    if "drift" in stats:
+        yield from _of_drift(stats["drift"])
     yield GaugeMetricFamily("attnhook_collector_journal_bytes", "Size of the journal.", stats["journal"]["bytes"])
     yield GaugeMetricFamily("attnhook_collector_up_ratio", "1 while all is well.", float(not stats["problems"]))
     yield GaugeMetricFamily("attnhook_collector_uptime_seconds", "Time since the start.", stats["uptime_seconds"])
+
+
+def _of_drift(drift: dict[str, Any]) -> Iterator[Metric]:
+    """The drift monitor's state; the statistic is left out until the window is full."""
+    states = {state: float(state == drift["state"]) for state in STATES}
+    yield metrics.gauge("attnhook_drift_state", "1 for the state that the drift monitor is in.", "state", states)
+    if drift["statistic"] is not None:
+        text = "Squared distance of the latest requests from the baseline."
+        yield GaugeMetricFamily("attnhook_drift_statistic", text, drift["statistic"])
+    thresholds = {level: drift[level] for level in ("warning", "alarm")}
+    yield metrics.gauge("attnhook_drift_threshold", "Statistic from which a state begins.", "state", thresholds)
+    for name, text, key in (
+        ("alarms", "Times that the drift monitor raised an alarm.", "alarms"),
+        ("warnings", "Times that the drift monitor began to warn.", "warnings"),
+        ("requests", "Finished requests that the drift monitor has seen.", "requests"),
+    ):
+        yield CounterMetricFamily(f"attnhook_drift_{name}", text, drift[key])
+    text = "Records that the drift monitor did not look at."
+    yield metrics.counter("attnhook_drift_skipped_records", text, "reason", drift["skipped"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attnhook import __version__, frames
+from attnhook.collector.drift import DriftWatch
 from attnhook.collector.journal import Journal
 from attnhook.collector.ledger import Ledger
 from attnhook.collector.locks import StoreLock
@@ -41,7 +42,13 @@ class Collector:
     """
 
     def __init__(
-        self, listen: str, stores: Sequence[str], *, journal: Path | None = None, queue_bytes: int = QUEUE_BYTES
+        self,
+        listen: str,
+        stores: Sequence[str],
+        *,
+        journal: Path | None = None,
+        queue_bytes: int = QUEUE_BYTES,
+        drift: DriftWatch | None = None,
     ) -> None:
         if not stores:
             raise PluginError("the collector has no store: name one, such as --store sqlite:records.db")
@@ -50,6 +57,7 @@ class Collector:
         self.stores = list(stores)
         self.ledger = Ledger()
         self.tally = Tally()
+        self.drift = drift
         self._lock = threading.Lock()
         self._logged: set[str] = set()
         self._began = time.monotonic()
@@ -74,6 +82,8 @@ class Collector:
         """Begin to take and write records."""
         for writer in self._writers:
             writer.start()
+        if self.drift is not None:
+            self.drift.start()
         self.receiver.start()
 
     def stop(self, *, drain: float = DRAIN_SECONDS, seconds: float = STOP_SECONDS) -> bool:
@@ -85,6 +95,8 @@ class Collector:
             logger.warning(
                 "producers were still sending after %g seconds; what they send now is counted as lost", drain
             )
+        if self.drift is not None:
+            self.drift.stop()
         done = [writer.stop(seconds) for writer in self._writers]
         with self._lock:
             self._begin_segment()  # the counts, and nothing but them where all is written
@@ -133,6 +145,7 @@ class Collector:
                 "replayed": self.replayed,
             },
             "seen": self.tally.snapshot(),
+            **({} if self.drift is None else {"drift": self.drift.stats()}),
         }
 
     # -- on the receiver's thread
@@ -169,6 +182,8 @@ class Collector:
                 if writer not in full:
                     writer.put(block, number)
         self.tally.add(block.fingerprints, block.zones, block.ids, block.steps)
+        if self.drift is not None:
+            self.drift.offer(block)
 
     # -- on the writers' threads
 

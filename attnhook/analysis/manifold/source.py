@@ -21,7 +21,7 @@ from attnhook.sinks.columns import NAMES, fingerprints_of, fixed_list, to_record
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     from attnhook.records import TokenRecord
 
@@ -58,7 +58,7 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
     RecordError
         A fingerprint that is none, with its record named.
     """
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     strata, counts = _Strata({}), dict[str, int]()
     pending: list[pa.RecordBatch] = []

@@ -105,8 +105,8 @@ def cluster(job: Job) -> list[Path]:
 
 def assign(job: Job) -> list[Path]:
     """Place, cluster and zone of every row; what each cluster is."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     model = _model(job)
     count = job.json("cluster.json")["found"]

@@ -384,8 +384,12 @@ def _rows(runner: Any, worker: _Worker, positions: torch.Tensor | None) -> Itera
     starts = [int(runner.query_start_loc.np[i]) for i, _ in asking]
     firsts = [int(batch.num_computed_tokens_cpu[i]) for i, _ in asking]
     # the runner's own count runs ahead of the accepted tokens where drafts are verified asynchronously
-    if positions is not None and positions.dim() == 1 and (positions.device.type == "cpu" or runner.speculative_config):
-        firsts = positions[torch.tensor(starts, device=positions.device, dtype=torch.int64)].tolist()
+    if positions is not None and positions.dim() == 1:
+        if positions.device.type == "cpu":
+            known = positions.numpy()
+            firsts = [int(known[start]) for start in starts]
+        elif runner.speculative_config:
+            firsts = positions[torch.tensor(starts, device=positions.device, dtype=torch.int64)].tolist()
     for (i, request), start, first in zip(asking, starts, firsts, strict=True):
         packed, prompt_end = worker.asks[request]
         sampled = 0 if bool(runner.discard_request_mask.np[i]) else 1 + len(drafts.get(request, ()))

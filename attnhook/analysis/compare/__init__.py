@@ -1,0 +1,6 @@
+"""Comparing two sets of stored records: two models, or two versions, quantisations, prompts or engines."""
+
+from attnhook.analysis.compare.sides import Side, Source, read
+from attnhook.analysis.compare.statistics import Comparison, Settings, compare
+
+__all__ = ["Comparison", "Settings", "Side", "Source", "compare", "read"]

@@ -1,0 +1,389 @@
+"""What a comparison states, computed from two sides: zone shares, profiles by layer and by pack, distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+
+from attnhook import fingerprint as fp
+from attnhook.analysis.compare.distances import Distance, Energy, against_null, energy_distance, jensen_shannon
+from attnhook.analysis.compare.resampling import Estimate, bootstrap_sums, estimate, holm, labels, p_value
+from attnhook.analysis.compare.sides import MIN_REQUESTS, Side
+from attnhook.analysis.zones import ZONE_NAMES
+from attnhook.errors import OptionError
+
+Design = Literal["auto", "paired", "independent"]
+DESIGNS: tuple[Design, ...] = get_args(Design)
+#: Numbers of a fingerprint that profiles show.
+MEASURES: Final[dict[str, int]] = {"local": fp.LOCAL, "mid": fp.MID, "long": fp.LONG, "entropy": fp.ENTROPY}
+_PROBE = "probe/"
+_PAIRED_SHARE = 0.9  # of the requests of the side that has fewer must have a partner
+_ENERGY_ROWS = 3000  # fingerprints of each side
+_MIN_PACK = 5  # requests of each side in a pack that is compared by itself
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a comparison is computed."""
+
+    design: Design = "auto"
+    resamples: int = 2000
+    permutations: int = 9999
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("resamples", 100, 10**6), ("permutations", 99, 10**6), ("seed", 0, 2**32 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(name, f"{name}={getattr(self, name)} must be from {low} to {high}")
+        if not 0.5 <= self.confidence < 1:
+            raise OptionError("confidence", f"confidence={self.confidence:g} must be at least 0.5 and below 1")
+        if self.design not in DESIGNS:
+            raise OptionError("design", f"design={self.design!r} must be one of {', '.join(DESIGNS)}")
+
+
+@dataclass(frozen=True)
+class ZoneRow:
+    """Shares of rows in one zone, in [0, 1]; the difference is A minus B."""
+
+    zone: str
+    a: Estimate
+    b: Estimate
+    difference: Estimate
+    p: float
+    p_holm: float  # over the zones of the table
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Means over the rows of one captured layer; ``sink`` where the rows' span of that name is known."""
+
+    layer: int
+    rows: int
+    measures: dict[str, Estimate]
+    histogram: tuple[float, ...]  # mean mass in each of the 16 bins
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer that both sides captured: A minus B."""
+
+    layer: int
+    measures: dict[str, Estimate]
+    jensen_shannon: float  # bits, between the mean histograms
+
+
+@dataclass(frozen=True)
+class PackRow:
+    """One pack of probes by itself; differences are A minus B."""
+
+    pack: str
+    requests: tuple[int, int]
+    differences: dict[str, Estimate]
+    jensen_shannon: Distance
+    p_holm: float  # over the packs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report shows."""
+
+    a: Side  # as compared: in a paired design the requests that have a partner
+    b: Side
+    settings: Settings
+    paired: bool
+    without_partner: tuple[int, int]  # requests left out
+    zones: list[ZoneRow]
+    free_zones: list[ZoneRow]  # the key at position 0 left out; none where that is not known
+    sink: tuple[Estimate, Estimate, Estimate] | None  # mean mass on that key: A, B, A minus B
+    means: dict[str, tuple[Estimate, Estimate, Estimate]]  # of `MEASURES`: A, B, A minus B
+    histograms: tuple[tuple[float, ...], tuple[float, ...]]
+    jensen_shannon: Distance
+    energy: Energy
+    depths: tuple[list[Depth], list[Depth]]
+    layer_differences: list[LayerDifference]  # none where the sides captured different layers
+    packs: list[PackRow]
+    notes: list[str]
+
+
+def compare(a: Side, b: Side, settings: Settings | None = None, *, progress: Progress = lambda *_: None) -> Comparison:
+    """Compare two sides.
+
+    The same sides and settings give the same result. ``progress`` is called with the name of a step and how many
+    steps are done, of how many.
+
+    Raises OptionError where there are too few requests, or no pairs for a paired design, and RecordError where all
+    fingerprints are the same.
+    """
+    settings = settings or Settings()
+    whole = a, b
+    for name, side in (("A", a), ("B", b)):
+        _enough(name, side, len(side.requests), "requests")
+    a, b, paired = _matched(a, b, settings.design)
+    known = a.knows_sink and b.knows_sink
+    steps = ["zone shares", "zone shares without the sink", "means", "layers", "histograms", "energy distance", "packs"]
+
+    def begin(step: str) -> None:
+        progress(step, steps.index(step), len(steps))
+
+    begin("zone shares")
+    zones = _zone_rows(a.zones, a.rows, b.zones, b.rows, settings, paired, 1)
+    begin("zone shares without the sink")
+    free = _zone_rows(a.free_zones, a.free_rows, b.free_zones, b.free_rows, settings, paired, 2) if known else []
+    begin("means")
+    means = _means(a, b, settings, paired, known)
+    begin("layers")
+    depths, differences = _layers(a, b, settings, paired)
+    begin("histograms")
+    shannon = _shannon(a, b, settings, paired, 4)
+    begin("energy distance")
+    energy = _energy(a, b, settings, paired)
+    begin("packs")
+    packs = _packs(a, b, settings, paired)
+    progress("done", len(steps), len(steps))
+    return Comparison(
+        a=a,
+        b=b,
+        settings=settings,
+        paired=paired,
+        without_partner=(len(whole[0].requests) - len(a.requests), len(whole[1].requests) - len(b.requests)),
+        zones=zones,
+        free_zones=free,
+        sink=means.pop("sink", None),
+        means=means,
+        histograms=(_histogram(a), _histogram(b)),
+        jensen_shannon=shannon,
+        energy=energy,
+        depths=depths,
+        layer_differences=differences,
+        packs=packs,
+        notes=_notes(whole, a, b, known, energy),
+    )
+
+
+def _enough(name: str, side: Side, count: int, what: str) -> None:
+    if count < MIN_REQUESTS:
+        raise OptionError(
+            name.lower(),
+            f"side {name} ({side.source.url}) has {count} {what}; intervals over fewer than {MIN_REQUESTS} mean "
+            "nothing: store more, or widen the filters",
+        )
+
+
+def _matched(a: Side, b: Side, design: Design) -> tuple[Side, Side, bool]:
+    """The sides as they are compared, and whether they are paired by request id."""
+    if design == "independent":
+        return a, b, False
+    places_a, places_b = ({name: i for i, name in enumerate(side.requests)} for side in (a, b))
+    shared = [name for name in a.requests if name in places_b]
+    if design == "auto":
+        probes = all(name.startswith(_PROBE) for name in shared)  # other ids may be the same by chance
+        enough = len(shared) >= max(MIN_REQUESTS, _PAIRED_SHARE * min(len(a.requests), len(b.requests)))
+        if not (probes and enough):
+            return a, b, False
+    elif len(shared) < MIN_REQUESTS:
+        raise OptionError(
+            "design",
+            f"only {len(shared)} request ids are on both sides, too few for pairs (at least {MIN_REQUESTS}): choose "
+            "--design independent",
+        )
+    index = [np.array([places[name] for name in shared]) for places in (places_a, places_b)]
+    return a.take(index[0]), b.take(index[1]), True
+
+
+def _rng(settings: Settings, step: int) -> np.random.Generator:
+    """A generator for each step: what one step draws does not depend on the others."""
+    return np.random.default_rng([settings.seed, step])
+
+
+def _zone_rows(
+    a: np.ndarray, rows_a: np.ndarray, b: np.ndarray, rows_b: np.ndarray, settings: Settings, paired: bool, step: int
+) -> list[ZoneRow]:
+    tables = [np.column_stack([rows, counts]).astype(np.float64) for rows, counts in ((rows_a, a), (rows_b, b))]
+    estimates = _ratios(tables[0], tables[1], settings, paired, step)
+    pooled = np.concatenate(tables)
+    observed = np.abs(_ratio(tables[0].sum(axis=0)) - _ratio(tables[1].sum(axis=0)))
+    dealt = []
+    for in_a in labels(_rng(settings, 10 + step), len(a), len(b), permutations=settings.permutations, paired=paired):
+        sums = in_a @ pooled
+        dealt.append(np.abs(_ratio(sums) - _ratio(pooled.sum(axis=0) - sums)))
+    null = np.concatenate(dealt)
+    p = np.array([p_value(float(observed[i]), null[:, i]) for i in range(len(ZONE_NAMES))])
+    return [
+        ZoneRow(name, *estimates[i], p=float(p[i]), p_holm=float(corrected))
+        for i, (name, corrected) in enumerate(zip(ZONE_NAMES, holm(p).tolist(), strict=True))
+    ]
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """Sums [..., 1 + k], the number of rows first, as means [..., k]; NaN where there are no rows."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means: np.ndarray = sums[..., 1:] / sums[..., :1]
+    return means
+
+
+def _ratios(
+    a: np.ndarray, b: np.ndarray, settings: Settings, paired: bool, step: int
+) -> list[tuple[Estimate, Estimate, Estimate]]:
+    """Means over rows of A, of B and their difference, for each column of tables [R, 1 + k] (rows first)."""
+    values = _ratio(a.sum(axis=0)), _ratio(b.sum(axis=0))
+    drawn: list[tuple[np.ndarray, np.ndarray]] = [
+        (_ratio(x), _ratio(y))
+        for x, y in bootstrap_sums(_rng(settings, step), a, b, resamples=settings.resamples, paired=paired)
+    ]
+    from_a, from_b = (np.concatenate([part[i] for part in drawn]) for i in (0, 1))
+    level = settings.confidence
+    return [
+        (
+            estimate(float(values[0][i]), from_a[:, i], level),
+            estimate(float(values[1][i]), from_b[:, i], level),
+            estimate(float(values[0][i] - values[1][i]), from_a[:, i] - from_b[:, i], level),
+        )
+        for i in range(a.shape[1] - 1)
+    ]
+
+
+def _means(
+    a: Side, b: Side, settings: Settings, paired: bool, known: bool
+) -> dict[str, tuple[Estimate, Estimate, Estimate]]:
+    columns = list(MEASURES.values())
+    tables = [
+        np.column_stack([side.rows, side.sums[:, columns], *([side.sink] if known else [])]).astype(np.float64)
+        for side in (a, b)
+    ]
+    names = [*MEASURES, *(["sink"] if known else [])]
+    return dict(zip(names, _ratios(tables[0], tables[1], settings, paired, 3), strict=True))
+
+
+def _histogram(side: Side) -> tuple[float, ...]:
+    mean = side.sums[:, fp.HISTOGRAM].sum(axis=0) / side.total
+    return tuple(mean.tolist())
+
+
+def _shannon(a: Side, b: Side, settings: Settings, paired: bool, step: int) -> Distance:
+    pooled = np.concatenate([side.sums[:, fp.HISTOGRAM] for side in (a, b)])
+    observed = float(jensen_shannon(*(side.sums[:, fp.HISTOGRAM].sum(axis=0) for side in (a, b))))
+    dealt = labels(
+        _rng(settings, step), len(a.requests), len(b.requests), permutations=settings.permutations, paired=paired
+    )
+    null = np.concatenate([jensen_shannon(sums := in_a @ pooled, pooled.sum(axis=0) - sums) for in_a in dealt])
+    return against_null(observed, null)
+
+
+def _energy(a: Side, b: Side, settings: Settings, paired: bool) -> Energy:
+    """Of at most `_ENERGY_ROWS` fingerprints a side, some of each request, or one of each of some requests."""
+    rng = _rng(settings, 5)
+    sides = [a, b]
+    if max(len(a.requests), len(b.requests)) > _ENERGY_ROWS:
+        drawn = [np.sort(rng.permutation(len(s.requests))[:_ENERGY_ROWS]) for s in sides]
+        sides = [side.take(drawn[0 if paired else i]) for i, side in enumerate(sides)]
+    samples, owners = [], []
+    for side in sides:
+        each = max(1, _ENERGY_ROWS // len(side.requests))
+        starts = np.searchsorted(side.sample_request, side.sample_request)
+        first = np.arange(len(side.sample)) - starts < each  # the sample is in random order within a request
+        samples.append(side.sample[first])
+        owners.append(side.sample_request[first])
+    return energy_distance(
+        rng, (samples[0], samples[1]), (owners[0], owners[1]), permutations=settings.permutations, paired=paired
+    )
+
+
+def _layer_table(side: Side, place: int) -> tuple[np.ndarray, list[str]]:
+    """Table [R, 1 + k] of one layer and the names of its columns; ``sink`` where all its rows know it."""
+    columns = list(MEASURES.values())
+    parts = [side.layer_rows[:, place], side.layer_sums[:, place][:, columns]]
+    names = list(MEASURES)
+    if (side.layer_sink_rows[:, place] == side.layer_rows[:, place]).all():
+        parts.append(side.layer_sink[:, place])
+        names.append("sink")
+    return np.column_stack(parts).astype(np.float64), names
+
+
+def _layers(
+    a: Side, b: Side, settings: Settings, paired: bool
+) -> tuple[tuple[list[Depth], list[Depth]], list[LayerDifference]]:
+    same = a.layers == b.layers
+    depths: tuple[list[Depth], list[Depth]] = ([], [])
+    differences = []
+    for i, side in enumerate((a, b)):
+        for place, layer in enumerate(side.layers):
+            table, names = _layer_table(side, place)
+            found = _ratios(table, table, settings, True, 1000 * (i + 1) + layer)
+            total = side.layer_rows[:, place].sum()
+            histogram = side.layer_sums[:, place, fp.HISTOGRAM].sum(axis=0) / max(total, 1)
+            measures = {name: estimates[0] for name, estimates in zip(names, found, strict=True)}
+            depths[i].append(Depth(layer, int(total), measures, tuple(histogram.tolist())))
+    for place, layer in enumerate(a.layers if same else ()):
+        (of_a, names_a), (of_b, names_b) = _layer_table(a, place), _layer_table(b, place)
+        names = names_a if len(names_a) <= len(names_b) else names_b
+        width = 1 + len(names)
+        found = _ratios(of_a[:, :width], of_b[:, :width], settings, paired, 3000 + layer)
+        shannon = jensen_shannon(np.array(depths[0][place].histogram), np.array(depths[1][place].histogram))
+        measures = {name: estimates[2] for name, estimates in zip(names, found, strict=True)}
+        differences.append(LayerDifference(layer, measures, float(shannon)))
+    return depths, differences
+
+
+def _packs(a: Side, b: Side, settings: Settings, paired: bool) -> list[PackRow]:
+    members = [_by_pack(side.requests) for side in (a, b)]
+    shared = [pack for pack in members[0] if min(len(found.get(pack, [])) for found in members) >= _MIN_PACK]
+    rows = []
+    columns = list(MEASURES.values())
+    for number, pack in enumerate(shared):
+        x, y = (side.take(np.array(found[pack])) for side, found in zip((a, b), members, strict=True))
+        tables = [np.column_stack([side.rows, side.sums[:, columns]]).astype(np.float64) for side in (x, y)]
+        found = _ratios(tables[0], tables[1], settings, paired, 5000 + number)
+        differences = {name: estimates[2] for name, estimates in zip(MEASURES, found, strict=True)}
+        distance = _shannon(x, y, settings, paired, 6000 + number)
+        rows.append((pack, (len(x.requests), len(y.requests)), differences, distance))
+    corrected = holm(np.array([row[3].p for row in rows])).tolist()
+    return [PackRow(*row, p_holm=p) for row, p in zip(rows, corrected, strict=True)]
+
+
+def _by_pack(requests: Iterable[str]) -> dict[str, list[int]]:
+    """Places of the probes of each pack, among request ids ``probe/<pack>/<id>``."""
+    found: dict[str, list[int]] = {}
+    for place, name in enumerate(requests):
+        parts = name.split("/")
+        if name.startswith(_PROBE) and len(parts) == 3:
+            found.setdefault(parts[1], []).append(place)
+    return dict(sorted(found.items()))
+
+
+def _notes(whole: Sequence[Side], a: Side, b: Side, known: bool, energy: Energy) -> list[str]:
+    """What a reader of the numbers has to know."""
+    notes = []
+    for name, before, side in (("A", whole[0], a), ("B", whole[1], b)):
+        if before.left_out:
+            notes.append(
+                f"Side {name}: {before.left_out} requests beyond the first {len(before.requests)} drawn are left out."
+            )
+        if (alone := len(before.requests) - len(side.requests)) > 0.1 * len(before.requests):
+            notes.append(f"Side {name}: {alone} of {len(before.requests)} requests have no partner and are left out.")
+        if len(side.requests) < 30:
+            notes.append(f"Side {name} has {len(side.requests)} requests: its intervals are too narrow, as a rule.")
+        if len(side.models) > 1:
+            notes.append(f"Side {name} mixes rows of {len(side.models)} models.")
+        if len(side.layer_sets) > 1:
+            notes.append(f"Side {name} mixes rows of different captured layers.")
+        if () in side.layer_sets:
+            notes.append(f"Side {name} has rows that do not tell their layers: they are not in the layer profiles.")
+    if a.layers != b.layers:
+        notes.append(
+            f"A's layers are {list(a.layers)}, B's {list(b.layers)}: a record is the mean over its layers, so zone "
+            "shares and distances compare these layers, not whole models."
+        )
+    if not known:
+        notes.append(
+            "The attention sink is not taken out: not every row has the span sink (`attnhook probe` captures it). "
+            "long_range and the distances may say no more than how much attention lies on position 0."
+        )
+    if energy.constant:
+        notes.append(f"Constant in all rows, so left out of the energy distance: {', '.join(energy.constant)}.")
+    return notes

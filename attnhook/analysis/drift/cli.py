@@ -1,0 +1,137 @@
+"""``attnhook drift fit`` and ``attnhook drift check``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from attnhook import fingerprint as fp
+from attnhook.analysis.compare.cli import moment, progress, store_url
+from attnhook.analysis.drift import baseline as baselines
+from attnhook.analysis.drift.monitor import DriftMonitor
+from attnhook.errors import OptionError
+
+_ALIKE = 0.1  # autocorrelation of neighbouring requests from which the rate does not hold
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    drift = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tells when attention is not as it was.")
+    drift.command("fit")(fit)
+    drift.command("check")(check)
+    app.add_typer(drift, name="drift")
+
+
+def fit(
+    store: Annotated[str, typer.Argument(help="Store of requests that are as they should be.")],
+    out: Annotated[Path, typer.Option(help="Write the baseline to this new file.")],
+    model: Annotated[str | None, typer.Option(help="Only this model's rows.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only rows stored since, such as 2026-01-31T12:00.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only rows stored before.")] = None,
+    rows: Annotated[str, typer.Option(help="Which rows: all, prompt or generated.")] = "generated",
+    window: Annotated[int, typer.Option(help="Requests that are compared at a time.")] = 50,
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Probability of an alarm or more in --horizon requests without drift.")
+    ] = 0.01,
+    horizon: Annotated[int, typer.Option(help="Requests that the rate is about.")] = 1000,
+    block: Annotated[int, typer.Option(help="Neighbouring requests to resample together, where they are alike.")] = 1,
+    simulations: Annotated[int, typer.Option(help="Runs that the thresholds are found from.")] = 4000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same thresholds.")] = 0,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Take several models together.")] = False,
+) -> None:
+    """Fit a baseline: what the attention of requests is like, and how far chance alone takes it."""
+    from attnhook.analysis.drift import reading
+
+    settings = baselines.DriftSettings(window, false_alarm_rate, horizon, block, simulations, seed)
+    baselines.check_new(out)
+    url, console, models = store_url(store), Console(stderr=True), Counter[str]()
+    with progress(console, "reading") as advance:
+        found = list(
+            reading.means(
+                url,
+                model=model,
+                since=moment("since", since),
+                until=moment("until", until),
+                rows=rows,
+                models=models,
+                progress=advance,
+            )
+        )
+    if len(models) > 1 and not mixed:
+        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in models.most_common(5))
+        raise OptionError(
+            "model", f"{url} has rows of {len(models)} models: {shown}; choose one with --model, or give --mixed"
+        )
+    with progress(console, "calibrating") as advance:
+        baseline = baselines.fit(
+            np.array(found).reshape(-1, fp.SIZE),
+            model=next(iter(models)) if len(models) == 1 else "",
+            rows=rows,
+            settings=settings,
+            progress=advance,
+        )
+    baselines.save(baseline, out)
+    print(
+        f"wrote {out}: {baseline.requests} requests, {len(baseline.whitening)} components, warning from "
+        f"{baseline.warning:.1f}, alarm from {baseline.alarm:.1f}; {settings.false_alarm_rate:g} of runs of "
+        f"{settings.horizon} requests without drift raise an alarm"
+    )
+    if block == 1 and abs(baseline.autocorrelation) > max(_ALIKE, 4 / np.sqrt(baseline.requests)):
+        console.print(
+            f"neighbouring requests are alike (correlation {baseline.autocorrelation:.2f}): the rate does not hold; "
+            "fit with a --block of about as many requests as stay alike",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def check(
+    store: Annotated[str, typer.Argument(help="Store of the requests to look at.")],
+    baseline: Annotated[Path, typer.Option(help="The file that drift fit made.")],
+    model: Annotated[str | None, typer.Option(help="Only this model's rows. Default: the baseline's model.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only rows stored since, such as 2026-01-31T12:00.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only rows stored before.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look through a store's requests in order; exit status 0 without an alarm, 1 with one."""
+    from attnhook.analysis.drift import reading
+
+    known = baselines.load(baseline)
+    monitor, first = DriftMonitor(known), None
+    url = store_url(store)
+    with progress(Console(stderr=True), "looking") as advance:
+        for mean in reading.means(
+            url,
+            model=model or known.model or None,
+            since=moment("since", since),
+            until=moment("until", until),
+            rows=known.rows,
+            progress=advance,
+        ):
+            if monitor.add_request(mean) == "alarm" and first is None:
+                first = monitor.status()
+    status = monitor.status()
+    if status.statistic is None:
+        raise OptionError(
+            "store",
+            f"{url} has {status.requests} requests of {model or known.model or 'any model'} ({known.rows} rows); the "
+            f"baseline's window needs {known.settings.window}: store more, or fit with a smaller --window",
+        )
+    if as_json:
+        print(json.dumps({**status.to_dict(), "first_alarm": None if first is None else first.to_dict()}))
+    else:
+        print(f"{status.requests} requests: {status.alarms} alarms, {status.warnings} warnings")
+        limits = f"warning {status.warning:.1f}, alarm {status.alarm:.1f}"
+        print(f"at the end: {status.state}, {status.statistic:.1f} ({limits})")
+        if first is not None:
+            print(f"first alarm: at request {first.requests}, {first.statistic:.1f}")
+        for name, mean_value, spreads in (first or status).moved:
+            print(f"  {name}: {mean_value:.4f}, {spreads:+.2f} standard deviations of requests from the baseline")
+    if status.alarms:
+        raise typer.Exit(1)
