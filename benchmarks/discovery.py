@@ -69,9 +69,9 @@ def make_store(url: str, count: int, seed: int) -> None:
 
 def plain(url: str, out: Path) -> None:
     """The notebook's way; leaves ``plain.npz`` in the folder."""
-    import hdbscan
-    import umap
-    from sklearn.preprocessing import StandardScaler
+    import hdbscan  # type: ignore[import-untyped]
+    import umap  # type: ignore[import-untyped]
+    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
     settings = Settings()
     with open_store(url) as store:

@@ -56,7 +56,7 @@ def write_without_sink(source: str, target: str) -> int:
 def octaves(folder: str) -> tuple[float, dict[int, dict[int, float]]]:
     """Adjusted Rand index of clusters and octaves of the position, and the shares of octaves in each cluster."""
     import pyarrow.parquet as pq
-    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics import adjusted_rand_score  # type: ignore[import-untyped]
 
     clusters = pq.read_table(f"{folder}/assignments.parquet", columns=["cluster"]).column(0).to_numpy()
     positions = pq.read_table(f"{folder}/points.parquet", columns=["query_position"]).column(0).to_numpy()

@@ -53,7 +53,7 @@ def compare(
     """Compare two sets of stored records: zone shares, layers and distances, with intervals and p-values."""
     try:
         import matplotlib  # noqa: F401
-        import pyarrow  # type: ignore[import-untyped]  # noqa: F401
+        import pyarrow  # noqa: F401
     except ImportError as error:
         raise PluginError(f"attnhook compare needs {error.name}: pip install 'attnhook[analysis]'") from error
     from attnhook.analysis.compare import report, sides, statistics

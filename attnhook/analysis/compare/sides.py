@@ -129,8 +129,8 @@ def read(
     columns = ("request_id", "choice", "query_position", "decode_step", "model", "layer", "fingerprint", "record")
     seen = 0
     with open_store(source.url) as store:
-        total = store.count(**filters)
-        for batch in store.fingerprints(**filters, columns=columns, batch_size=_BATCH):
+        total = store.count(**filters)  # type: ignore[arg-type]
+        for batch in store.fingerprints(**filters, columns=columns, batch_size=_BATCH):  # type: ignore[arg-type]
             seen += batch.num_rows
             try:
                 found.add(_chosen(batch, rows))
