@@ -12,7 +12,7 @@ import torch
 from attnhook.errors import OptionError
 from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels import topk
-from attnhook.kernels.topk import compiled, jobs, naive, triton_plan
+from attnhook.kernels.topk import again, compiled, jobs, naive, triton_plan
 from attnhook.kernels.topk import cpu as torch_kernel
 from attnhook.kernels.topk import triton as triton_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
@@ -342,7 +342,14 @@ def test_chunks_of_rows_change_nothing(
                 calls.append(excess(table.shape[1], z.numel()))
                 whole(call, z, table, result)
 
+            aimed = again.Again._aim
+
+            def aim(jobs: Any, layers: Any, first: Any, seen: Any) -> None:
+                calls.append(excess(len(seen), int(seen.sum()) * layers[0].q.shape[1] * len(layers)))
+                aimed(jobs, layers, first, seen)
+
             monkeypatch.setattr(jobs.Call, "reduce", reduce)
+            monkeypatch.setattr(again.Again, "_aim", aim)
     assert_matches(kernel, case)
     assert calls and max(calls) <= limit, "the budget did not bound what is computed at once"
 
