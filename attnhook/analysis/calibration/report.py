@@ -174,7 +174,7 @@ def draw(judged: Judgement, path: Path) -> None:
     with needs_analysis():
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 6), layout="constrained")
+    figure = Figure(figsize=(7.6, 6), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(judged.rates, cmap="Blues", vmin=0, vmax=1)
     names = [name.replace("_", "\n") for name in zones.ZONE_NAMES]
@@ -189,9 +189,9 @@ def draw(judged: Judgement, path: Path) -> None:
     axes.set_yticks(range(len(names)), [f"{name}\n({n} probes)" for name, n in zip(names, judged.probes, strict=True)])
     axes.set_xlabel("zone given")
     axes.set_ylabel("zone that the probe should show")
-    axes.set_title(f"held-out probes: balanced accuracy {judged.balanced:.2f}, permuted labels {judged.chance:.2f}")
+    axes.set_title(f"balanced accuracy on held-out probes {judged.balanced:.2f}, permuted {judged.chance:.2f}")
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of a probe's rows")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _plain(judged: Judgement) -> dict[str, Any]:

@@ -90,7 +90,13 @@ def _blocks(comparison: Comparison, command: str, *, drawn: bool) -> list[Block]
     ]
     if c.notes:
         blocks += [Heading("Read this first"), Items(c.notes)]
-    blocks += [Heading("Zone shares"), _zone_table(c.zones, level)]
+    blocks += [
+        Heading("Zone shares"),
+        Paragraph(
+            "From fingerprints alone, which never are structure_ripple: that zone is seen in attended positions only."
+        ),
+        _zone_table(c.zones, level),
+    ]
     if drawn:
         blocks.append(
             _figure(c, "zones.svg", "Zone shares of both sides and their differences", figures.zones(c, c.zones))
