@@ -7,6 +7,7 @@ step, feeds it each captured layer's q and keys, and hands the finished records 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
     from attnhook.kernels.topk.split import SplitStep
+    from attnhook.kernels.topk.types import Arrays
     from attnhook.serving.ranks import Ranks
 
 logger = logging.getLogger("attnhook")
@@ -42,17 +44,12 @@ class Spent:
         self.steps = 0  # forward steps whose records were made
         self._lock = threading.Lock()
 
-    @contextmanager
-    def count(self, steps: int = 0) -> Iterator[None]:
-        """Around a piece of work."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            taken = time.perf_counter() - began
-            with self._lock:
-                self.seconds += taken
-                self.steps += steps
+    def add(self, began: float, steps: int = 0) -> None:
+        """A piece of work that began at ``time.perf_counter() == began`` has ended."""
+        taken = time.perf_counter() - began
+        with self._lock:
+            self.seconds += taken
+            self.steps += steps
 
 
 spent = Spent()
@@ -164,7 +161,8 @@ class StepCapture:
         #: what an earlier step with the same options and the same ``source`` in its rows had here serves again
         self.kernel = kernel
         self._order = sorted(self.wanted)
-        self._results: TopK | None = None  # [T, L, ...] of all wanted layers, in one piece
+        self._results: TopK | Arrays | None = None  # [T, L, ...] of all wanted layers, in one piece
+        self._lent = False  # the results are the kernel's own arrays, which its next call fills anew
         self._done: set[int] = set()
         # by the identity of the shift, which is kept with it
         self._shared: dict[int, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
@@ -195,8 +193,11 @@ class StepCapture:
 
     def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None = None) -> None:
         """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
-        with spent.count():
+        began = time.perf_counter()
+        try:
             self._reduce(layers, rows, shift)
+        finally:
+            spent.add(began)
 
     def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None) -> None:
         import torch
@@ -209,7 +210,9 @@ class StepCapture:
             known = self._shared[id(shift)] = self._start(rows[0], shift)
         _, step, offset = known
         if shift is None and [*layers] == self._order and isinstance(step, TopKStep):
-            self._results = step.stacked(rows)
+            lent = step.again(rows)
+            self._lent = lent is not None
+            self._results = lent or step.stacked(rows)
             self._done.update(layers)
             return
         for layer, result in zip(layers, step(rows), strict=True):
@@ -230,6 +233,7 @@ class StepCapture:
             shapes = [(len(x), len(self._order), *x.shape[1:]) for x in result]
             whole = [torch.empty(at, dtype=x.dtype, device=x.device) for at, x in zip(shapes, result, strict=True)]
             self._results = type(result)(*whole)
+        kept: Any
         for kept, x in zip(self._results, result, strict=True):
             kept[:, self._order.index(layer)].copy_(x)
 
@@ -279,50 +283,67 @@ class StepCapture:
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
-        with spent.count(steps=1):
-            found = self._finished(dropped)
-            if found is None:
-                return []
-            return [
-                TokenRecord(
-                    request_id=row.request_id,
-                    query_position=row.position,
-                    layers=found.layers,
-                    token_positions=found.positions[t],
-                    attention_scores=found.scores[t],
-                    fingerprints=found.fingerprints[t],
-                    decode_step=row.decode_step,
-                    choice=row.choice,
-                    mode=self.options.mode,
-                    model=self.model,
-                    span_names=found.span_names,
-                    span_mass=found.span_mass[t],
-                )
-                for t, row in enumerate(self.rows)
-                if found.finite[t]
-            ]
+        began = time.perf_counter()
+        try:
+            return self._records(dropped)
+        finally:
+            spent.add(began, steps=1)
 
     def packed(self, dropped: Callable[[str, int, str], None]) -> list[bytes | None]:
         """What `TokenRecord.to_bytes` makes of each row's record, in the order of the rows; None where it is dropped.
 
         Raises RecordError as that does.
         """
-        with spent.count(steps=1):
-            found = self._finished(dropped)
-            if found is None:
-                return [None] * len(self.rows)
-            rows = pack_rows(
-                [RowName(row.request_id, row.choice, row.decode_step, row.position) for row in self.rows],
-                found.layers,
-                found.positions,
-                found.scores,
-                found.fingerprints,
-                found.span_mass,
+        began = time.perf_counter()
+        try:
+            return self._packed(dropped)
+        finally:
+            spent.add(began, steps=1)
+
+    def _records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
+        found = self._finished(dropped)
+        if found is None:
+            return []
+        if self._lent:
+            positions, scores, span_mass = (x.copy() for x in (found.positions, found.scores, found.span_mass))
+            found = found._replace(positions=positions, scores=scores, span_mass=span_mass)
+        return [
+            TokenRecord(
+                request_id=row.request_id,
+                query_position=row.position,
+                layers=found.layers,
+                token_positions=found.positions[t],
+                attention_scores=found.scores[t],
+                fingerprints=found.fingerprints[t],
+                decode_step=row.decode_step,
+                choice=row.choice,
                 mode=self.options.mode,
                 model=self.model,
                 span_names=found.span_names,
+                span_mass=found.span_mass[t],
             )
-            return [row if good else None for row, good in zip(rows, found.finite.tolist(), strict=True)]
+            for t, row in enumerate(self.rows)
+            if found.finite is None or found.finite[t]
+        ]
+
+    def _packed(self, dropped: Callable[[str, int, str], None]) -> list[bytes | None]:
+        found = self._finished(dropped)
+        if found is None:
+            return [None] * len(self.rows)
+        rows = pack_rows(
+            [RowName(row.request_id, row.choice, row.decode_step, row.position) for row in self.rows],
+            found.layers,
+            found.positions,
+            found.scores,
+            found.fingerprints,
+            found.span_mass,
+            mode=self.options.mode,
+            model=self.model,
+            span_names=found.span_names,
+        )
+        if found.finite is None:
+            return [*rows]
+        return [row if good else None for row, good in zip(rows, found.finite.tolist(), strict=True)]
 
     def _finished(self, dropped: Callable[[str, int, str], None]) -> _Finished | None:
         import numpy as np
@@ -334,13 +355,16 @@ class StepCapture:
         places = None if len(layers) == len(self._order) else [self._order.index(layer) for layer in layers]
 
         def array(name: str, dtype: Any = None) -> np.ndarray:  # [T, L, ...]
-            whole = getattr(results, name).cpu().numpy()
+            whole = getattr(results, name)
+            whole = whole if isinstance(whole, np.ndarray) else whole.cpu().numpy()
             return np.ascontiguousarray(whole if places is None else whole[:, places], dtype)
 
         histogram, entropy = array("histogram"), array("entropy")
-        finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
-        if not finite.all():
-            dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
+        finite = None
+        if not math.isfinite(float(entropy.sum()) + float(histogram.sum())):  # as a rule all numbers are
+            finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
+            if not finite.all():
+                dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
         positions, scores = array("positions", np.int32), array("scores", np.float32)
         if self.options.mode == "fingerprint":
             positions, scores = positions[..., :0], scores[..., :0]
@@ -359,7 +383,7 @@ class _Finished(NamedTuple):
     """The arrays [T, L, ...] of a step's records."""
 
     layers: tuple[int, ...]
-    finite: np.ndarray  # bool [T]: rows without NaN and infinity
+    finite: np.ndarray | None  # bool [T]: rows without NaN and infinity; None where all are
     positions: np.ndarray
     scores: np.ndarray
     fingerprints: np.ndarray

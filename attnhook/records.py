@@ -33,6 +33,8 @@ HEADER_FIELDS: list[tuple[str, str]] = [
 ]
 MAGIC = b"AH"
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_TYPES = (_INT, _FLOAT, _FLOAT, _FLOAT)  # of positions, scores, fingerprints, span masses
+_FEW = 4  # rows
 _PHASE_AT = 4  # its byte in the header
 NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
@@ -353,9 +355,12 @@ def pack_rows(
     if not fits or len(layers) != size or len(heads) != count:
         shapes = [(len(rows),), (len(layers),), *(array.shape for array in arrays)]
         raise RecordError(f"record {rows[0].key!r} does not fit the binary row: its arrays disagree, {shapes}")
+    if count <= _FEW:  # then calls for all rows cost more than calls for each
+        packed = [np.ascontiguousarray(array, dtype) for array, dtype in zip(arrays, _TYPES, strict=True)]
+        return [b"".join((head, *(array[t].tobytes() for array in packed))) for t, head in enumerate(heads)]
     columns = [
         np.ascontiguousarray(array, dtype).reshape(count, -1).view(np.uint8)
-        for array, dtype in zip(arrays, (_INT, _FLOAT, _FLOAT, _FLOAT), strict=True)
+        for array, dtype in zip(arrays, _TYPES, strict=True)
         if array.size
     ]
     return [head + values.tobytes() for head, values in zip(heads, np.concatenate(columns, axis=1), strict=True)]

@@ -117,6 +117,7 @@ class _Group:
     own: tuple[int, ...]  # those that this worker has
     rows: list[Row] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # each row's place among the pass's tokens
+    kernel: TopKStep | None = None  # of an earlier pass
 
     @property
     def requests(self) -> set[str]:
@@ -295,9 +296,9 @@ class ServedStep:
                 if missing:
                     what = f"layers {missing} made no attention call in this forward pass"
                     raise UnsupportedError(what + self.served.if_missing)
-                kernel = self.served.kernels.get(self._kernel_key(group))
+                group.kernel = self.served.kernels.get(self._kernel_key(group))
                 capture = StepCapture(
-                    group.rows, group.own, group.options, self.served.model, self.served.ranks, kernel
+                    group.rows, group.own, group.options, self.served.model, self.served.ranks, group.kernel
                 )
                 slots = torch.tensor([row.position for row in group.rows], device=self._device)
                 taken = [self._taken[layer] for layer in group.own]
@@ -332,7 +333,7 @@ class ServedStep:
     def _keep_kernel(self, group: _Group, capture: StepCapture) -> None:
         """For the next pass, which in decoding has the same requests one position further."""
         kernels, kernel = self.served.kernels, capture.kernel
-        if kernel is not None and len(group.rows) <= _DECODING:
+        if kernel is not None and kernel is not group.kernel and len(group.rows) <= _DECODING:
             if len(kernels) >= _KERNELS:
                 kernels.clear()
             kernels[self._kernel_key(group)] = kernel

@@ -334,8 +334,12 @@ def test_chunks_of_rows_change_nothing(
             rows_of = lambda q, k: excess(q.shape[1], q.shape[0] * q.shape[1] * len(k))  # noqa: E731
             monkeypatch.setattr(torch_kernel, "_attention", recording(torch_kernel._attention, rows_of))
         else:
-            for name in ("_SINGLE_ELEMENTS", "_BLOCK_ELEMENTS"):
-                monkeypatch.setattr(compiled, name, budget)
+            for module, name in (
+                (compiled, "_BLOCK_ELEMENTS"),
+                (compiled, "SINGLE_ELEMENTS"),
+                (again, "SINGLE_ELEMENTS"),
+            ):
+                monkeypatch.setattr(module, name, budget)
             whole = jobs.Call.reduce
 
             def reduce(call: Any, z: torch.Tensor, table: Any, result: Any) -> None:
@@ -344,9 +348,11 @@ def test_chunks_of_rows_change_nothing(
 
             aimed = again.Again._aim
 
-            def aim(jobs: Any, layers: Any, first: Any, seen: Any) -> None:
-                calls.append(excess(len(seen), int(seen.sum()) * layers[0].q.shape[1] * len(layers)))
-                aimed(jobs, layers, first, seen)
+            def aim(jobs: Any, layers: Any, first: Any, seen: Any) -> bool:
+                done = aimed(jobs, layers, first, seen)
+                if done:
+                    calls.append(excess(len(seen), int(seen.sum()) * layers[0].q.shape[1] * len(layers)))
+                return done
 
             monkeypatch.setattr(jobs.Call, "reduce", reduce)
             monkeypatch.setattr(again.Again, "_aim", aim)

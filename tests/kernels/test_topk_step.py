@@ -92,15 +92,21 @@ def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch
     whole = again.Again.__init__
     monkeypatch.setattr(again.Again, "__init__", lambda self, *args: (made.append(args), whole(self, *args))[1])
     step = TopKStep(torch.tensor([0, 1]), top_k=8)
-    for turn, rows in enumerate([[(0, 30), (1, 90)], [(0, 31), (1, 91)], [(0, 1500), (1, 2)], [(0, 1501), (1, 2030)]]):
+    for turn, positions in enumerate([[30, 90], [31, 91], [1500, 2], [1501, 2030]]):
         first = build([(0, 2040), (1, 2040)], seed=7 + turn)  # as many pages in every pass
-        place = torch.tensor([position for _, position in rows], dtype=first.row_position.dtype)
+        place = torch.tensor(positions)
         layers = [
             replace(first, q=first.q + n, keys=replace(first.keys, cache=first.keys.cache + 0.01 * n))
             for n in range(count)
         ]
         layers = [replace(case, row_position=place) for case in layers]
-        got = step.stacked([layer(case) for case in layers])
+        rows = [layer(case) for case in layers]
+        lent = step.again(rows)
+        assert (lent is None) == (turn == 0)
+        if lent is not None:
+            lent = TopK(*(torch.from_numpy(x.copy()) for x in lent))
+        got = step.stacked(rows)
+        assert lent is None or all(torch.equal(x, y) for x, y in zip(lent, got, strict=True))
         for n, case in enumerate(layers):
             assert_same(TopK(*(x[:, n] for x in got)), alone(case), 1e-7)
     assert sum(shared is step._step for shared, _ in made) == 1

@@ -56,6 +56,7 @@ class _Worker:
         self.asks: dict[str, tuple[str, int]] = {}  # request -> packed options, position of its prompt's last token
         self.scheduled: Any = None  # of the pass that is about to run
         self.step: ServedStep | None = None
+        self.sees: frozenset[int] = frozenset()  # layers that are wanted of the pass that runs
         self.shares: dict[str, dict[str, Any]] | None = None
         if "_attnhook_kept" not in runner.__dict__:  # the CPU's runner loads its model in a way of its own
             runner._attnhook_kept = _kept_queries(runner)
@@ -90,10 +91,11 @@ class _Worker:
                 self.kept.aim(self.step.index)
         except Exception as error:
             self.step.give_up(error)
+        self.sees = self.step.wanted
 
     def finish(self, metadata: Any) -> None:
         """After the pass, with its attention metadata by layer name: reduce what was taken."""
-        step, self.step = self.step, None
+        step, self.step, self.sees = self.step, None, frozenset()
         if step is None:
             return
         if self.kept is not None:
@@ -236,27 +238,33 @@ class _Observer:
         self._number, self._name, self._layer, self._kept = number, name, layer, kept
 
     def plain(self, original: Original) -> Original:
-        """Of an attention implementation's ``forward``."""
+        """Of an attention implementation's ``forward``; nothing is done in layers that nobody wants."""
+        number, kept = self._number, self._kept
 
         @wraps(original)
         def forward(
             layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             output = original(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-            self._see(query, kv_cache, attn_metadata, output)
+            worker = _current
+            if kept is not None or (worker is not None and number in worker.sees):
+                self._see(query, kv_cache, attn_metadata, output)
             return output
 
         return forward
 
     def latent(self, original: Original) -> Original:
         """Of an MLA layer's ``forward_impl``."""
+        number, kept = self._number, self._kept
 
         @wraps(original)
         def forward_impl(
             q: Any, k_c_normed: Any, k_pe: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             output = original(q, k_c_normed, k_pe, kv_cache, attn_metadata, *args, **kwargs)
-            self._see(q, kv_cache, attn_metadata, output)
+            worker = _current
+            if kept is not None or (worker is not None and number in worker.sees):
+                self._see(q, kv_cache, attn_metadata, output)
             return output
 
         return forward_impl
@@ -275,8 +283,10 @@ class _Observer:
         try:
             view = cache.view(layer, kv_cache, worker.block_table(self._name, metadata))
             # copies: the engine uses its buffers again
-            q = cache.queries(layer, self._heads(query)[step.index])
-            step.take(number, q, view, self._heads(output)[step.index] if step.needs_output(number) else None)
+            q = cache.queries(layer, self._heads(query).index_select(0, step.index))
+            step.take(
+                number, q, view, self._heads(output).index_select(0, step.index) if step.needs_output(number) else None
+            )
         except Exception as error:
             step.give_up(error)
 

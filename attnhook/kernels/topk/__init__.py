@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from attnhook.errors import OptionError
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK, check_inputs
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK, check_inputs
 from attnhook.options import KERNELS
 
 __all__ = ["LayerRows", "PagedKeys", "TopK", "TopKStep", "topk_attention"]
@@ -147,6 +147,16 @@ class TopKStep:
             whole: TopK = self._step.stacked(layers)
             return whole
         return TopK(*(torch.stack(x, dim=1) for x in zip(*self._results(layers, alike), strict=True)))
+
+    def again(self, layers: Sequence[LayerRows]) -> Arrays | None:
+        """`stacked` of a later pass over the same requests, in arrays that the next call fills anew.
+
+        None where `stacked` has prepared no such pass. The fastest way where rows are few, as in decoding on a CPU.
+        """
+        if self._step is None:
+            return None
+        lent: Arrays | None = self._step.again(layers)
+        return lent
 
     def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
         """One result per layer; computed in one call where the implementation can and the layers are alike."""

@@ -25,7 +25,6 @@ from attnhook.kernels.topk.jobs import (
     Call,
     Job,
     Shared,
-    as_numpy,
     bytes_per_thread,
     pool_of,
     reads_in_place,
@@ -33,8 +32,9 @@ from attnhook.kernels.topk.jobs import (
     threads_for,
     width_for,
 )
-from attnhook.kernels.topk.types import LayerRows, TopK
+from attnhook.kernels.topk.types import Arrays, LayerRows
 
+SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, unless one row needs more
 _ROOM = 512  # keys that rows may grow by before the scratch is made anew
 
 # places in the words of `dots.dot_job`
@@ -56,6 +56,8 @@ class Again:
         self._most = 0  # keys that the scratch has room for
         self._threads = 0
         self._seen: torch.Tensor | None = None  # the positions that the table is made for
+        self._memory, self._lent = call.arrays()
+        self._numbers = np.arange(count)[:, None]
         dim = layers[0].q.shape[2]
         self._products = Job(
             dots.dot_job,
@@ -65,6 +67,7 @@ class Again:
             ],
         )  # fmt: skip
         self._reduction = Job(loops.row_job, call.words(count * rows, self._table))
+        self._reduction.words[ROW_RESULTS] = [x.ctypes.data for x in self._lent]
 
     def fits(self, layers: Sequence[LayerRows]) -> bool:
         """Whether nothing differs from the layers before but q, positions, pages, and where keys lie."""
@@ -72,6 +75,8 @@ class Again:
         if (
             len(layers) != len(self._call.layers)
             or first.q.shape != old.q.shape
+            or first.q.dtype != old.q.dtype
+            or first.row_position.shape != old.row_position.shape
             or first.keys.page_table.shape != old.keys.page_table.shape
             or first.keys.num_kv_heads != old.keys.num_kv_heads
         ):
@@ -93,42 +98,55 @@ class Again:
                 return False
         return True
 
-    def run(self, layers: Sequence[LayerRows], first: np.ndarray, seen: np.ndarray) -> TopK:
-        """Results [T * L, ...] of layers that fit, whose rows see ``seen`` keys from ``first`` on; both int64 [T]."""
-        result = self._call.empty()
-        if self._seen is not layers[0].row_position:
-            self._aim(layers, first, seen)
+    def lend(self, layers: Sequence[LayerRows], first: np.ndarray | None, seen: np.ndarray) -> Arrays | None:
+        """Results ``[T, L, ...]`` of layers that fit, in numpy arrays that the next call fills anew.
+
+        The rows see ``seen`` int64 [T] keys from ``first`` on (None: from 0). None where those are none, or too many
+        for one call.
+        """
+        if self._seen is not layers[0].row_position and not self._aim(layers, first, seen):
+            return None
+        self._memory.fill(0)
+        self._lent.positions.fill(-1)
         q = layers[0].q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
         q = q.to(torch.float32).contiguous()
         self._pools[:, 0] = [layer.keys.cache.data_ptr() for layer in layers]
         self._products.words[_DOT_Q] = q.data_ptr()
-        self._reduction.words[ROW_RESULTS] = [x.data_ptr() for x in result]
         self._products.run(self._threads)
         self._reduction.run(self._threads)
-        return result
+        return self._lent
 
-    def _aim(self, layers: Sequence[LayerRows], first: np.ndarray, seen: np.ndarray) -> None:
+    def _aim(self, layers: Sequence[LayerRows], first: np.ndarray | None, seen: np.ndarray) -> bool:
         """Point the jobs at other rows of the same requests."""
+        table = self._table
+        logits = seen * self._call.heads
+        ends = logits.cumsum()
+        size = int(ends[-1]) if len(ends) else 0  # logits of one layer
+        total = size * len(layers)
+        if not 0 < total <= SINGLE_ELEMENTS:
+            return False
         self._seen = layers[0].row_position
-        self._pages[:] = as_numpy(layers[0].keys.page_table, np.int64)
-        table, heads = self._table, self._call.heads
-        ends = np.cumsum(seen) * heads
-        size = int(ends[-1])  # logits of one layer
-        table[FIRST], table[KEYS], table[STRIDE] = first, seen, seen
-        table[OFFSET] = ends - seen * heads + np.arange(len(layers))[:, None] * size
-        total, longest = size * len(layers), int(seen.max())
+        self._pages[:] = layers[0].keys.page_table.numpy()
+        longest = int(seen.max())
+        parts = (longest - 1) // dots.PART + 1
+        if first is not None:
+            parts = int(((first + seen - 1) // dots.PART - first // dots.PART).max()) + 1
+        table[FIRST] = 0 if first is None else first
+        table[KEYS] = seen
+        table[STRIDE] = seen
+        table[OFFSET] = (ends - logits) + self._numbers * size
         self._z = cpu.buffer("logits", total, layers[0].q, torch.float32)
-        parts = (first + seen - 1) // dots.PART - first // dots.PART + 1
         self._products.words[_DOT_Z] = self._reduction.words[ROW_Z] = self._z.data_ptr(), total
-        self._products.words[_DOT_PARTS] = parts.max()
+        self._products.words[_DOT_PARTS] = parts
         threads = threads_for(total)
         if threads > self._threads or longest > self._most:
             self._most = longest + _ROOM
             width = width_for(self._most)
             part = bytes_per_thread(width, self._call.top_k, self._call.lanes)
-            self._scratch = np.empty(threads * part, np.uint8)
+            self._scratch = np.empty(max(threads, self._threads) * part, np.uint8)
             self._reduction.words[ROW_SCRATCH] = self._scratch.ctypes.data, part, width
         self._threads = threads
+        return True
 
 
 def alike(layers: Sequence[LayerRows]) -> bool:

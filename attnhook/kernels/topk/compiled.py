@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from attnhook.kernels.topk import cpu, dots
-from attnhook.kernels.topk.again import Again, alike
+from attnhook.kernels.topk.again import SINGLE_ELEMENTS, Again, alike
 from attnhook.kernels.topk.jobs import (
     FIRST,
     KEYS,
@@ -32,10 +32,9 @@ from attnhook.kernels.topk.jobs import (
     scales_of,
     threads_for,
 )
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
 
 _BLOCK_ELEMENTS = 3 << 18  # logits of a block of prompt rows: 3 MiB, about the cores' caches
-_SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, unless one row needs more
 _PROMPT_ROWS = 8  # consecutive rows that are worth a matrix product
 _PLACES = 16  # different positions and windows that a step remembers
 
@@ -112,11 +111,12 @@ class Step(Shared):
 
     def stacked(self, layers: Sequence[LayerRows]) -> TopK:
         """The same in one piece, ``[T, L, ...]``."""
-        result = self._prepared(layers)
-        if result is None:
-            call = Call(self, layers)
-            result = call.empty()
-            _single_rows(call, self._apart(call, result), result)
+        lent = self._prepared(layers)
+        if lent is not None:
+            return TopK(*(torch.from_numpy(x.copy()) for x in lent))
+        call = Call(self, layers)
+        result = call.empty()
+        _single_rows(call, self._apart(call, result), result)
         return TopK(*(x.view(len(self.request), len(layers), *x.shape[1:]) for x in result))
 
     def _place(self, layer: LayerRows) -> _Place:
@@ -128,17 +128,30 @@ class Step(Shared):
             known = self._placed[key] = (layer.row_position, layer.window), _place(layer, self.request)
         return known[1]
 
-    def _prepared(self, layers: Sequence[LayerRows]) -> TopK | None:
-        """Results ``[T * L, ...]`` of layers that one call computes, as in decoding; None where none can."""
+    def _prepared(self, layers: Sequence[LayerRows]) -> Arrays | None:
+        """`Again.lend` of layers that one call computes, as in decoding; None where none can."""
         first, seen, prompts = self._place(layers[0])
-        size = int(seen.sum()) * layers[0].q.shape[1] * len(layers)
-        if prompts or self.dense is not None or size > _SINGLE_ELEMENTS or not size or not alike(layers):
+        if prompts or self.dense is not None or not alike(layers):
             return None
         kind = len(layers), layers[0].keys.num_kv_heads
         again = self._again.get(kind)
         if again is None or not again.fits(layers):
             again = self._again[kind] = Again(self, layers)
-        return again.run(layers, first, seen)
+        return again.lend(layers, first, seen)
+
+    def again(self, layers: Sequence[LayerRows]) -> Arrays | None:
+        """See `attnhook.kernels.topk.TopKStep.again`; ``row_position`` is int64 there."""
+        one = layers[0]
+        again = self._again.get((len(layers), one.keys.num_kv_heads))
+        if again is None or not isinstance(one.window, int) or one.row_position.dtype != torch.int64:
+            return None
+        if not again.fits(layers):
+            return None
+        seen = one.row_position.numpy() + 1
+        if one.window < 0:
+            return again.lend(layers, None, seen)
+        first = np.maximum(seen - one.window, 0)
+        return again.lend(layers, first, seen - first)
 
     def _apart(self, call: Call, result: TopK) -> np.ndarray:
         """The table of rows that read their keys in place; those of prompts are computed here."""
@@ -200,7 +213,7 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
     start = 0
     while start < len(ends):
         base = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, base + _SINGLE_ELEMENTS, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, base + SINGLE_ELEMENTS, side="right")))
         part = np.ascontiguousarray(table[:, start:stop])
         part[STRIDE] = part[KEYS]
         part[OFFSET] = ends[start:stop] - base - part[KEYS] * heads

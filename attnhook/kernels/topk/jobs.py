@@ -14,7 +14,7 @@ import torch
 
 from attnhook.fingerprint import BINS
 from attnhook.kernels.topk import loops
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, TopK
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
 
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
 _MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again
@@ -162,6 +162,17 @@ class Call:
             torch.from_numpy(np.zeros(count, np.float32)),
             torch.from_numpy(np.zeros((count, spans), np.float32)),
         )
+
+    def arrays(self) -> tuple[np.ndarray, Arrays]:
+        """Room for results as `empty` has it, ``[T, L, ...]`` in numpy arrays that share one piece of memory."""
+        count, layers, spans = self.rows, len(self.layers), self.spans.shape[1]
+        shapes = (count, layers, self.top_k), (count, layers, self.top_k), (count, layers, BINS), (count, layers)
+        sizes = [math.prod(shape) for shape in (*shapes, (count, layers, spans))]
+        memory = np.zeros(sum(sizes), np.float32)
+        parts = np.split(memory, np.cumsum(sizes)[:-1])
+        parts[0] = parts[0].view(np.int32)
+        found = [part.reshape(shape) for part, shape in zip(parts, (*shapes, (count, layers, spans)), strict=True)]
+        return memory, Arrays(*found)
 
     def words(self, rows: int, table: np.ndarray) -> list[int]:
         """The words of `loops.row_job` for a table's rows; logits, results and scratch are 0 yet."""

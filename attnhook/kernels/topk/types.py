@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -17,6 +18,16 @@ class TopK(NamedTuple):
     histogram: torch.Tensor  # float32 [T, 16]; fingerprint.BIN_STARTS gives the bins
     entropy: torch.Tensor  # float32 [T]; normalised to [0, 1]
     span_mass: torch.Tensor  # float32 [T, n]
+
+
+class Arrays(NamedTuple):
+    """`TopK` in numpy's arrays."""
+
+    positions: np.ndarray
+    scores: np.ndarray
+    histogram: np.ndarray
+    entropy: np.ndarray
+    span_mass: np.ndarray
 
 
 @dataclass(frozen=True)
