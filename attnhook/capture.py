@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnhook import fingerprint
@@ -114,8 +113,7 @@ def sessions() -> tuple[Session, ...]:
     return _sessions
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One query row to capture."""
 
     request_id: str

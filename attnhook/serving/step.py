@@ -328,7 +328,7 @@ class ServedStep:
     def _kernel_key(self, group: _Group) -> _KernelKey:
         """What a kernel of `StepCapture` rests on: options, page tables, rows of them."""
         packed, (_, view) = group.packed, self._taken[group.own[0]]
-        return packed, len(view.keys.page_table), tuple(row.source for row in group.rows)
+        return packed, view.keys.page_table.shape[0], tuple(row.source for row in group.rows)
 
     def _keep_kernel(self, group: _Group, capture: StepCapture) -> None:
         """For the next pass, which in decoding has the same requests one position further."""
