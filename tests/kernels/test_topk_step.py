@@ -110,3 +110,18 @@ def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch
         for n, case in enumerate(layers):
             assert_same(TopK(*(x[:, n] for x in got)), alone(case), 1e-7)
     assert sum(shared is step._step for shared, _ in made) == 1
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "torch"])
+def test_layers_with_windows_of_their_own_at_the_same_positions(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Gemma, layer after layer and all at once."""
+    monkeypatch.setenv("ATTNHOOK_KERNEL", kernel)
+    first = build(ROWS, seed=3)
+    windows: list[Any] = [-1, 7, -1, torch.tensor([5, 9, -1]), 7, 3]
+    layers = [replace(first, options={**first.options, "window": window}) for window in windows]
+    step = TopKStep(first.row_request, top_k=8)
+    expected = [alone(case) for case in layers]
+    in_turn = [result for case in layers for result in step([layer(case)])]
+    for got in (in_turn, step([layer(case) for case in layers]), in_turn):
+        for one, wanted in zip(got, expected, strict=True):
+            assert_same(one, wanted, 1e-7)

@@ -55,7 +55,9 @@ class Again:
         self._scales = scales_of(layers)
         self._most = 0  # keys that the scratch has room for
         self._threads = 0
-        self._seen: torch.Tensor | None = None  # the positions that the table is made for
+        # what the table is made for
+        self._seen: torch.Tensor | None = None
+        self._window: int | torch.Tensor = -1
         self._memory, self._lent = call.arrays()
         self._numbers = np.arange(count)[:, None]
         dim = layers[0].q.shape[2]
@@ -86,7 +88,7 @@ class Again:
             if not (
                 new.row_position is first.row_position
                 and keys.page_table is first.keys.page_table
-                and (new.window is first.window or (new.window == first.window and isinstance(new.window, int)))
+                and _same(new.window, first.window)
                 and (new.scale, new.softcap) == (kept.scale, kept.softcap)
                 and new.sinks is kept.sinks
                 and new.alibi_slopes is kept.alibi_slopes
@@ -104,7 +106,9 @@ class Again:
         The rows see ``seen`` int64 [T] keys from ``first`` on (None: from 0). None where those are none, or too many
         for one call.
         """
-        if self._seen is not layers[0].row_position and not self._aim(layers, first, seen):
+        one = layers[0]
+        aimed = self._seen is one.row_position and _same(self._window, one.window)
+        if not aimed and not self._aim(layers, first, seen):
             return None
         self._memory.fill(0)
         self._lent.positions.fill(-1)
@@ -125,7 +129,7 @@ class Again:
         total = size * len(layers)
         if not 0 < total <= SINGLE_ELEMENTS:
             return False
-        self._seen = layers[0].row_position
+        self._seen, self._window = layers[0].row_position, layers[0].window
         self._pages[:] = layers[0].keys.page_table.numpy()
         longest = int(seen.max())
         parts = (longest - 1) // dots.PART + 1
@@ -149,13 +153,17 @@ class Again:
         return True
 
 
+def _same(one: int | torch.Tensor, other: int | torch.Tensor) -> bool:
+    return one is other or (isinstance(one, int) and isinstance(other, int) and one == other)
+
+
 def alike(layers: Sequence[LayerRows]) -> bool:
     """Whether `Again` can compute these layers together."""
     one = layers[0]
     return all(
         layer.row_position is one.row_position
         and layer.keys.page_table is one.keys.page_table
-        and (layer.window is one.window or (layer.window == one.window and isinstance(layer.window, int)))
+        and _same(layer.window, one.window)
         and reads_in_place(layer.keys)
         for layer in layers
     )
