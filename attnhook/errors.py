@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AttnhookError(Exception):
     """Base class of every error that attnhook raises on purpose."""
@@ -48,3 +51,12 @@ class DroppedError(AttnhookError):
         super().__init__(message)
         self.reason = reason
         self.count = count
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Around an import of an optional library: where it is missing, PluginError with the remedy, attnhook[extra]."""
+    try:
+        yield
+    except ImportError as error:
+        raise PluginError(f"{what} needs {error.name}: pip install 'attnhook[{extra}]'") from error

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from attnhook.analysis.drift.baseline import load as load_baseline
-from attnhook.errors import OptionError
-from attnhook.sinks import config, needs
+from attnhook.errors import OptionError, needs
+from attnhook.sinks import config
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +53,7 @@ def collect(
         raise OptionError("queue", f"--queue {queue}: must be {error}") from error
     if not 0 < drift_idle <= 86400:
         raise OptionError("drift_idle", f"--drift-idle {drift_idle:g} must be above 0 and at most 86400 seconds")
-    with needs("attnhook collect"):
+    with needs("attnhook collect", "sinks"):
         import zmq  # noqa: F401
 
         from attnhook.collector.classifiers import Classifier

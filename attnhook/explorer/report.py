@@ -16,9 +16,7 @@ A number v in [0, 1] is stored as ``round(65535 * sqrt(v))``: within 1.6e-5 of v
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -26,12 +24,12 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import AttnhookError, OptionError
+from attnhook.explorer.inline import policy_hash, script_json
 from attnhook.records import TokenRecord
 
 _SCALE = 65535
@@ -105,10 +103,10 @@ def render(report: Report) -> str:
         title=_text(report.title),
         subtitle=_text(report.subtitle),
         style=style,
-        style_hash=_hash(style),
+        style_hash=policy_hash(style),
         script=script,
-        script_hash=_hash(script),
-        meta=_json(meta),
+        script_hash=policy_hash(script),
+        meta=script_json(meta),
         blocks="\n".join(blocks),
     )
 
@@ -197,19 +195,8 @@ def _block(name: str, array: np.ndarray) -> str:
     return f'<script type="application/octet-stream" id="{name}">{data}</script>'
 
 
-def _json(value: Any) -> str:
-    """JSON in plain ASCII that neither ends its script element nor opens a comment in it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _text(value: str) -> str:
     return html.escape(value.encode("utf-8", "replace").decode())
-
-
-def _hash(inline: str) -> str:
-    """The content security policy's name of one inline script or style, which must not change after."""
-    return base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode("ascii")
 
 
 def _asset(name: str) -> str:

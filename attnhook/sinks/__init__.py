@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from attnhook.errors import PluginError
 from attnhook.hookspecs import RegisterSink, hookimpl
 from attnhook.records import TokenRecord
 
@@ -37,15 +35,6 @@ class Sink(ABC):
     def close(self) -> None:
         """Flush and let go of the destination; calling it twice is harmless."""
         self.flush()
-
-
-@contextmanager
-def needs(what: str) -> Iterator[None]:
-    """Around an import of an optional library: where it is missing, PluginError with the remedy."""
-    try:
-        yield
-    except ImportError as error:
-        raise PluginError(f"{what} needs {error.name}: pip install 'attnhook[sinks]'") from error
 
 
 @hookimpl

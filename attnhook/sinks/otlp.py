@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from attnhook.errors import PluginError
+from attnhook.errors import PluginError, needs
 from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config, needs
+from attnhook.sinks import Sink, config
 from attnhook.sinks.columns import mean_fingerprints
 from attnhook.tally import MEASURES
 
@@ -59,7 +59,7 @@ class OtlpSink(Sink):
         parts = urlsplit(address)
         if self._exporter is None and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise PluginError(f"sink otlp:{config_text}: write an address such as otlp:http://127.0.0.1:4318")
-        with needs("the sink otlp:"):
+        with needs("the sink otlp:", "sinks"):
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnhook.errors import PluginError
+from attnhook.errors import PluginError, needs
 from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config, needs
+from attnhook.sinks import Sink, config
 from attnhook.sinks.columns import Columns, from_records
 from attnhook.sinks.retention import Retention
 
@@ -61,7 +61,7 @@ class ParquetSink(Sink):
         known: dict[str, Any] = {"rotate": config.size, "every": config.seconds, "keep_days": config.days, "spool": str}
         known |= dict.fromkeys(S3_OPTIONS, str) if "://" in config_text else {}
         path, options = config.parse("parquet", config_text, known)
-        with needs("the sink parquet:"):
+        with needs("the sink parquet:", "sinks"):
             from attnhook.sinks.dataset import Dataset, warm_up
             from attnhook.sinks.journal import Journal
         self._url = path

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnhook.addresses import host_port, listen_remedy
-from attnhook.errors import PluginError
+from attnhook.errors import PluginError, needs
 from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, needs
+from attnhook.sinks import Sink
 from attnhook.sinks.columns import mean_fingerprints
 from attnhook.tally import Tally
 
@@ -37,7 +37,7 @@ class PrometheusSink(Sink):
     def open(self, config: str) -> None:
         """Listen. Raises PluginError where the port is taken, or without prometheus-client."""
         host, port = host_port(config, user=f"sink prometheus:{config}")
-        with needs("the sink prometheus:"):
+        with needs("the sink prometheus:", "sinks"):
             from prometheus_client import start_http_server
 
             from attnhook.metrics import registry

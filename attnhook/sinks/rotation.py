@@ -12,8 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from attnhook.errors import PluginError
-from attnhook.sinks import config, needs
+from attnhook.errors import PluginError, needs
+from attnhook.sinks import config
 from attnhook.sinks.retention import Retention
 
 logger = logging.getLogger("attnhook")
@@ -52,7 +52,7 @@ class Rotation:
         if self._active and sys.platform == "win32":
             raise PluginError(f"sink jsonl:{path}: an open file cannot be renamed on Windows; drop rotate and every")
         if zstd:
-            with needs("zstd=1"):
+            with needs("zstd=1", "sinks"):
                 import zstandard  # noqa: F401
 
     def refuse(self, place: str) -> None:
@@ -119,7 +119,7 @@ def open_rotated(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if not os.fspath(path).endswith(COMPRESSED):
             yield file
             return
-        with needs(f"reading {path}"):
+        with needs(f"reading {path}", "sinks"):
             import io
 
             import zstandard
@@ -148,7 +148,7 @@ def rotated_files(path: Path) -> list[Path]:
 
 def compress(path: Path) -> Path:
     """Replace a file by its zstd form. Raises OSError where that cannot be written; the file is then still there."""
-    with needs("zstd=1"):
+    with needs("zstd=1", "sinks"):
         import zstandard
     target = path.with_name(path.name + COMPRESSED)
     scratch = path.with_name(f".{target.name}.tmp")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from attnhook.addresses import host_port, listener, require_token, same_token
-from attnhook.errors import DroppedError, PluginError
+from attnhook.errors import DroppedError, PluginError, needs
 from attnhook.records import SCHEMA_VERSION, TokenRecord, fill_zones
-from attnhook.sinks import Sink, config, needs
+from attnhook.sinks import Sink, config
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -57,7 +57,7 @@ class WebsocketSink(Sink):
         host, port = host_port(address, user=user)
         self._token = options.get("token")
         require_token(host, self._token, user=f"{user} (?token=...)")
-        with needs("the sink websocket:"):
+        with needs("the sink websocket:", "sinks"):
             from websockets.asyncio.server import serve
         self._clients, self._waiting, self.dropped = {}, 0, Counter()
         sock = listener(host, port, user=user)

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from attnhook.errors import DroppedError, PluginError
+from attnhook.errors import DroppedError, PluginError, needs
 from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config, needs
+from attnhook.sinks import Sink, config
 
 HIGH_WATER_MARK = 64  # frames that may wait, here and once more in the collector
 LINGER_SECONDS = 5.0
@@ -47,7 +47,7 @@ class ZmqSink(Sink):
         self._address, options = config.parse("zmq", config_text, known)
         self._hwm = options.get("hwm", HIGH_WATER_MARK)
         self._linger = options.get("linger", LINGER_SECONDS)
-        with needs("the sink zmq:"):
+        with needs("the sink zmq:", "sinks"):
             import msgpack  # type: ignore[import-untyped] # noqa: F401
             import zmq
         try:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from attnhook.errors import OptionError, PluginError
+from attnhook.errors import OptionError, PluginError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks.columns import LIGHT, NAMES, to_records
 
@@ -151,13 +151,13 @@ def open_store(url: str) -> Store:
 
     Raises PluginError where it is none of these, does not exist, is damaged or of a newer schema.
     """
-    from attnhook.sinks import config, needs
+    from attnhook.sinks import config
 
     scheme, colon, rest = url.partition(":")
     if scheme not in SCHEMES or not colon:
         raise PluginError(f"{url!r} is no store that can be read; known: {', '.join(f'{name}:' for name in SCHEMES)}")
     path, _ = config.split(rest)
-    with needs(f"reading {scheme}:"):
+    with needs(f"reading {scheme}:", "sinks"):
         import pyarrow  # noqa: F401
     if scheme == "sqlite":
         from attnhook.store.sqlite import SqliteStore

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
 from attnhook.analysis.calibration.rows import Rows
-from attnhook.errors import PluginError
+from attnhook.errors import needs
 
 #: Names of the references, in the order of the report.
 NAMES: dict[str, str] = {
@@ -17,15 +15,6 @@ NAMES: dict[str, str] = {
     "fingerprint and periodicity": "logistic regression of the 20 numbers and the periodicity",
     "visible keys": "logistic regression of nothing but the number of visible keys",
 }
-
-
-@contextmanager
-def needs_analysis() -> Iterator[None]:
-    """Around an import of a library for analysis: where it is missing, PluginError with the remedy."""
-    try:
-        yield
-    except ImportError as error:
-        raise PluginError(f"calibrate needs {error.name}: pip install 'attnhook[analysis]'") from error
 
 
 def features(name: str, rows: Rows, unit: int) -> np.ndarray:
@@ -44,7 +33,7 @@ def predict(name: str, fit: Rows, held_out: Rows, unit: int) -> np.ndarray:
 
     Features are standardised, every probe has the same weight and every zone the same sum of weights.
     """
-    with needs_analysis():
+    with needs("calibrate", "analysis"):
         from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
         from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
         from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]

@@ -11,9 +11,10 @@ import numpy as np
 
 from attnhook.analysis import zones
 from attnhook.analysis.calibration.judge import ROUNDS, Control, Judgement
-from attnhook.analysis.calibration.reference import NAMES, needs_analysis
+from attnhook.analysis.calibration.reference import NAMES
 from attnhook.analysis.calibration.rows import Rows
 from attnhook.analysis.zones import Thresholds
+from attnhook.errors import needs
 
 MEAN = "mean"
 SERVED = "mean, sink included"  # what a record's own zone is: no sink left out, no periodicity
@@ -171,7 +172,7 @@ class Calibration:
 
 def draw(judged: Judgement, path: Path) -> None:
     """Write the confusion matrix as a picture. Raises PluginError without matplotlib, OSError."""
-    with needs_analysis():
+    with needs("calibrate", "analysis"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 6), layout="constrained")

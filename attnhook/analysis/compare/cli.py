@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from attnhook.errors import OptionError, PluginError
+from attnhook.errors import OptionError, needs
 
 _WIDTH = 130  # columns that the widest table needs
 
@@ -51,11 +51,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
 ) -> None:
     """Compare two sets of stored records: zone shares, layers and distances, with intervals and p-values."""
-    try:
+    with needs("attnhook compare", "analysis"):
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise PluginError(f"attnhook compare needs {error.name}: pip install 'attnhook[analysis]'") from error
     from attnhook.analysis.compare import report, sides, statistics
 
     settings = statistics.Settings(cast(Any, design), resamples, permutations, confidence, seed)

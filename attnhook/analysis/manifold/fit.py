@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from attnhook import fingerprint as fp
-from attnhook.analysis.manifold.settings import MINIMUM, Settings, libraries
-from attnhook.errors import OptionError
+from attnhook.analysis.manifold.settings import MINIMUM, Settings
+from attnhook.errors import OptionError, needs
 
 #: Standard deviation from which on a column counts: captured probabilities are exact to 1e-5 (docs/numerics.md), so
 #: what varies less is rounding, and standardising would blow it up.
@@ -105,7 +105,7 @@ def embed(points: np.ndarray, settings: Settings, seed: int) -> np.ndarray:
     Neighbours are exact, from a k-d tree, and the map starts from the first two components: both need no random
     numbers, and save UMAP its approximate search and its eigenvectors.
     """
-    with libraries():
+    with needs("discovery", "analysis"):
         from scipy.spatial import cKDTree  # type: ignore[import-untyped]
 
         with warnings.catch_warnings():
@@ -136,7 +136,7 @@ def cluster(embedding: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.n
     Labels run by size, 0 the largest. DBCV is hdbscan's ``relative_validity_``, in [-1, 1]; None with fewer than two
     clusters.
     """
-    with libraries():
+    with needs("discovery", "analysis"):
         import hdbscan  # type: ignore[import-untyped]
     found: Any = hdbscan.HDBSCAN(
         min_cluster_size=settings.min_cluster(len(embedding)), gen_min_span_tree=True, core_dist_n_jobs=1

@@ -10,8 +10,7 @@ import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.analysis.manifold.fit import Components
-from attnhook.analysis.manifold.settings import libraries
-from attnhook.errors import RecordError
+from attnhook.errors import RecordError, needs
 
 NEAREST = 5  # sampled fingerprints that a place is made of
 _CHUNK = 16384  # rows at a time: temporaries stay in the processor's cache
@@ -69,7 +68,7 @@ class Model:
 
     @cached_property
     def _tree(self) -> Any:
-        with libraries():
+        with needs("discovery", "analysis"):
             from scipy.spatial import cKDTree  # type: ignore[import-untyped]
         return cKDTree(self.points, leafsize=32)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import json
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -13,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from attnhook.analysis.manifold.settings import libraries
 from attnhook.analysis.zones import COLOURS, MEANINGS, ZONE_NAMES
+from attnhook.errors import needs
+from attnhook.explorer.inline import policy_hash, script_json
 
 NOISE_COLOUR = "#c3c3c3"
 _SHOWN = 20_000  # points of a picture
@@ -38,7 +37,7 @@ def shown(count: int, seed: int) -> np.ndarray:
 
 def png(path: Path, xy: np.ndarray, cluster: np.ndarray, zone: np.ndarray, clusters: int, title: str) -> None:
     """Two panels of the same points, float [n, 2]: by cluster int [n], and by zone int [n]."""
-    with libraries():
+    with needs("discovery", "analysis"):
         import matplotlib.figure
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.lines import Line2D
@@ -102,25 +101,15 @@ def page(path: Path, points: dict[str, Any], clusters: list[dict[str, Any]], abo
         title=html.escape(str(about["title"])),
         script=script,
         style=style,
-        script_hash=_hash(script),
-        style_hash=_hash(style),
-        data=_json(data),
+        script_hash=policy_hash(script),
+        style_hash=policy_hash(style),
+        data=script_json(data, sort_keys=True),
     )
     path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _packed(values: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values.astype(dtype)).tobytes()).decode("ascii")
-
-
-def _json(value: Any) -> str:
-    """JSON in plain ASCII that neither ends its script element nor opens a comment in it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, sort_keys=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _hash(inline: str) -> str:
-    return base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode("ascii")
 
 
 def _asset(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from attnhook.analysis.manifold.fit import cluster, embed
-from attnhook.analysis.manifold.settings import Settings, libraries
+from attnhook.analysis.manifold.settings import Settings
+from attnhook.errors import needs
 
 _EVALUATED = 3000  # rows for figures whose cost grows with the square
 _REFITTED = 4000  # points of the runs for stability
@@ -17,14 +18,14 @@ _NEAREST = 15  # neighbours of trustworthiness, at most a third of the points
 
 def trustworthiness(high: np.ndarray, low: np.ndarray) -> float:
     """How many neighbours on the map are neighbours in ``high`` too, weighted by rank, in [0, 1] (Venna & Kaski)."""
-    with libraries():
+    with needs("discovery", "analysis"):
         from sklearn.manifold import trustworthiness as measure  # type: ignore[import-untyped]
     return float(measure(high, low, n_neighbors=min(_NEAREST, len(high) // 3)))
 
 
 def silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
     """Mean silhouette of what has a cluster, in [-1, 1]; None with fewer than two clusters."""
-    with libraries():
+    with needs("discovery", "analysis"):
         from sklearn.metrics import silhouette_score  # type: ignore[import-untyped]
     inside = labels >= 0
     if len(np.unique(labels[inside])) < 2 or inside.sum() <= len(np.unique(labels[inside])):
@@ -34,7 +35,7 @@ def silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
 
 def agreement(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.ndarray) -> float:
     """Adjusted Rand index: 1 for the same partition, about 0 for chance. Noise counts as one group."""
-    with libraries():
+    with needs("discovery", "analysis"):
         from sklearn.metrics import adjusted_rand_score
     return float(adjusted_rand_score(first, second))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attnhook.errors import OptionError, PluginError
+from attnhook.errors import OptionError
 
 MINIMUM = 100  # fingerprints; a map of fewer shows nothing but chance
 _CLUMP = 30
@@ -50,12 +48,3 @@ class Settings:
     def min_cluster(self, points: int) -> int:
         """Points in the smallest cluster of a fit on so many: below some 30, UMAP's own clumps count as clusters."""
         return max(5, min(_CLUMP, points // 10), round(self.min_cluster_share * points))
-
-
-@contextmanager
-def libraries() -> Iterator[None]:
-    """Around imports of what only the analysis needs: where one is missing, PluginError with the remedy."""
-    try:
-        yield
-    except ImportError as error:
-        raise PluginError(f"discovery needs {error.name}: pip install 'attnhook[analysis]'") from error

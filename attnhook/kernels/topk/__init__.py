@@ -141,7 +141,7 @@ class TopKStep:
         self._step = self._impl.Step(row_request, **self._shared) if hasattr(self._impl, "Step") else None
 
     def stacked(self, layers: Sequence[LayerRows]) -> TopK:
-        """Results ``[T, L, ...]`` of all layers in one piece, without a copy where they are computed in one call."""
+        """Results ``[T, L, ...]`` of all layers in one piece."""
         alike = self._checked(layers)
         if self._step is not None and [*alike.values()] == [[*range(len(layers))]]:
             whole: TopK = self._step.stacked(layers)

@@ -112,7 +112,7 @@ class Again:
             return None
         self._memory.fill(0)
         self._lent.positions.fill(-1)
-        q = layers[0].q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
+        q = one.q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
         q = q.to(torch.float32).contiguous()
         self._pools[:, 0] = [layer.keys.cache.data_ptr() for layer in layers]
         self._products.words[_DOT_Q] = q.data_ptr()

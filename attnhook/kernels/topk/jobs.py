@@ -153,26 +153,20 @@ class Call:
 
     def empty(self) -> TopK:
         """Results ``[T * L, ...]``, a row's layers one after the other, before anything is computed."""
-        count, spans = self.rows * len(self.layers), self.spans.shape[1]
-        # numpy's arrays are made in a third of the time of torch's, which counts where rows are few
-        return TopK(
-            torch.from_numpy(np.full((count, self.top_k), -1, np.int32)),
-            torch.from_numpy(np.zeros((count, self.top_k), np.float32)),
-            torch.from_numpy(np.zeros((count, BINS), np.float32)),
-            torch.from_numpy(np.zeros(count, np.float32)),
-            torch.from_numpy(np.zeros((count, spans), np.float32)),
-        )
+        _, found = self.arrays()
+        found.positions.fill(-1)
+        count = self.rows * len(self.layers)
+        return TopK(*(torch.from_numpy(x.reshape(count, *x.shape[2:])) for x in found))
 
     def arrays(self) -> tuple[np.ndarray, Arrays]:
-        """Room for results as `empty` has it, ``[T, L, ...]`` in numpy arrays that share one piece of memory."""
-        count, layers, spans = self.rows, len(self.layers), self.spans.shape[1]
-        shapes = (count, layers, self.top_k), (count, layers, self.top_k), (count, layers, BINS), (count, layers)
-        sizes = [math.prod(shape) for shape in (*shapes, (count, layers, spans))]
+        """One piece of memory, zeroed, and in it numpy arrays ``[T, L, ...]`` for results."""
+        each = (self.top_k,), (self.top_k,), (BINS,), (), (self.spans.shape[1],)
+        shapes = [(self.rows, len(self.layers), *own) for own in each]
+        sizes = [math.prod(shape) for shape in shapes]
         memory = np.zeros(sum(sizes), np.float32)
         parts = np.split(memory, np.cumsum(sizes)[:-1])
         parts[0] = parts[0].view(np.int32)
-        found = [part.reshape(shape) for part, shape in zip(parts, (*shapes, (count, layers, spans)), strict=True)]
-        return memory, Arrays(*found)
+        return memory, Arrays(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def words(self, rows: int, table: np.ndarray) -> list[int]:
         """The words of `loops.row_job` for a table's rows; logits, results and scratch are 0 yet."""
