@@ -346,24 +346,27 @@ class StepCapture:
     def _finished(self, dropped: Callable[[str, int, str], None]) -> _Finished | None:
         import numpy as np
 
-        results = self._results
+        results: Any = self._results
         if results is None or not self.rows:
             return None
         layers = tuple(layer for layer in self._order if layer in self._done)
         places = None if len(layers) == len(self._order) else [self._order.index(layer) for layer in layers]
 
-        def array(name: str, dtype: Any = None) -> np.ndarray:  # [T, L, ...]
-            whole = getattr(results, name)
+        def array(whole: Any, dtype: str = "float32") -> np.ndarray:  # [T, L, ...]
             whole = whole if isinstance(whole, np.ndarray) else whole.cpu().numpy()
             return np.ascontiguousarray(whole if places is None else whole[:, places], dtype)
 
-        histogram, entropy = array("histogram"), array("entropy")
+        if self._lent and places is None:
+            positions, scores, histogram, entropy, span_mass = results
+        else:
+            positions = array(results.positions, "int32")
+            scores, histogram, entropy, span_mass = (array(x) for x in results[1:])
+        fingerprints = fingerprint.assemble(histogram, entropy)
         finite = None
-        if not math.isfinite(float(entropy.sum()) + float(histogram.sum())):  # as a rule all numbers are
+        if not math.isfinite(float(fingerprints.sum())):  # as a rule all numbers are
             finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
             if not finite.all():
                 dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
-        positions, scores = array("positions", np.int32), array("scores", np.float32)
         if self.options.mode == "fingerprint":
             positions, scores = positions[..., :0], scores[..., :0]
         return _Finished(
@@ -371,9 +374,9 @@ class StepCapture:
             finite,
             positions,
             scores,
-            fingerprint.assemble(histogram, entropy),
+            fingerprints,
             tuple(self.options.spans),
-            array("span_mass", np.float32),
+            span_mass,
         )
 
 

@@ -29,6 +29,7 @@ HISTOGRAM = slice(4, SIZE)
 _LOCAL_BINS = slice(0, 3)  # d <= 7
 _MID_BINS = slice(3, 8)  # 8 <= d <= 255
 _LONG_BINS = slice(8, BINS)  # d >= 256
+_STARTS = [bins.start for bins in (_LOCAL_BINS, _MID_BINS, _LONG_BINS)]
 
 #: Names of the 20 numbers, for tables and plots.
 NAMES: tuple[str, ...] = (
@@ -67,6 +68,8 @@ def assemble(histogram: np.ndarray, entropy: np.ndarray) -> np.ndarray:
     """Fingerprints float32 ``[..., 20]`` from histograms ``[..., 16]`` and entropies ``[...]``."""
     import numpy as np
 
-    local, mid, long = masses(histogram)
-    head = np.stack([local, mid, long, entropy], axis=-1)
-    return np.concatenate([head, histogram], axis=-1).astype(np.float32, copy=False)
+    whole = np.empty((*entropy.shape, SIZE), np.float32)
+    np.add.reduceat(histogram, _STARTS, axis=-1, out=whole[..., : len(_STARTS)], dtype=np.float32)
+    whole[..., 3] = entropy
+    whole[..., 4:] = histogram
+    return whole

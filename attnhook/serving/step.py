@@ -302,7 +302,8 @@ class ServedStep:
                 )
                 slots = torch.tensor([row.position for row in group.rows], device=self._device)
                 taken = [self._taken[layer] for layer in group.own]
-                layers = [LayerRows(q[part], view.keys, slots, **view.softmax) for q, view in taken]
+                whole = len(self._groups) == 1
+                layers = [LayerRows(q if whole else q[part], view.keys, slots, **view.softmax) for q, view in taken]
                 ready.append((group, capture, layers))
             except Exception as error:
                 self._fail(error, group.requests)

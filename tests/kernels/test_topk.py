@@ -348,9 +348,10 @@ def test_chunks_of_rows_change_nothing(
 
             aimed = again.Again._aim
 
-            def aim(jobs: Any, layers: Any, first: Any, seen: Any) -> bool:
-                done = aimed(jobs, layers, first, seen)
+            def aim(jobs: Any, layers: Any, place: Any) -> bool:
+                done = aimed(jobs, layers, place)
                 if done:
+                    _, seen = place
                     calls.append(excess(len(seen), int(seen.sum()) * layers[0].q.shape[1] * len(layers)))
                 return done
 

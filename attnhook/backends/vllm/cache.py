@@ -87,12 +87,10 @@ def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> 
         key_steps, value_steps = _cpu_packing(layer.isa, kv_cache.dtype, size, dim, impl.kv_cache_dtype)
         block, head = k.stride(0), k.stride(1)
         steps = (block, key_steps[0], head, key_steps[1]), (block, value_steps[0], head, value_steps[1])
-        known = layer.__dict__["_attnhook_places"] = kv_cache, k, v, *steps, size, heads
-    _, k, v, key_strides, value_strides, size, heads = known
+        known = layer.__dict__["_attnhook_places"] = kv_cache, k, v, *steps, size, heads, _softmax(impl)
+    _, k, v, key_strides, value_strides, size, heads, softmax = known
     return LayerView(
-        PagedKeys(k, table, size, key_strides, heads),
-        PagedKeys(v, table, size, value_strides, heads),
-        _softmax(impl),
+        PagedKeys(k, table, size, key_strides, heads), PagedKeys(v, table, size, value_strides, heads), softmax
     )
 
 

@@ -10,18 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from attnhook.kernels.topk import cpu, dots, loops
+from attnhook.kernels.topk import aim, cpu, dots, loops
 from attnhook.kernels.topk.jobs import (
-    FIRST,
-    KEYS,
     LAYER,
-    OFFSET,
     REQUEST,
     RESULT,
     ROW_RESULTS,
     ROW_SCRATCH,
     ROW_Z,
-    STRIDE,
     Call,
     Job,
     Shared,
@@ -38,7 +34,7 @@ SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, un
 _ROOM = 512  # keys that rows may grow by before the scratch is made anew
 
 # places in the words of `dots.dot_job`
-_DOT_Z, _DOT_Q, _DOT_PARTS = slice(6, 8), 9, 13
+_DOT_Z, _DOT_Q, _DOT_PARTS = 6, 9, 13
 
 
 class Again:
@@ -59,7 +55,6 @@ class Again:
         self._seen: torch.Tensor | None = None
         self._window: int | torch.Tensor = -1
         self._memory, self._lent = call.arrays()
-        self._numbers = np.arange(count)[:, None]
         dim = layers[0].q.shape[2]
         self._products = Job(
             dots.dot_job,
@@ -70,6 +65,13 @@ class Again:
         )  # fmt: skip
         self._reduction = Job(loops.row_job, call.words(count * rows, self._table))
         self._reduction.words[ROW_RESULTS] = [x.ctypes.data for x in self._lent]
+        self._places = Job(
+            aim.aim_job,
+            [
+                rows, count, call.heads, *self._pages.shape, 0, -1, 0, 0, 0, 0, self._table.ctypes.data,
+                self._pages.ctypes.data, self._memory.ctypes.data, self._memory.size, self._lent[0].size, 0, 0, 0,
+            ],
+        )  # fmt: skip
 
     def fits(self, layers: Sequence[LayerRows]) -> bool:
         """Whether nothing differs from the layers before but q, positions, pages, and where keys lie."""
@@ -100,48 +102,51 @@ class Again:
                 return False
         return True
 
-    def lend(self, layers: Sequence[LayerRows], first: np.ndarray | None, seen: np.ndarray) -> Arrays | None:
+    def lend(self, layers: Sequence[LayerRows], place: tuple[np.ndarray, np.ndarray] | None = None) -> Arrays | None:
         """Results ``[T, L, ...]`` of layers that fit, in numpy arrays that the next call fills anew.
 
-        The rows see ``seen`` int64 [T] keys from ``first`` on (None: from 0). None where those are none, or too many
-        for one call.
+        ``place`` has the first key that each row sees and how many it sees, int64 [T] both; without it positions are
+        int64 and the window is one number. None where rows see no key, or too many for one call.
         """
         one = layers[0]
-        aimed = self._seen is one.row_position and _same(self._window, one.window)
-        if not aimed and not self._aim(layers, first, seen):
+        if self._seen is one.row_position and _same(self._window, one.window):
+            self._places.at[aim.POSITIONS] = self._places.at[aim.SEEN] = 0
+            self._places.run(1)
+        elif not self._aim(layers, place):
             return None
-        self._memory.fill(0)
-        self._lent.positions.fill(-1)
         q = one.q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
         q = q.to(torch.float32).contiguous()
         self._pools[:, 0] = [layer.keys.cache.data_ptr() for layer in layers]
-        self._products.words[_DOT_Q] = q.data_ptr()
+        self._products.at[_DOT_Q] = q.data_ptr()
         self._products.run(self._threads)
         self._reduction.run(self._threads)
         return self._lent
 
-    def _aim(self, layers: Sequence[LayerRows], first: np.ndarray | None, seen: np.ndarray) -> bool:
-        """Point the jobs at other rows of the same requests."""
-        table = self._table
-        logits = seen * self._call.heads
-        ends = logits.cumsum()
-        size = int(ends[-1]) if len(ends) else 0  # logits of one layer
-        total = size * len(layers)
+    def _aim(self, layers: Sequence[LayerRows], place: tuple[np.ndarray, np.ndarray] | None) -> bool:
+        """Point the jobs at other rows of the same requests, and clear the results."""
+        self._seen = None  # until all is done
+        one, at = layers[0], self._places.at
+        pages = one.keys.page_table
+        if place is None:
+            assert isinstance(one.window, int)
+            at[aim.POSITIONS], at[aim.WINDOW], at[aim.SEEN] = one.row_position.data_ptr(), one.window, 0
+        else:
+            first, seen = place
+            at[aim.SEEN], at[aim.FIRST_SEEN] = seen.ctypes.data, first.ctypes.data
+        columns, step = pages.stride()
+        if pages.dtype == torch.int32 and step == 1:
+            at[aim.PAGES_FROM], at[aim.PAGE_STRIDE] = pages.data_ptr(), columns
+        else:
+            self._pages[:] = pages.numpy()
+            at[aim.PAGES_FROM] = 0
+        self._places.run(1)
+        total = at[aim.SIZE] * len(layers)
         if not 0 < total <= SINGLE_ELEMENTS:
             return False
-        self._seen, self._window = layers[0].row_position, layers[0].window
-        self._pages[:] = layers[0].keys.page_table.numpy()
-        longest = int(seen.max())
-        parts = (longest - 1) // dots.PART + 1
-        if first is not None:
-            parts = int(((first + seen - 1) // dots.PART - first // dots.PART).max()) + 1
-        table[FIRST] = 0 if first is None else first
-        table[KEYS] = seen
-        table[STRIDE] = seen
-        table[OFFSET] = (ends - logits) + self._numbers * size
-        self._z = cpu.buffer("logits", total, layers[0].q, torch.float32)
-        self._products.words[_DOT_Z] = self._reduction.words[ROW_Z] = self._z.data_ptr(), total
-        self._products.words[_DOT_PARTS] = parts
+        z = self._z = cpu.buffer("logits", total, one.q, torch.float32)
+        for job, word in ((self._products.at, _DOT_Z), (self._reduction.at, ROW_Z)):
+            job[word], job[word + 1] = z.data_ptr(), total
+        self._products.at[_DOT_PARTS], longest = at[aim.PARTS], at[aim.LONGEST]
         threads = threads_for(total)
         if threads > self._threads or longest > self._most:
             self._most = longest + _ROOM
@@ -150,6 +155,7 @@ class Again:
             self._scratch = np.empty(max(threads, self._threads) * part, np.uint8)
             self._reduction.words[ROW_SCRATCH] = self._scratch.ctypes.data, part, width
         self._threads = threads
+        self._seen, self._window = one.row_position, one.window
         return True
 
 

@@ -137,7 +137,7 @@ class Step(Shared):
         again = self._again.get(kind)
         if again is None or not again.fits(layers):
             again = self._again[kind] = Again(self, layers)
-        return again.lend(layers, first, seen)
+        return again.lend(layers, (first, seen))
 
     def again(self, layers: Sequence[LayerRows]) -> Arrays | None:
         """See `attnhook.kernels.topk.TopKStep.again`; ``row_position`` is int64 there."""
@@ -147,11 +147,7 @@ class Step(Shared):
             return None
         if not again.fits(layers):
             return None
-        seen = one.row_position.numpy() + 1
-        if one.window < 0:
-            return again.lend(layers, None, seen)
-        first = np.maximum(seen - one.window, 0)
-        return again.lend(layers, first, seen - first)
+        return again.lend(layers)
 
     def _apart(self, call: Call, result: TopK) -> np.ndarray:
         """The table of rows that read their keys in place; those of prompts are computed here."""
