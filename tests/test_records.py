@@ -17,7 +17,7 @@ from attnhook.records import MODES, PHASES, RowName, TokenRecord, fill_zones, pa
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
-ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass")
+ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids")
 
 
 def _floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -35,6 +35,8 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
     layers = draw(st.integers(1, 4))
     k = draw(st.integers(0, 6))
     spans = tuple(draw(st.lists(NAMES, max_size=3, unique=True)))
+    tokens = st.integers(-1, 2**31 - 1)
+    ids = draw(st.none() | hnp.arrays(np.int32, (layers, k), elements=tokens))
     return TokenRecord(
         request_id=draw(NAMES),
         query_position=draw(st.integers(0, 2**31 - 1)),
@@ -49,6 +51,8 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
         model=draw(NAMES),
         span_names=spans,
         span_mass=draw(_floats(layers, len(spans))),
+        query_token=-1 if ids is None else draw(tokens),
+        token_ids=ids,
     )
 
 
@@ -69,7 +73,7 @@ def a_record(**changes: object) -> TokenRecord:
 def assert_same(one: TokenRecord, other: TokenRecord) -> None:
     for field in dataclasses.fields(TokenRecord):
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if field.name in ARRAYS:
+        if field.name in ARRAYS and mine is not None and theirs is not None:
             assert mine.dtype == theirs.dtype
             np.testing.assert_array_equal(mine, theirs)
         else:
@@ -322,7 +326,13 @@ def layer_changed(**changes: object) -> dict:
     [
         ("text", "not a JSON object"),
         ({}, "schema_version None"),
-        (changed(schema_version=2), r"schema_version 2; this attnhook reads 1.*same attnhook"),
+        (changed(schema_version=3), r"schema_version 3; this attnhook reads 1 and 2.*same attnhook"),
+        (changed(schema_version=True), "schema_version True"),
+        (changed(schema_version=2), "without query_token;"),
+        (changed(schema_version=2, query_token=5), "a layer lacks 'token_ids'"),
+        (layer_changed(token_ids=[7]) | {"schema_version": 2, "query_token": -2}, "query_token -2"),
+        (layer_changed(token_ids=[2**31]) | {"schema_version": 2, "query_token": 5}, "token_ids"),
+        (layer_changed(token_ids=[7, 8]) | {"schema_version": 2, "query_token": 5}, "of 1 positions"),
         (a_record(mode="sketch").to_dict(), "mode 'sketch'.*attention_mode 'raw'"),
         (a_record(mode="fingerprint").to_dict(), "mode 'fingerprint'"),
         ({"schema_version": 1, "mode": "raw", "layers": {}}, "without decode_step, query_position, think_phase;"),

@@ -344,9 +344,9 @@ def test_deleting_a_request_rewrites_only_its_files(path):
 
 def test_a_data_set_of_a_newer_schema_is_refused_and_left_alone(path):
     open_sink(f"parquet:{path}").close()
-    (path / MARKER).write_text('{"schema_version": 2}')
+    (path / MARKER).write_text('{"schema_version": 3}')
     for opens in (open_sink, open_store):
-        with pytest.raises(PluginError, match=r"schema version 2; this attnhook knows 1: upgrade"):
+        with pytest.raises(PluginError, match=r"schema version 3; this attnhook knows 2: upgrade"):
             opens(f"parquet:{path}")
     assert sorted(os.listdir(path)) == [MARKER, "_journal"]
     (path / MARKER).write_text("[]")

@@ -26,7 +26,11 @@ from tests.helpers import python
 from tests.sinks.samples import batches, lean, record
 from tests.test_records import assert_same
 
-MAKE = {"sqlite": "sqlite:{}/records.db", "parquet": "parquet:{}/records", "jsonl": "jsonl:{}/records.jsonl"}
+MAKE = {
+    "sqlite": "sqlite:{}/records.db?tokens=1",
+    "parquet": "parquet:{}/records?tokens=1",
+    "jsonl": "jsonl:{}/records.jsonl?tokens=1",
+}
 few = settings(max_examples=20, deadline=None)
 
 
@@ -104,7 +108,7 @@ def test_a_record_whose_arrays_disagree_is_named():
     [
         (None, "was not written by attnhook"),
         ({b"pandas": b"{}"}, "was not written by attnhook"),
-        ({columns.VERSION_KEY: b"2"}, "schema version 2; this attnhook reads 1: upgrade"),
+        ({columns.VERSION_KEY: b"3"}, "schema version 3; this attnhook reads 2: upgrade"),
         ({columns.VERSION_KEY: b"0"}, "schema version 0"),
         ({columns.VERSION_KEY: b"\xffx"}, "schema version"),
     ],
