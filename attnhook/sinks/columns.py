@@ -17,7 +17,7 @@ import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord, fill_zones, layers_of
+from attnhook.records import TokenRecord, fill_zones
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -92,7 +92,7 @@ class PrivateSink(Sink):
     def __init__(self, inner: Sink, rules: Rules) -> None:
         self.inner = inner
         self.rules = rules
-        self.tokens_left_out = 0  #: rows of `write_columns` whose token ids were taken out
+        self.tokens_left_out = 0  #: records whose token ids were taken out
 
     def open(self, config: str) -> None:
         """Open the sink."""
@@ -100,6 +100,8 @@ class PrivateSink(Sink):
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Write what the rules leave of the records."""
+        if not self.rules.tokens:
+            self.tokens_left_out += sum(record.token_ids is not None for record in batch)
         self.inner.write(self.rules.apply(batch))
 
     def write_columns(self, columns: Columns) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
 from attnhook.plugins import open_sink
-from attnhook.records import SCHEMA_VERSION, TokenRecord
+from attnhook.records import TOKENS_VERSION, TokenRecord
 from attnhook.sinks import columns
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import open_store
@@ -121,14 +121,14 @@ def test_columns_of_another_version_are_refused(metadata, message):
 
 def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
     newer = columns.from_records([record()])
-    newer.record = [bytes([*record().to_bytes()[:2], SCHEMA_VERSION + 1]) + record().to_bytes()[3:]]
+    newer.record = [bytes([*record().to_bytes()[:2], TOKENS_VERSION + 1]) + record().to_bytes()[3:]]
     for url in (f"sqlite:{tmp_path}/records.db", f"parquet:{tmp_path}/records"):
         sink = open_sink(url)
         sink.write_columns(newer)
         sink.close()
         with open_store(url) as store:
             assert store.count() == 1  # its columns can still be read
-            with pytest.raises(RecordError, match=f"schema version {SCHEMA_VERSION + 1}.*upgrade"):
+            with pytest.raises(RecordError, match=f"schema version {TOKENS_VERSION + 1}.*upgrade"):
                 list(store.records())
 
 
@@ -170,10 +170,10 @@ def test_parquet(first, second):
 @given(batches(), st.booleans())
 def test_jsonl(records, rotated):
     with _url("jsonl") as url:
-        write(url + "?rotate=4096&zstd=1" * rotated, *([record] for record in records))
+        write(url + "&rotate=4096&zstd=1" * rotated, *([record] for record in records))
         with open_store(url) as store:
             rows = [row for batch in store.fingerprints() for row in batch.to_pylist()] if _json_can(records) else []
-        path = Path(url.partition(":")[2])
+        path = Path(url.partition(":")[2].partition("?")[0])
         files = [*sorted(path.parent.glob("records-*")), *([path] if path.exists() else [])]
         lines = [entry for file in files for entry in read_jsonl(file)]
         assert lines == [
@@ -193,7 +193,7 @@ def _json_can(records: list[TokenRecord]) -> bool:
 @settings(deadline=None)
 @given(batches())
 def test_memory(records):
-    sink = open_sink("memory:")
+    sink = open_sink("memory:?tokens=1")
     sink.write(records)
     assert all(one is other for one, other in zip(sink.records, records, strict=True))
 

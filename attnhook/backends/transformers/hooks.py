@@ -6,7 +6,7 @@ Each calls the original with its arguments unchanged; with no session listening 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, v
 from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
+from attnhook.records import TokenRecord
 
 Original = Callable[..., Any]
 
@@ -74,6 +75,8 @@ def observing_sample(original: Original) -> Original:
             choices=getattr(config, "num_return_sequences", None) or 1,
             prompt_length=input_ids.shape[1] if chunked else None,
         )
+        if any(session.tokens for session in sessions()):
+            local.run.history.add(0, input_ids, *input_ids.shape)  # a cache may have kept some from a pass
         try:
             return original(self, input_ids, *args, **kwargs)
         finally:
@@ -154,6 +157,8 @@ def _finish(frame: Frame, output: Any) -> None:
     """Deliver what a pass captured."""
     if frame.steps:
         frame.finish_rows(output)
+        if any(session.tokens for session in frame.listening):
+            frame.note_tokens(local.frames)
     for session, step in frame.steps.items():
         if step is None or not session.active:
             continue
@@ -163,7 +168,9 @@ def _finish(frame: Frame, output: Any) -> None:
                     f"{type(frame.model).__name__}: layers {step.missing} made no causal attention call in this "
                     "forward pass"
                 )
-            records = step.records(session.drop)
+            records: Sequence[TokenRecord] = step.records(session.drop)
+            if session.tokens:
+                records = frame.with_tokens(records, step)
         except Exception as error:
             session.refuse(error, len(step.rows))
         else:
