@@ -100,9 +100,10 @@ class PrivateSink(Sink):
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Write what the rules leave of the records."""
-        if not self.rules.tokens:
+        kept = self.rules.apply(batch)
+        if kept is not batch and not self.rules.tokens:
             self.tokens_left_out += sum(record.token_ids is not None for record in batch)
-        self.inner.write(self.rules.apply(batch))
+        self.inner.write(kept)
 
     def write_columns(self, columns: Columns) -> None:
         """`write` for rows that are columns already; only for stores."""
