@@ -128,3 +128,45 @@ def test_server_wide_fingerprints_have_the_query_token(smol: Any, tokenizer: Any
     for record in records:
         check(record, output[0].tolist())
         assert record.query_token >= 0
+
+
+def test_guidance_by_a_second_prompt(smol: Any, tokenizer: Any) -> None:
+    """Its passes run inside ``generate`` with tokens of their own, which are not the answer's."""
+    with attnhook.capture(sinks="memory:?tokens=1", top_k=4) as records:
+        output = generate(smol, encode(tokenizer), guidance_scale=1.5, negative_prompt_ids=encode(tokenizer, "No, no"))
+    assert len(records) == NEW
+    for record in records:
+        check(record, output[0].tolist())
+
+
+def test_who_joins_a_generation_knows_what_went_before(smol: Any, tokenizer: Any) -> None:
+    from transformers import LogitsProcessorList
+
+    blocks: list[Any] = []
+
+    def join(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == encode(tokenizer).shape[1] + 1:
+            block = attnhook.capture(sinks="memory:?tokens=1", top_k=4)
+            blocks.append((block, block.__enter__()))
+        return scores
+
+    with attnhook.capture():  # so that the engine is hooked when the generation begins
+        output = generate(smol, encode(tokenizer), logits_processor=LogitsProcessorList([join]))
+    ((block, records),) = blocks
+    block.__exit__(None, None, None)
+    assert len(records) == NEW - 2
+    for record in records:
+        check(record, output[0].tolist())
+
+
+def test_a_whole_process(smol: Any, tokenizer: Any, tmp_path: Path) -> None:
+    attnhook.install(sinks=[f"sqlite:{tmp_path}/ids.db?tokens=1"])
+    try:
+        output = generate(smol, encode(tokenizer))
+    finally:
+        attnhook.uninstall()
+    with open_store(f"sqlite:{tmp_path}/ids.db") as store:
+        stored = list(store.records())
+    assert len(stored) == NEW
+    for record in stored:
+        check(record, output[0].tolist())

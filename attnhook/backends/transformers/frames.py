@@ -42,7 +42,8 @@ class Run:
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     finished: torch.Tensor | None = None  # bool [B]: a stopping criterion has been met
     next_index: int = 0  # first padded index that no forward pass has computed yet
-    history: History = field(default_factory=History)
+    sequences: torch.Tensor | None = None  # its token ids so far, int [B, n]: what the next pass goes on from
+    given: int = 0  # n of its start; prompts given as embeddings have none
 
     def identity(self, sequence: int) -> tuple[str, int]:
         """(request id, choice) of a sequence of the batch."""
@@ -139,23 +140,23 @@ class Frame:
 
     def note_tokens(self, outer: Sequence[Frame]) -> None:
         """Remember the ids that this pass was given, directly or through the model around it."""
-        owner = self.run or self._conversation
-        if owner is not None:
+        if self._conversation is not None:
             for frame in (self, *reversed(outer)):
-                if owner.history.add(self.past, frame.input_ids, len(self._starts), self.q_len):
+                if self._conversation.history.add(self.past, frame.input_ids, len(self._starts), self.q_len):
                     return
 
     def with_tokens(self, records: Sequence[TokenRecord], step: StepCapture) -> Sequence[TokenRecord]:
-        """The records of ``step`` with their token ids; those that no pass was given while somebody asked are -1."""
-        owner = self.run or self._conversation
-        if owner is None:
-            return records
+        """The records of ``step`` with their token ids; those that nobody knows are -1."""
+        run, history = self.run, History()
+        if run is not None and run.sequences is not None:
+            history = History.whole(run.sequences, (run.prompt_length or 0) - run.given)
+        elif self._conversation is not None:
+            history = self._conversation.history
         sources = {(row.request_id, row.choice): row.source for row in step.rows}
         found: list[TokenRecord] = []
         for record in records:
             source = sources[record.request_id, record.choice]
-            token_at = owner.history.of(source, self._starts[source])
-            found += tokens.fill([record], token_at, step.options.mask_prefix)
+            found += tokens.fill([record], history.of(source, self._starts[source]), step.options.mask_prefix)
         return found
 
     def _extent(self, batch: int, q_len: int) -> tuple[list[int], list[int]]:

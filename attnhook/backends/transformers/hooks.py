@@ -74,9 +74,9 @@ def observing_sample(original: Original) -> Original:
         local.run = Run(
             choices=getattr(config, "num_return_sequences", None) or 1,
             prompt_length=input_ids.shape[1] if chunked else None,
+            sequences=input_ids,
+            given=input_ids.shape[1],
         )
-        if any(session.tokens for session in sessions()):
-            local.run.history.add(0, input_ids, *input_ids.shape)  # a cache may have kept some from a pass
         try:
             return original(self, input_ids, *args, **kwargs)
         finally:
@@ -86,7 +86,7 @@ def observing_sample(original: Original) -> Original:
 
 
 def observing_stop(original: Original) -> Original:
-    """``StoppingCriteriaList.__call__`` that notes which sequences are finished."""
+    """``StoppingCriteriaList.__call__`` that notes which sequences are finished, and their tokens."""
 
     @wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +94,7 @@ def observing_stop(original: Original) -> Original:
         run = local.run
         if run is not None:
             run.finished = done if run.finished is None else run.finished | done
+            run.sequences = args[0] if args else kwargs.get("input_ids")
         return done
 
     return __call__

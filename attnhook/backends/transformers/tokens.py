@@ -1,4 +1,4 @@
-"""The token ids that a batch of sequences was given, pass by pass."""
+"""The token ids of a batch of sequences: `generate`'s own, or those that the passes of another loop were given."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ class History:
 
     def __init__(self) -> None:
         self._ids = np.zeros((0, 0), np.int64)
+        self._first = 0  # padded index of the first column
+
+    @classmethod
+    def whole(cls, ids: torch.Tensor, first: int) -> History:
+        """Of sequences [batch, n] whose first column has the padded index ``first``."""
+        found = cls()
+        found._ids, found._first = ids.detach().cpu().numpy(), first
+        return found
 
     def add(self, first: int, ids: Any, batch: int, count: int) -> bool:
         """Take the ids [batch, count] of the padded indices from ``first``; False where they are none of that shape."""
@@ -32,10 +40,10 @@ class History:
 
     def of(self, sequence: int, start: int) -> Lookup:
         """Look up positions of a sequence whose first token is at padded index ``start``."""
-        ids = self._ids
+        ids, shift = self._ids, start - self._first
 
         def token_at(position: int) -> int:
-            index = position + start
-            return int(ids[sequence, index]) if sequence < len(ids) and index < ids.shape[1] else UNKNOWN
+            index = position + shift
+            return int(ids[sequence, index]) if sequence < len(ids) and 0 <= index < ids.shape[1] else UNKNOWN
 
         return token_at
