@@ -58,7 +58,7 @@ class Session:
     """One listener: a `capture()` block, or the process's sinks.
 
     ``strict`` sessions raise what cannot be captured into the caller; the others drop the rows, count them
-    by reason in ``dropped`` and log each reason once.
+    by reason in ``dropped`` and log each reason once. Backends fill in token ids for those with ``tokens``.
     """
 
     def __init__(
@@ -69,10 +69,12 @@ class Session:
         strict: bool,
         model: object = None,
         dropped: Counter[str] | None = None,
+        tokens: bool = False,
     ) -> None:
         self.options = options
         self.deliver = deliver
         self.strict = strict
+        self.tokens = tokens
         self.model = model
         self.dropped: Counter[str] = Counter() if dropped is None else dropped
         self.active = False
@@ -424,7 +426,8 @@ def capture(
     model
         Only forward passes of this model; default: all.
     sinks
-        Sink URLs (``"jsonl:records.jsonl"``) that get the records too.
+        Sink URLs (``"jsonl:records.jsonl"``) that get the records too. Where one has ``tokens=1`` the records in the
+        list have token ids as well.
     on_error
         ``"raise"`` (default): what cannot be captured exactly raises UnsupportedError out of the model
         call. ``"drop"``: the model runs on, ``records.dropped`` counts the rows by reason.
@@ -455,7 +458,8 @@ def capture(
         if delivery is not None:
             delivery.put(batch)
 
-    session = Session(resolved.request, deliver, strict=on_error == "raise", model=model, dropped=records.dropped)
+    strict, tokens = on_error == "raise", delivery is not None and delivery.tokens
+    session = Session(resolved.request, deliver, strict=strict, model=model, dropped=records.dropped, tokens=tokens)
     try:
         with lifecycle.hooks(resolved), session:
             yield records

@@ -83,7 +83,10 @@ def convert(
     target: Annotated[str, typer.Argument(help="The sink to write to, with its options.")],
     append: Annotated[bool, typer.Option("--append", help="Write to a store that exists already.")] = False,
 ) -> None:
-    """Copy every record of a store into another; times are kept where both stores have them."""
+    """Copy every record of a store into another; times are kept where both stores have them.
+
+    Token ids are copied only where the target has tokens=1.
+    """
     from attnhook import plugins, store
     from attnhook.sinks.columns import NAMES, Columns, to_records
 
@@ -107,13 +110,15 @@ def convert(
                     done += batch.num_rows
                     bar.update(task, completed=done)
             sink.flush()
-            duplicates = getattr(sink, "duplicates", 0)
+            duplicates, left_out = getattr(sink, "duplicates", 0), sink.tokens_left_out
         except AttnhookError as error:
             raise PluginError(f"{error}; {target} has the {done} rows before that") from error
         finally:
             sink.close()
     again = f", {duplicates} of them were there already" if duplicates else ""
     print(f"{done} rows of {source} are in {target}{again}")
+    if left_out:
+        print(f"the token ids of {left_out} rows were left out: keep them with {_asking_for_tokens(target)}")
 
 
 @app.command()
@@ -167,6 +172,14 @@ def _place(url: str) -> str:
     scheme, _, rest = url.partition(":")
     path = config.split(rest)[0]
     return f"{scheme}:{path if '://' in path else os.path.realpath(os.path.expanduser(path))}"
+
+
+def _asking_for_tokens(url: str) -> str:
+    from attnhook.sinks import config
+
+    scheme, _, rest = url.partition(":")
+    path, options = config.split(rest)
+    return f"{scheme}:{config.join(path, {**options, 'tokens': '1'})}"
 
 
 def _exists(url: str) -> bool:

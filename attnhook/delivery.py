@@ -23,8 +23,9 @@ from typing import Any, cast
 
 from attnhook import plugins
 from attnhook.errors import DroppedError, OptionError, PluginError
-from attnhook.records import TokenRecord
+from attnhook.records import TokenRecord, without_tokens
 from attnhook.sinks import Sink
+from attnhook.sinks.privacy import wants_tokens
 
 logger = logging.getLogger("attnhook")
 
@@ -70,6 +71,8 @@ class Delivery:
         elif not isinstance(observers, Mapping):
             observers = {"observers": observers}
         self.sinks: dict[str, Sink] = dict(sinks)
+        #: Whether a sink keeps token ids, so that records are to be put with them; the others' do not get them.
+        self.tokens = any(wants_tokens(sink) for sink in self.sinks.values())
         self._size = queue_size
         # held for microseconds; reentrant, because a signal handler may put as well
         self._lock = threading.RLock()
@@ -443,7 +446,7 @@ class _ObserverWriter(_Writer):
         failed = 0
         for record in self.batch:
             try:
-                self._observer(record)
+                self._observer(without_tokens(record))
             except (Exception, SystemExit) as error:
                 failed += 1
                 self._log_once("%s failed", error)

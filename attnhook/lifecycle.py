@@ -31,7 +31,7 @@ class _Process:
 
     def start(self) -> None:
         if self.delivery is not None:
-            self.session = Session(self.options.request, self.delivery.put, strict=False)
+            self.session = Session(self.options.request, self.delivery.put, strict=False, tokens=self.delivery.tokens)
             self.session.__enter__()
 
     def close(self) -> None:
@@ -124,6 +124,12 @@ def publishes() -> bool:
     """Whether the process has sinks or observers, so that `publish` needs records."""
     process = _process
     return process is not None and process.delivery is not None
+
+
+def publishes_tokens() -> bool:
+    """Whether one of the process's sinks keeps token ids, so that `publish` needs them in the records."""
+    process = _process
+    return process is not None and process.delivery is not None and process.delivery.tokens
 
 
 def publish(records: Sequence[TokenRecord]) -> None:

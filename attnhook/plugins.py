@@ -108,8 +108,9 @@ def _call_each(hook: str, register: Callable[..., None]) -> None:
 def open_sink(url: str) -> Sink:
     """Open the sink that ``scheme:config`` names.
 
-    The options ``fingerprints=1`` and ``hash_ids=1`` work with every sink: `attnhook.sinks.privacy` sees to them.
-    Raises PluginError where the scheme is unknown (listing the known ones) or the sink cannot open.
+    The options ``fingerprints=1``, ``hash_ids=1`` and ``tokens=1`` work with every sink: `attnhook.sinks.privacy` sees
+    to them, and to it that no sink gets token ids unasked. Raises PluginError where the scheme is unknown (listing the
+    known ones), the sink cannot open, or it has no use for token ids and is asked for them.
     """
     from attnhook.sinks import privacy
 
@@ -119,8 +120,8 @@ def open_sink(url: str) -> Sink:
         known = ", ".join(f"{name}:" for name in classes)
         raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")
     config, rules = privacy.take(scheme, config)
-    sink = classes[scheme]()
-    if rules != privacy.Rules():
-        sink = privacy.PrivateSink(sink, rules)
+    sink = privacy.PrivateSink(classes[scheme](), rules)
+    if rules.tokens and not sink.inner.keeps_tokens:
+        raise PluginError(f"sink {url}: tokens=1 has nothing to add: {scheme}: keeps no token ids; drop it")
     sink.open(config)
     return sink

@@ -18,7 +18,9 @@ ThinkPhase = Literal["think", "output"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 PHASES: tuple[ThinkPhase, ...] = get_args(ThinkPhase)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of rows and entries without token ids
+TOKENS_VERSION = 2  # of those with them: what version 1 holds, and the ids behind it
+VERSIONS = (SCHEMA_VERSION, TOKENS_VERSION)
 
 # magic, version, mode, phase, spans, choice, layers, k, request id bytes, model bytes, span name bytes,
 # decode step (-1 for a prompt row), query position
@@ -35,7 +37,8 @@ MAGIC = b"AH"
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _TYPES = (_INT, _FLOAT, _FLOAT, _FLOAT)  # of positions, scores, fingerprints, span masses
 _FEW = 4  # rows
-_PHASE_AT = 4  # its byte in the header
+_VERSION_AT, _PHASE_AT = 2, 4  # their bytes in the header
+_WITH_TOKENS = bytes([TOKENS_VERSION])
 NAME_SEPARATOR = "\x1f"
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
 _DECIMALS = 7
@@ -48,6 +51,8 @@ class TokenRecord:
     L >= 1 captured layers, k entries, n spans. Rows with fewer than k reportable keys end in position -1 and
     score 0. `to_dict` and `from_dict` are the JSON of the HTTP interface, `to_bytes` and `from_bytes` a compact
     binary row.
+
+    Token ids are there only while a sink with ``tokens=1`` is open (see `attnhook.tokens`).
     """
 
     request_id: str
@@ -63,6 +68,8 @@ class TokenRecord:
     model: str = ""
     span_names: tuple[str, ...] = ()
     span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
+    query_token: int = -1  # id of the token at query_position; -1 where it is masked, not known, or there are no ids
+    token_ids: np.ndarray | None = None  # int32 [L, k]: ids at token_positions, -1 as above; None: no ids
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -119,7 +126,7 @@ class TokenRecord:
     def to_dict(self) -> dict[str, Any]:
         """The JSON of one entry of ``choices[i].attention_tokens``, with plain Python numbers."""
         entry: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION if self.token_ids is None else TOKENS_VERSION,
             "mode": self.mode,
             "decode_step": self.decode_step,
             "query_position": self.query_position,
@@ -131,6 +138,8 @@ class TokenRecord:
         entry["manifold"] = self.zone
         if self.span_names:
             entry["spans"] = {name: round(mass, _DECIMALS) for name, mass in self.spans.items()}
+        if self.token_ids is not None:
+            entry["query_token"] = self.query_token
         return entry
 
     def _layer(self, i: int) -> dict[str, Any]:
@@ -158,6 +167,8 @@ class TokenRecord:
             }
         if self.span_names:
             layer["spans"] = dict(zip(self.span_names, _rounded(self.span_mass[i]), strict=True))
+        if self.token_ids is not None:
+            layer["token_ids"] = self.token_ids[i, :kept].tolist()
         return layer
 
     @classmethod
@@ -172,17 +183,18 @@ class TokenRecord:
         if not isinstance(entry, Mapping):
             raise RecordError(f"entry {str(entry)[:80]!r} is not a JSON object: give one of attention_tokens")
         version = entry.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in VERSIONS or isinstance(version, bool):
             raise RecordError(
-                f"entry of schema_version {version!r}; this attnhook reads {SCHEMA_VERSION}: use the same attnhook on "
-                "both sides"
+                f"entry of schema_version {version!r}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: use "
+                "the same attnhook on both sides"
             )
         if entry.get("mode") != "raw":
             raise RecordError(
                 f"entry of mode {entry.get('mode')!r}: only raw entries hold a whole record; ask for "
                 "attention_mode 'raw'"
             )
-        wanted = ("decode_step", "query_position", "think_phase", "layers")
+        wanted = ["decode_step", "query_position", "think_phase", "layers"]
+        wanted += ["query_token"] * (version == TOKENS_VERSION)
         missing = [name for name in wanted if name not in entry]
         if missing:
             raise RecordError(f"entry without {', '.join(missing)}; it has {', '.join(map(str, entry))}: pass it whole")
@@ -209,6 +221,17 @@ class TokenRecord:
                 raise ValueError(f"spans {spans!r}")
             mass = np.array([[values["spans"][name] for name in spans] for _, values in layers], np.float32)
             mass = mass.reshape(len(layers), len(spans))
+            query, ids = -1, None
+            if version == TOKENS_VERSION:
+                query, ids = entry["query_token"], np.full((len(layers), k), -1, np.int32)
+                for i, (_, values) in enumerate(layers):
+                    if len(values["token_ids"]) != len(values["token_positions"]):
+                        raise ValueError(
+                            f"token_ids {values['token_ids']} of {len(values['token_positions'])} positions"
+                        )
+                    ids[i, : len(values["token_ids"])] = values["token_ids"]
+                    if not all(map(_is_token, [query, *values["token_ids"]])):
+                        raise ValueError(f"query_token {query!r}, token_ids {values['token_ids']}")
             if not all(np.isfinite(array).all() for array in (scores, mass, *numbers)):
                 raise ValueError("a number that is not finite")
         except KeyError as error:
@@ -228,10 +251,14 @@ class TokenRecord:
             model=model,
             span_names=tuple(spans),
             span_mass=mass,
+            query_token=query,
+            token_ids=ids,
         )
 
     def to_bytes(self) -> bytes:
         """A self-contained binary row, about ``64 + L * (8 k + 4 n + 82)`` bytes, little-endian.
+
+        Token ids, where there are any, make it ``4 + 4 L k`` bytes longer.
 
         Raises RecordError where a name or a number does not fit its field, or no layer was captured.
         """
@@ -258,7 +285,16 @@ class TokenRecord:
         if len(data) != len(head) + 4 * numbers or len(self.layers) != layers:
             shapes = [(len(self.layers),), *(array.shape for array in (positions, scores, prints, masses))]
             raise RecordError(f"record {self.key!r} does not fit the binary row: its arrays disagree, {shapes}")
-        return data
+        return data if self.token_ids is None else self._with_tokens(data, self.token_ids)
+
+    def _with_tokens(self, data: bytes, ids: np.ndarray) -> bytes:
+        if ids.shape != self.token_positions.shape or not _is_token(self.query_token):
+            raise RecordError(
+                f"record {self.key!r} does not fit the binary row: query token {self.query_token!r}, token ids of "
+                f"shape {ids.shape} for positions of shape {self.token_positions.shape}"
+            )
+        whole = data, np.int32(self.query_token).astype(_INT).tobytes(), ids.astype(_INT).tobytes()
+        return _with_byte(b"".join(whole), _VERSION_AT, _WITH_TOKENS)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TokenRecord:
@@ -271,11 +307,13 @@ class TokenRecord:
         _, version, mode, phase, spans, choice, layers, k, id_size, model_size, names_size, step, position = (
             _HEADER.unpack_from(data)
         )
-        if version != SCHEMA_VERSION:
+        if version not in VERSIONS:
             raise RecordError(
-                f"record of schema version {version}; this attnhook reads {SCHEMA_VERSION}: upgrade attnhook"
+                f"record of schema version {version}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: "
+                "upgrade attnhook"
             )
-        expected = row_size(layers, k, spans, id_size + model_size + names_size)
+        tokens = version == TOKENS_VERSION
+        expected = row_size(layers, k, spans, id_size + model_size + names_size, tokens)
         if len(data) != expected:
             raise RecordError(f"damaged record: {len(data)} bytes where its header announces {expected}")
         if mode >= len(MODES) or phase >= len(PHASES) or layers == 0:
@@ -312,6 +350,8 @@ class TokenRecord:
             model=model,
             span_names=span_names,
             span_mass=take("<f4", layers, spans),
+            query_token=int(take("<i4", 1)[0]) if tokens else -1,
+            token_ids=take("<i4", layers, k) if tokens else None,
         )
 
 
@@ -410,6 +450,7 @@ def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
         return np.concatenate([getattr(part, name) for part in parts])[order]
 
     layers = [layer for part in parts for layer in part.layers]
+    ids = all(part.token_ids is not None for part in parts)
     return replace(
         parts[0],
         layers=tuple(layers[i] for i in order),
@@ -417,12 +458,39 @@ def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
         attention_scores=joined("attention_scores"),
         fingerprints=joined("fingerprints"),
         span_mass=joined("span_mass"),
+        query_token=parts[0].query_token if ids else -1,
+        token_ids=joined("token_ids") if ids else None,
     )
 
 
 def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
     """A binary row with another ``think_phase``, which is known later than the rest."""
-    return data[:_PHASE_AT] + bytes([PHASES.index(phase)]) + data[_PHASE_AT + 1 :]
+    return _with_byte(data, _PHASE_AT, bytes([PHASES.index(phase)]))
+
+
+def without_tokens(record: TokenRecord) -> TokenRecord:
+    """The record without token ids: itself, where it has none."""
+    return record if record.token_ids is None else replace(record, query_token=-1, token_ids=None)
+
+
+def row_without_tokens(data: bytes) -> bytes:
+    """`without_tokens` of a binary row. What is no whole row with ids is given back as it is."""
+    if not has_tokens(data) or len(data) < _HEADER.size:
+        return data
+    spans, _, layers, k, *sizes = _HEADER.unpack_from(data)[4:11]
+    if len(data) != row_size(layers, k, spans, sum(sizes), True):
+        return data
+    end = row_size(layers, k, spans, sum(sizes))
+    return _with_byte(data[:end], _VERSION_AT, bytes([SCHEMA_VERSION]))
+
+
+def has_tokens(data: bytes) -> bool:
+    """Whether a binary row is of the version that has token ids."""
+    return data[_VERSION_AT : _VERSION_AT + 1] == _WITH_TOKENS
+
+
+def _with_byte(data: bytes, at: int, byte: bytes) -> bytes:
+    return data[:at] + byte + data[at + 1 :]
 
 
 def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None = None) -> None:
@@ -442,9 +510,9 @@ def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None =
             record.__dict__["zone"] = ZONE_NAMES[code]  # where cached_property keeps it
 
 
-def row_size(layers: Any, k: Any, spans: Any, text: Any) -> Any:
-    """Bytes of a row whose names take ``text`` bytes; of many rows, where arrays are given."""
-    return _HEADER.size + text + layers * (2 + 8 * k + 4 * fp.SIZE + 4 * spans)
+def row_size(layers: Any, k: Any, spans: Any, text: Any, tokens: Any = False) -> Any:
+    """Bytes of a row whose names take ``text`` bytes, ``tokens``: with ids; of many rows, where arrays are given."""
+    return _HEADER.size + text + layers * (2 + 8 * k + 4 * fp.SIZE + 4 * spans) + tokens * (4 + 4 * layers * k)
 
 
 @lru_cache(maxsize=1024)
@@ -460,6 +528,10 @@ def _split(names: str, count: int) -> tuple[str, ...] | None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
 
 
 def _rounded(array: np.ndarray) -> list[float]:

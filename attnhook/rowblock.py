@@ -12,7 +12,18 @@ import numpy as np
 from attnhook import fingerprint as fp
 from attnhook.analysis.zones import ZONE_NAMES, classify_many
 from attnhook.errors import RecordError
-from attnhook.records import HEADER_FIELDS, MAGIC, MODES, NAME_SEPARATOR, PHASES, SCHEMA_VERSION, TokenRecord, row_size
+from attnhook.records import (
+    HEADER_FIELDS,
+    MAGIC,
+    MODES,
+    NAME_SEPARATOR,
+    PHASES,
+    TOKENS_VERSION,
+    VERSIONS,
+    TokenRecord,
+    row_size,
+    row_without_tokens,
+)
 from attnhook.sinks.columns import NAMES, Columns
 
 _FINGERPRINT = MODES.index("fingerprint")
@@ -24,6 +35,7 @@ class RowBlock:
     """Good rows, decoded as far as counting needs; `records` decodes the rest.
 
     ``ids`` and ``models`` are the rows' request ids and model names, ``steps`` int32 [N] (-1 for prompt rows),
+    ``tokens`` bool [N] whether a row has token ids,
     ``fingerprints`` float32 [N, 20] the means over each row's layers, ``zones`` int8 [N] indices into
     `ZONE_NAMES`, and ``nbytes`` the size of the rows. Made by `read_rows`.
     """
@@ -37,8 +49,9 @@ class RowBlock:
         self._header = self._gather(self._starts, 0, _HEADER.itemsize).view(_HEADER).reshape(len(rows))
         self._names()
         self.steps: np.ndarray = self._header["step"]
+        self.tokens: np.ndarray = self._header["version"] == TOKENS_VERSION
         self.fingerprints = np.zeros((len(rows), fp.SIZE), np.float32)
-        for where, (layers, k, _, text) in self._shapes():
+        for where, (layers, k, _, text, _) in self._shapes():
             at = _HEADER.itemsize + text + layers * (2 + 8 * k)
             own = self._numbers(where, at, "<f4", layers, fp.SIZE)
             self.fingerprints[where] = own[:, 0] if layers == 1 else own.mean(axis=1, dtype=np.float64)
@@ -52,13 +65,15 @@ class RowBlock:
         header = {name: self._header[name].tolist() for name in ("mode", "phase", "choice", "position", "step")}
         zones = [ZONE_NAMES[code] for code in self.zones.tolist()]
         found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row is in one shape
-        for where, (layers, k, spans, text) in self._shapes():
+        for where, (layers, k, spans, text, ids) in self._shapes():
             at = _HEADER.itemsize + text
             numbers = self._numbers(where, at, "<i2", layers)
             tokens = self._numbers(where, at := at + 2 * layers, "<i4", layers, k)
             scores = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, k)
             prints = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, fp.SIZE)
-            masses = self._numbers(where, at + 4 * layers * fp.SIZE, "<f4", layers, spans)
+            masses = self._numbers(where, at := at + 4 * layers * fp.SIZE, "<f4", layers, spans)
+            own = self._numbers(where, at := at + 4 * layers * spans, "<i4", ids)
+            of_keys = self._numbers(where, at + 4, "<i4", layers, k) if ids else None
             for i, row in enumerate(where.tolist()):
                 record = object.__new__(TokenRecord)
                 # a frozen dataclass sets its fields by one slow call each
@@ -76,6 +91,8 @@ class RowBlock:
                     model=self.models[row],
                     span_names=self._span_names(row, spans),
                     span_mass=masses[i],
+                    query_token=int(own[i, 0]) if ids else -1,
+                    token_ids=None if of_keys is None else of_keys[i],
                     fingerprint=self.fingerprints[row],  # where cached_property keeps it, as the zone
                     zone=zones[row],
                 )
@@ -95,6 +112,9 @@ class RowBlock:
             at = int(self._starts[row]) + _HEADER.itemsize + int(_text(header[row : row + 1])[0])
             layer[row] = int(np.frombuffer(self._data, "<i2", 1, at)[0])
             rows[row] = None
+        query: list[int | None] = [None] * len(self)
+        for row in np.flatnonzero(self.tokens).tolist():
+            query[row] = self._query_token(row)
         return Columns(
             request_id=self.ids,
             choice=header["choice"].tolist(),
@@ -108,7 +128,14 @@ class RowBlock:
             layer=layer,
             fingerprint=self.fingerprints,
             record=rows,
+            query_token=query,
         )
+
+    def _query_token(self, row: int) -> int:
+        header = self._header[row : row + 1]
+        layers, k, spans = (int(header[name][0]) for name in ("layers", "k", "spans"))
+        at = int(self._starts[row]) + row_size(layers, k, spans, int(_text(header)[0]))
+        return int(np.frombuffer(self._data, "<i4", 1, at)[0])
 
     def part(self, start: int, stop: int) -> RowBlock:
         """Rows ``start`` to ``stop``, as a block."""
@@ -121,19 +148,26 @@ class RowBlock:
         rows = [row for row, keep in zip(self._rows(), kept.tolist(), strict=True) if keep]
         return RowBlock(rows, self.zones[kept])
 
+    def without_tokens(self) -> RowBlock:
+        """The same rows without token ids."""
+        return RowBlock([row_without_tokens(row) for row in self._rows()], self.zones)
+
     def _rows(self) -> list[bytes]:
         ends = [*self._starts[1:].tolist(), len(self._data)] if len(self) else []
         return [self._data[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
 
     def sound(self) -> np.ndarray:
-        """bool [N]: the names are UTF-8 and as many as announced, the numbers finite."""
+        """bool [N]: the names are UTF-8 and as many as announced, the numbers finite, the token ids from -1 up."""
         sound = np.ones(len(self), bool)
         sound &= np.isfinite(self.fingerprints).all(axis=1)
-        for where, (layers, k, spans, text) in self._shapes():
+        for where, (layers, k, spans, text, ids) in self._shapes():
             at = _HEADER.itemsize + text + layers * (2 + 4 * k)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)
             at += layers * (4 * k + 4 * fp.SIZE)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * spans)).all(axis=1)
+            if ids:
+                at += 4 * layers * spans
+                sound[where] &= (self._numbers(where, at, "<i4", 1 + layers * k) >= -1).all(axis=1)
             if spans or self._header["names_size"][where].any():
                 for row in where.tolist():
                     sound[row] &= len(self._span_names(row, spans)) == spans
@@ -175,12 +209,13 @@ class RowBlock:
             return ("",) * (spans + 1)
         return tuple(names.split(NAME_SEPARATOR))
 
-    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
-        """The rows of each (layers, k, spans, bytes of text); in a frame all are alike, as a rule."""
+    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int, int]]]:
+        """The rows of each (layers, k, spans, bytes of text, 1 with token ids); in a frame all are alike, as a rule."""
         header = self._header
         if not len(header):
             return
-        columns = np.stack([header[name].astype(np.int64) for name in ("layers", "k", "spans")] + [_text(header)])
+        numbers = [header[name].astype(np.int64) for name in ("layers", "k", "spans")]
+        columns = np.stack([*numbers, _text(header), self.tokens])
         if (columns == columns[:, :1]).all():
             yield np.arange(len(header)), tuple(columns[:, 0].tolist())
             return
@@ -237,14 +272,14 @@ def joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
-    """The rows of this version that are as long as their headers announce."""
+    """The rows of a known version that are as long as their headers announce."""
     size = _HEADER.itemsize
     header = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), _HEADER)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ours = header["magic"] == MAGIC
-    other = ours & (lengths >= size) & (header["version"] != SCHEMA_VERSION)
+    other = ours & (lengths >= size) & ~np.isin(header["version"], VERSIONS)
     wide = {name: header[name].astype(np.int64) for name in ("layers", "k", "spans")}
-    announced = row_size(wide["layers"], wide["k"], wide["spans"], _text(header))
+    announced = row_size(wide["layers"], wide["k"], wide["spans"], _text(header), header["version"] == TOKENS_VERSION)
     fine = ours & ~other & (announced == lengths) & (wide["layers"] > 0)
     fine &= (header["mode"] < len(MODES)) & (header["phase"] < len(PHASES))
     if fine.all():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnhook.plugins import open_sink
@@ -15,7 +16,7 @@ from attnhook.sinks.columns import from_records
 from attnhook.sinks.retention import DAY_US
 from attnhook.store import open_store
 from tests.helpers import environment
-from tests.sinks.samples import lean, record
+from tests.sinks.samples import lean, record, with_ids
 from tests.test_cli import Cli, attnhook_cli  # noqa: F401 - a fixture
 from tests.test_records import assert_same
 
@@ -40,6 +41,28 @@ def test_list(sinks):
     assert {"memory:", "jsonl:", "parquet:", "sqlite:"} <= set(lines)
     assert "yes" in lines["sqlite:"].split()
     assert "no" in lines["memory:"].split()
+
+
+@pytest.mark.parametrize("source", ["sqlite:{}/a.db", "parquet:{}/a", "jsonl:{}/a.jsonl"])
+@pytest.mark.parametrize("target", ["sqlite:{}/b.db", "parquet:{}/b", "jsonl:{}/b.jsonl"])
+def test_convert_keeps_token_ids_only_where_the_target_asks(sinks, source, target, tmp_path):
+    source, target = source.format(tmp_path), target.format(tmp_path)
+    whole = [with_ids(i, token_positions=np.array([[i, 0], [i, 0]], np.int32)) for i in range(3)]
+    write(f"{source}?tokens=1", [*whole, record(7, token_positions=np.zeros((2, 2), np.int32))])
+    ran = sinks("convert", source, target)
+    assert ran.code == 0
+    said = " ".join(ran.out.split())
+    assert f"the token ids of 3 rows were left out: keep them with {target}?tokens=1" in said
+    with open_store(target) as store:
+        assert [one.token_ids for one in store.records()] == [None] * 4
+    asking = f"{target.replace('/b', '/c')}?tokens=1"
+    ran = sinks("convert", source, asking)
+    assert (ran.code, "left out" in ran.out) == (0, False)
+    with open_store(asking) as store:
+        for found, given in zip(store.records(), whole, strict=False):
+            np.testing.assert_array_equal(found.token_ids, given.token_ids)
+            assert found.query_token == given.query_token
+        assert store.count() == 4
 
 
 def test_no_command_shows_the_help(sinks):

@@ -13,11 +13,21 @@ from hypothesis.extra import numpy as hnp
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import MODES, PHASES, RowName, TokenRecord, fill_zones, pack_rows, with_phase
+from attnhook.records import (
+    MODES,
+    PHASES,
+    RowName,
+    TokenRecord,
+    fill_zones,
+    pack_rows,
+    row_without_tokens,
+    with_phase,
+    without_tokens,
+)
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
-ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass")
+ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids")
 
 
 def _floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -35,6 +45,8 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
     layers = draw(st.integers(1, 4))
     k = draw(st.integers(0, 6))
     spans = tuple(draw(st.lists(NAMES, max_size=3, unique=True)))
+    tokens = st.integers(-1, 2**31 - 1)
+    ids = draw(st.none() | hnp.arrays(np.int32, (layers, k), elements=tokens))
     return TokenRecord(
         request_id=draw(NAMES),
         query_position=draw(st.integers(0, 2**31 - 1)),
@@ -49,6 +61,8 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
         model=draw(NAMES),
         span_names=spans,
         span_mass=draw(_floats(layers, len(spans))),
+        query_token=-1 if ids is None else draw(tokens),
+        token_ids=ids,
     )
 
 
@@ -69,7 +83,7 @@ def a_record(**changes: object) -> TokenRecord:
 def assert_same(one: TokenRecord, other: TokenRecord) -> None:
     for field in dataclasses.fields(TokenRecord):
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if field.name in ARRAYS:
+        if field.name in ARRAYS and mine is not None and theirs is not None:
             assert mine.dtype == theirs.dtype
             np.testing.assert_array_equal(mine, theirs)
         else:
@@ -165,7 +179,7 @@ def packed(records):
     return pack_rows(
         [RowName(r.request_id, r.choice, r.decode_step, r.query_position) for r in records],
         last.layers,
-        *(np.stack([getattr(last, name) for _ in records]) for name in ARRAYS),
+        *(np.stack([getattr(last, name) for _ in records]) for name in ARRAYS[:4]),
         mode=last.mode,
         think_phase=last.think_phase,
         model=last.model,
@@ -179,7 +193,59 @@ def test_rows_that_are_packed_together_are_those_of_their_records(record, others
     records = [record]
     for name, position in others:
         records.append(dataclasses.replace(record, request_id=name, query_position=position, decode_step=position))
-    assert packed(records) == [r.to_bytes() for r in records]
+    assert packed(records) == [without_tokens(r).to_bytes() for r in records]
+
+
+@given(record=token_records())
+def test_token_ids_come_last_in_a_row_and_go_again(record):
+    bare, row = without_tokens(record), record.to_bytes()
+    assert row_without_tokens(row) == bare.to_bytes()
+    if record.token_ids is None:
+        assert bare is record
+        assert row[2] == 1  # as before there were any
+    else:
+        assert row[2] == 2
+        assert len(row) == len(bare.to_bytes()) + 4 + 4 * record.token_ids.size
+    for cut in (row[:-1], row[:10], b"", row + b"x"):
+        assert row_without_tokens(cut) == cut  # is no whole row
+
+
+def test_what_a_row_of_the_first_version_was():
+    """A row that attnhook wrote before there were token ids, to the byte."""
+    row = bytes.fromhex(
+        "4148010000000000" "01000100" "01000100" "0000" "05000000" "07000000" "72" "6d" "0300" "02000000" "0000403f"
+    ) + np.full(20, 0.25, "<f4").tobytes()  # fmt: skip
+    found = TokenRecord.from_bytes(row)
+    assert (found.key, found.layers, found.decode_step) == (("r", 0, 7), (3,), 5)
+    assert (found.token_positions.tolist(), found.attention_scores.tolist()) == ([[2]], [[0.75]])
+    assert (found.token_ids, found.query_token) == (None, -1)
+    assert found.to_bytes() == row
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": np.zeros((2, 2), np.int32)},
+        {"query_token": -2},
+        {"query_token": 2**31},
+        {"query_token": True},
+    ],
+)
+def test_token_ids_that_do_not_fit_are_refused(changes):
+    ids = {"token_ids": np.zeros((2, 3), np.int32)}
+    with pytest.raises(RecordError, match="does not fit the binary row: query token"):
+        a_record(**{**ids, **changes}).to_bytes()
+
+
+def test_token_ids_are_in_the_json_of_a_record_that_has_them():
+    record = a_record(token_ids=np.array([[9, -1, -1], [5, 9, 7]], np.int32), query_token=4)
+    entry = record.to_dict()
+    assert (entry["schema_version"], entry["query_token"]) == (2, 4)
+    assert [layer["token_ids"] for layer in entry["layers"].values()] == [[9], [5, 9, 7]]
+    assert_same(TokenRecord.from_bytes(record.to_bytes()), record)
+    again = TokenRecord.from_dict(json.loads(json.dumps(entry)))
+    np.testing.assert_array_equal(again.token_ids, record.token_ids)
+    assert again.query_token == 4
 
 
 def test_the_row_is_compact():
@@ -322,7 +388,13 @@ def layer_changed(**changes: object) -> dict:
     [
         ("text", "not a JSON object"),
         ({}, "schema_version None"),
-        (changed(schema_version=2), r"schema_version 2; this attnhook reads 1.*same attnhook"),
+        (changed(schema_version=3), r"schema_version 3; this attnhook reads 1 and 2.*same attnhook"),
+        (changed(schema_version=True), "schema_version True"),
+        (changed(schema_version=2), "without query_token;"),
+        (changed(schema_version=2, query_token=5), "a layer lacks 'token_ids'"),
+        (layer_changed(token_ids=[7]) | {"schema_version": 2, "query_token": -2}, "query_token -2"),
+        (layer_changed(token_ids=[2**31]) | {"schema_version": 2, "query_token": 5}, "damaged entry"),
+        (layer_changed(token_ids=[7, 8]) | {"schema_version": 2, "query_token": 5}, "of 1 positions"),
         (a_record(mode="sketch").to_dict(), "mode 'sketch'.*attention_mode 'raw'"),
         (a_record(mode="fingerprint").to_dict(), "mode 'fingerprint'"),
         ({"schema_version": 1, "mode": "raw", "layers": {}}, "without decode_step, query_position, think_phase;"),

@@ -20,6 +20,7 @@ from attnhook.collector.receiver import Receiver
 from attnhook.collector.replay import not_stored
 from attnhook.collector.writer import StoreWriter
 from attnhook.errors import PluginError
+from attnhook.records import row_without_tokens
 from attnhook.rowblock import RowBlock, read_rows
 from attnhook.sinks import config
 from attnhook.tally import Tally
@@ -159,6 +160,10 @@ class Collector:
             self._log_once(error.reason, "a message was rejected (%s): %s", error.reason, error)
             return
         block, bad = read_rows(frame.rows)
+        if block.tokens.any() and not any(writer.keeps_tokens for writer in self._writers):
+            # no store keeps them: the journal is not to either
+            rows = [row_without_tokens(row) for row in frame.rows]
+            data, block = frames.encode(frame.producer, frame.first, frame.dropped, rows), block.without_tokens()
         with self._lock:
             if self.journal.full or self.journal.idle:
                 self._begin_segment()

@@ -14,7 +14,7 @@ from attnhook.errors import PluginError
 from attnhook.rowblock import RowBlock, joined
 from attnhook.sinks import Sink
 from attnhook.sinks.columns import now_us
-from attnhook.sinks.privacy import id_in
+from attnhook.sinks.privacy import id_in, wants_tokens
 
 logger = logging.getLogger("attnhook")
 
@@ -83,6 +83,11 @@ class StoreWriter:
     def stored_id(self, request_id: str) -> str:
         """What a request id becomes in the store."""
         return id_in(self._sink, request_id)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the store keeps token ids."""
+        return wants_tokens(self._sink)
 
     def abandon(self) -> None:
         """Close the store of a writer that was never started."""

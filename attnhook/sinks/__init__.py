@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from attnhook.hookspecs import RegisterSink, hookimpl
 from attnhook.records import TokenRecord
@@ -16,6 +17,9 @@ class Sink(ABC):
 
     Subclasses document their delivery guarantee in their docstring.
     """
+
+    #: Whether ``tokens=1`` makes a difference: a sink that counts and forgets the records refuses it.
+    keeps_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def open(self, config: str) -> None:

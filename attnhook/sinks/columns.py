@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 #: Version of the columns, in the metadata of every Parquet file and Arrow journal.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no query_token
 VERSION_KEY = b"attnhook.schema_version"
 
 #: Names of the columns, in order.
@@ -40,8 +40,9 @@ NAMES: tuple[str, ...] = (
     "layer",
     "fingerprint",
     "record",
+    "query_token",
 )
-#: The columns without ``record``: what `Store.fingerprints` gives unless asked for others.
+#: What `Store.fingerprints` gives unless asked for others.
 LIGHT: tuple[str, ...] = (
     "request_id",
     "choice",
@@ -73,6 +74,7 @@ class Columns:
     layer: list[int | None]  # of a row without ``record``; None where ``record`` tells, or nothing does
     fingerprint: np.ndarray  # float32 [n, 20]
     record: list[bytes | None]
+    query_token: list[int | None]  # of a row with token ids, -1 where it is masked or not known; None: no ids
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -118,8 +120,9 @@ def arrow_schema() -> pa.Schema:
         "layer": pa.int16(),
         "fingerprint": pa.list_(pa.float32(), fp.SIZE),
         "record": pa.binary(),
+        "query_token": pa.int32(),
     }
-    nullable = {"decode_step", "layer", "record"}
+    nullable = {"decode_step", "layer", "record", "query_token"}
     fields = [pa.field(name, types[name], nullable=name in nullable) for name in NAMES]
     return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
@@ -134,6 +137,20 @@ def check_version(metadata: Mapping[bytes, bytes] | None, where: str) -> None:
             f"{where} has schema version {version.decode(errors='replace')}; this attnhook reads {SCHEMA_VERSION}: "
             "upgrade attnhook"
         )
+
+
+def upgraded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch of any version that this release reads, as one of `arrow_schema`."""
+    import pyarrow as pa
+
+    schema = arrow_schema()
+    if batch.schema.names == schema.names:
+        return batch
+    arrays = [
+        batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def fixed_list(fingerprints: np.ndarray) -> pa.FixedSizeListArray:
@@ -200,6 +217,7 @@ def from_records(records: Sequence[TokenRecord], time: int | None = None) -> Col
         layer=[record.layers[0] if bare else None for record, bare in zip(records, lean, strict=True)],
         fingerprint=fingerprints,
         record=[None if bare else record.to_bytes() for record, bare in zip(records, lean, strict=True)],
+        query_token=[None if record.token_ids is None else record.query_token for record in records],
     )
 
 
@@ -228,6 +246,7 @@ def from_entries(entries: Sequence[Mapping[str, Any]], time: int) -> Columns:
         layer=[None] * len(entries),
         fingerprint=fingerprints,
         record=records,
+        query_token=[e.get("query_token") for e in entries],
     )
 
 
@@ -261,11 +280,13 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
             think_phase=row["think_phase"],
             model=row["model"],
             span_mass=np.zeros((1, 0), np.float32),
+            query_token=-1 if row["query_token"] is None else row["query_token"],
+            token_ids=None if row["query_token"] is None else _NO_POSITIONS,
         )
 
 
 def is_lean(record: TokenRecord) -> bool:
-    """Whether the columns alone hold all of the record: one layer's fingerprint, and nothing else."""
+    """Whether the columns alone hold all of the record: one layer's fingerprint, and no more than a query token."""
     return (
         record.mode == "fingerprint"
         and len(record.layers) == 1

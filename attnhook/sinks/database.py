@@ -62,8 +62,17 @@ CREATE TABLE clusters (
     PRIMARY KEY (run, label)
 ) WITHOUT ROWID;
 """
+# id of the token at query_position, where the record has token ids
+_TOKENS = """
+ALTER TABLE records ADD COLUMN query_token INTEGER;
+DROP VIEW token_records;
+CREATE VIEW token_records AS
+    SELECT r.id, s.request_id, s.choice, r.query_position, r.decode_step, m.name AS model, r.time, r.zone, r.mode,
+           r.think_phase, r.layer, r.fingerprint, r.record, r.query_token
+    FROM records r JOIN sessions s ON s.id = r.session JOIN models m ON m.id = r.model;
+"""
 #: Script i takes a store from schema i to schema i + 1. Scripts of released versions never change.
-MIGRATIONS: tuple[str, ...] = (_RECORDS, _DISCOVERY)
+MIGRATIONS: tuple[str, ...] = (_RECORDS, _DISCOVERY, _TOKENS)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 

@@ -1,7 +1,8 @@
 """A Parquet data set of records: where its files lie, how they are written, listed and removed.
 
 ``model_dir=<model>/date=<day>/<time>-<id>.parquet`` under one folder, local or of any file system that pyarrow
-knows. `_attnhook.json` beside them names the schema version.
+knows. `_attnhook.json` beside them names the schema version. Files without token ids are of version 1, which has no
+column ``query_token``: a data set that was never asked to keep ids looks as before there were any.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pyarrow import fs
 
 from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
-from attnhook.sinks.columns import SCHEMA_VERSION, Columns, check_version
+from attnhook.sinks.columns import SCHEMA_VERSION, VERSION_KEY, Columns, check_version
 
 MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_PLAIN = 1  # the version without token ids
 _KEY = ["request_id", "choice", "query_position"]
 
 
@@ -71,13 +73,11 @@ class Dataset:
         marker = posixpath.join(self.base, MARKER)
         try:
             if self.filesystem.get_file_info(marker).type != fs.FileType.NotFound:
-                with self.filesystem.open_input_stream(marker) as file:
-                    version = json.loads(file.read()).get("schema_version")
+                version = self._version()
             elif create:
-                version = SCHEMA_VERSION
+                version = _PLAIN
                 self.filesystem.create_dir(self.base, recursive=not self.is_local)
-                with self.filesystem.open_output_stream(marker) as file:
-                    file.write(json.dumps({"schema_version": SCHEMA_VERSION}).encode())
+                self._mark(version)
             else:
                 raise PluginError(f"parquet:{self.url} holds no records: it has no {MARKER}; name a folder of the sink")
         except (OSError, ValueError, AttributeError) as error:
@@ -87,6 +87,18 @@ class Dataset:
                 f"parquet:{self.url} has schema version {version!r}; this attnhook knows {SCHEMA_VERSION}: upgrade "
                 "attnhook, or name another folder. Nothing in it was changed"
             )
+
+    def _version(self) -> Any:
+        with self.filesystem.open_input_stream(posixpath.join(self.base, MARKER)) as file:
+            return json.loads(file.read()).get("schema_version")
+
+    def _mark(self, version: int) -> None:
+        marker = posixpath.join(self.base, MARKER)
+        target = f"{marker}.{os.getpid()}.tmp" if self.is_local else marker
+        with self.filesystem.open_output_stream(target) as file:
+            file.write(json.dumps({"schema_version": version}).encode())
+        if self.is_local:
+            os.replace(target, marker)
 
     def files(self) -> list[str]:
         """Paths of the Parquet files, those begun first first."""
@@ -110,6 +122,11 @@ class Dataset:
         Raises OSError where the file system does not take them.
         """
         table = _distinct(table)
+        if table["query_token"].null_count == table.num_rows:
+            table = table.drop_columns("query_token")
+            table = table.replace_schema_metadata({VERSION_KEY: str(_PLAIN).encode()})
+        elif self._version() == _PLAIN:
+            self._mark(SCHEMA_VERSION)  # before the file: an older attnhook is to refuse the data set
         day = table["time"].cast(pa.date32())
         parts = pa.table({"model": table["model"], "day": day}).group_by(["model", "day"]).aggregate([]).to_pylist()
         for part in parts:
@@ -182,7 +199,15 @@ class Dataset:
 def warm_up() -> None:
     """Let pyarrow import what it imports late: while an interpreter ends, when the last rows are written, it cannot."""
     row: dict[str, list[Any]] = {name: [""] for name in ("request_id", "model", "zone", "mode", "think_phase")}
-    row |= {"choice": [0], "query_position": [0], "decode_step": [None], "time": [0], "layer": [0], "record": [b""]}
+    row |= {
+        "choice": [0],
+        "query_position": [0],
+        "decode_step": [None],
+        "time": [0],
+        "layer": [0],
+        "record": [b""],
+        "query_token": [0],
+    }
     batch = Columns(**row, fingerprint=np.zeros((1, fp.SIZE), np.float32)).to_arrow()
     table = _distinct(pa.Table.from_batches([batch, batch]))
     table = table.filter(pc.equal(table["time"].cast(pa.date32()), table["time"].cast(pa.date32())))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from attnhook.sinks.columns import arrow_schema, check_version, now_us
+from attnhook.sinks.columns import arrow_schema, check_version, now_us, upgraded
 
 if sys.platform != "win32":
     import fcntl
@@ -86,7 +86,7 @@ class Journal:
             check_version(reader.schema.metadata, str(self.path))
             while True:
                 try:
-                    yield reader.read_next_batch()
+                    yield upgraded(reader.read_next_batch())
                 except StopIteration:
                     return
                 except (pa.ArrowInvalid, OSError) as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.records import SCHEMA_VERSION, TokenRecord, fill_zones
+from attnhook.records import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, TokenRecord, fill_zones
 from attnhook.sinks import Sink
 from attnhook.sinks.config import parse
 from attnhook.sinks.rotation import OPTIONS, Rotation, open_rotated
@@ -190,10 +190,10 @@ def read_jsonl(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False
                     )
                 ) from error
             version = entry.get("schema_version") if isinstance(entry, dict) else None
-            if version != SCHEMA_VERSION:
+            if version not in VERSIONS:
                 raise RecordError(
-                    f"{path}, line {number} has schema version {version!r}; this attnhook reads {SCHEMA_VERSION}: "
-                    "upgrade attnhook, or name a file that the jsonl sink wrote"
+                    f"{path}, line {number} has schema version {version!r}; this attnhook reads {SCHEMA_VERSION} and "
+                    f"{TOKENS_VERSION}: upgrade attnhook, or name a file that the jsonl sink wrote"
                 )
             yield entry
 

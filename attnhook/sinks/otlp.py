@@ -38,6 +38,8 @@ class OtlpSink(Sink):
     `close` gave up, as ``not_exported`` once it is closed. `close` ends all open spans and waits up to 10 seconds.
     """
 
+    keeps_tokens = False
+
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         """``exporter`` replaces the one for OTLP over HTTP."""
         self.dropped: Counter[str] = Counter()  #: spans, by reason

@@ -1,7 +1,8 @@
 """What leaves a record before any sink sees it: one place, the same for every sink.
 
-A record holds numbers, the names of spans and models, and the request id; never the prompt's text or its token
-ids. Positions below ``attention_mask_prefix`` are not in it either: the capture leaves them out.
+A record holds numbers, the names of spans and models, and the request id; never the prompt's text. It has token
+ids while some sink asks for them with ``tokens=1``; those of all others do not get them. Positions below
+``attention_mask_prefix`` are not in it either, nor the ids there: the capture leaves them out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from attnhook.errors import PluginError
-from attnhook.records import TokenRecord
+from attnhook.records import TokenRecord, has_tokens, row_without_tokens, without_tokens
 from attnhook.sinks import Sink, config
 from attnhook.sinks.columns import Columns, is_lean
 
@@ -36,13 +37,22 @@ class Rules:
 
     fingerprints: bool = False  # keep fingerprints only: no positions, scores or spans
     key: bytes = b""  # replace request ids by a hash under this key; empty: keep them
+    tokens: bool = False  # keep token ids
 
-    def apply(self, records: Sequence[TokenRecord]) -> list[TokenRecord]:
+    def apply(self, records: Sequence[TokenRecord]) -> Sequence[TokenRecord]:
         """The records without what the rules take out; the given ones stay as they are."""
-        return [self._apply(record) for record in records]
+        if self.key or self.fingerprints:
+            return [self._apply(record) for record in records]
+        if self.tokens or all(record.token_ids is None for record in records):
+            return records
+        return [without_tokens(record) for record in records]
 
     def apply_columns(self, columns: Columns) -> Columns:
         """The same for rows that are columns; their times stay."""
+        if not self.tokens:
+            columns = columns_without_tokens(columns)
+        if not (self.key or self.fingerprints):
+            return columns
         records = [None if data is None else self._apply(TokenRecord.from_bytes(data)) for data in columns.record]
         lean = [record is not None and is_lean(record) for record in records]
         kept = list(zip(records, lean, strict=True))
@@ -61,6 +71,8 @@ class Rules:
         changes: dict[str, Any] = {}
         if self.key:
             changes["request_id"] = hashed(record.request_id, self.key)
+        if not self.tokens:
+            record = without_tokens(record)
         if self.fingerprints:
             layers = len(record.layers)
             changes |= {
@@ -70,6 +82,7 @@ class Rules:
                 "span_names": (),
                 "span_mass": np.zeros((layers, 0), np.float32),
             }
+            record = without_tokens(record)
         return replace(record, **changes)
 
 
@@ -79,6 +92,7 @@ class PrivateSink(Sink):
     def __init__(self, inner: Sink, rules: Rules) -> None:
         self.inner = inner
         self.rules = rules
+        self.tokens_left_out = 0  #: records whose token ids were taken out
 
     def open(self, config: str) -> None:
         """Open the sink."""
@@ -86,10 +100,15 @@ class PrivateSink(Sink):
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Write what the rules leave of the records."""
-        self.inner.write(self.rules.apply(batch))
+        kept = self.rules.apply(batch)
+        if kept is not batch and not self.rules.tokens:
+            self.tokens_left_out += sum(record.token_ids is not None for record in batch)
+        self.inner.write(kept)
 
     def write_columns(self, columns: Columns) -> None:
         """`write` for rows that are columns already; only for stores."""
+        if not self.rules.tokens:
+            self.tokens_left_out += sum(token is not None for token in columns.query_token)
         self.inner.write_columns(self.rules.apply_columns(columns))  # type: ignore[attr-defined]
 
     def flush(self) -> None:
@@ -105,10 +124,9 @@ class PrivateSink(Sink):
 
 
 def take(scheme: str, sink_config: str) -> tuple[str, Rules]:
-    """The rules that the options ``fingerprints=1`` and ``hash_ids=1`` of a sink's URL ask for, and its other part.
+    """The rules that ``fingerprints=1``, ``hash_ids=1`` and ``tokens=1`` in a sink's URL ask for, and its other part.
 
-    Raises PluginError for a bad value, a key that is missing or cannot be kept, and for ``tokens=1``: records of
-    this schema hold no tokens.
+    Raises PluginError for a bad value, a key that is missing or cannot be kept, and for two rules that contradict.
     """
     path, given = config.split(sink_config)
     ours = {name: text for name, text in given.items() if name in _KNOWN}
@@ -116,13 +134,31 @@ def take(scheme: str, sink_config: str) -> tuple[str, Rules]:
         return sink_config, Rules()
     rest = config.join(path, {name: text for name, text in given.items() if name not in _KNOWN})
     _, values = config.parse(scheme, config.join(path, ours), _KNOWN)
-    if values.get("tokens"):
+    fingerprints, tokens = values.get("fingerprints", False), values.get("tokens", False)
+    if fingerprints and tokens:
         raise PluginError(
-            f"sink {scheme}:{sink_config}: tokens=1 has nothing to add: records of this schema hold neither token ids "
-            "nor text; drop it"
+            f"sink {scheme}:{sink_config}: fingerprints=1 keeps fingerprints only, tokens=1 token ids too: drop one"
         )
     key = _key(scheme, path) if values.get("hash_ids") else b""
-    return rest, Rules(fingerprints=values.get("fingerprints", False), key=key)
+    return rest, Rules(fingerprints=fingerprints, key=key, tokens=tokens)
+
+
+def columns_without_tokens(columns: Columns) -> Columns:
+    """The columns without token ids: themselves, where they have none."""
+    found = any(token is not None for token in columns.query_token)
+    if not found and not any(data is not None and has_tokens(data) for data in columns.record):
+        return columns
+    return replace(
+        columns,
+        record=[None if data is None else row_without_tokens(data) for data in columns.record],
+        query_token=[None] * len(columns),
+    )
+
+
+def wants_tokens(sink: Sink) -> bool:
+    """Whether an open sink keeps token ids."""
+    rules = getattr(sink, "rules", None)
+    return isinstance(rules, Rules) and rules.tokens
 
 
 @lru_cache(maxsize=4096)

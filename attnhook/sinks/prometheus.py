@@ -28,6 +28,8 @@ class PrometheusSink(Sink):
     Delivery guarantee: a record is counted once `write` returned; counts begin at 0 with the process.
     """
 
+    keeps_tokens = False
+
     def __init__(self) -> None:
         self.port = 0  #: where it listens
         self._tally = Tally()

@@ -15,7 +15,7 @@ from attnhook.sinks.retention import Retention
 _CACHED_SESSIONS = 65536
 _COLUMNS = (
     "session", "query_position", "decode_step", "model", "time", "zone", "mode", "think_phase", "layer", "fingerprint",
-    "record",
+    "record", "query_token",
 )  # fmt: skip
 _ROW = f"({', '.join('?' * len(_COLUMNS))})"
 #: Rows of one statement: a step of SQLite for each row costs a third more, and lets go of the interpreter each time.
@@ -166,6 +166,7 @@ class SqliteSink(Sink):
             columns.layer,
             [data[at : at + size] for at in range(0, len(data), size or 1)],
             columns.record,
+            columns.query_token,
         )
         rows = list(zip(*parts, strict=True))
         before = connection.total_changes

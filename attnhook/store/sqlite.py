@@ -24,6 +24,10 @@ class SqliteStore(Store):
     def __init__(self, path: str) -> None:
         self._path = path
         self._connection = database.connect(path, read_only=True)
+        with database.refusals(path):
+            present = {name for _, name, *_ in self._connection.execute("PRAGMA table_info(records)")}
+        # no writer of this release has opened it yet
+        self._places = _PLACES if "query_token" in present else {**_PLACES, "query_token": "NULL"}
 
     def close(self) -> None:
         """Close the connection."""
@@ -39,7 +43,7 @@ class SqliteStore(Store):
         self, filters: Filters, columns: Sequence[str], offset: int, limit: int | None, batch_size: int
     ) -> Iterator[pa.RecordBatch]:
         where, values = _where(filters)
-        places = ", ".join(_PLACES.get(name, f"r.{name}") for name in columns)
+        places = ", ".join(self._places.get(name, f"r.{name}") for name in columns)
         query = f"SELECT {places} {_FROM} {where} ORDER BY r.id LIMIT ? OFFSET ?"
         with database.refusals(self._path):
             cursor = self._connection.execute(query, (*values, -1 if limit is None else limit, offset))

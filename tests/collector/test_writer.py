@@ -16,7 +16,7 @@ from attnhook.rowblock import read_rows
 from attnhook.sinks import Sink
 from attnhook.store import open_store
 from tests.collector.processes import wait_for
-from tests.sinks.samples import record
+from tests.sinks.samples import record, with_ids
 
 
 class Difficult(Sink):
@@ -148,6 +148,35 @@ def test_what_was_written_and_not_acknowledged_is_not_written_twice(tmp_path, st
     assert third.replayed == 0 and third.stats()["records"]["received"] == 200
     third.start()
     third.stop(drain=0)
+
+
+@pytest.mark.parametrize("option", ["", "?tokens=1", "?hash_ids=1"])
+def test_token_ids_reach_a_store_that_asks_and_no_journal_of_one_that_does_not(tmp_path, option):
+    token = 0x5A5B5C5D  # no other number here looks like it
+    url = f"sqlite:{tmp_path}/x.db{option}"
+    rows = [with_ids(i, query_token=token).to_bytes() for i in range(20)] + [
+        record(20 + i).to_bytes() for i in range(20)
+    ]
+    first = Collector("tcp://127.0.0.1:*", [url], journal=tmp_path / "j")
+    first._handle(frames.encode(bytes(16), 0, {}, rows))  # its writers never start: it is killed before they could
+    journal = b"".join(file.read_bytes() for file in (tmp_path / "j").iterdir())
+    assert (token.to_bytes(4, "little") in journal) == (option == "?tokens=1")
+    first.receiver._close()
+    first.journal.close()
+    for lock in first._locks:
+        lock.close()
+    for one in first._writers:
+        one.abandon()
+
+    second = Collector("tcp://127.0.0.1:*", [url], journal=tmp_path / "j")
+    second.start()
+    assert second.stop(drain=0)
+    assert second.stats()["records"]["received"] == 40 and not second.stats()["records"]["bad"]
+    with open_store(url) as opened:
+        found = list(opened.records())
+    assert len(found) == 40
+    ids = [one.query_token for one in found if one.token_ids is not None]
+    assert ids == ([token] * 20 if option == "?tokens=1" else [])
 
 
 def test_a_damaged_store_or_none_at_all_is_refused_and_left_as_it_is(tmp_path):

@@ -37,6 +37,12 @@ def record(position: int = 0, **changes: object) -> TokenRecord:
     return TokenRecord(**{**values, **changes})
 
 
+def with_ids(position: int = 0, **changes: object) -> TokenRecord:
+    """`record` with token ids."""
+    ids = np.array([[position + 100, -1], [position + 100, 7]], np.int32)
+    return record(position, **{"token_ids": ids, "query_token": position + 100, **changes})
+
+
 def lean(position: int = 0, **changes: object) -> TokenRecord:
     """What a server in fingerprint mode captures: one layer, no positions."""
     whole = record(position)
@@ -55,12 +61,18 @@ def lean(position: int = 0, **changes: object) -> TokenRecord:
 @st.composite
 def batches(draw: st.DrawFn, max_size: int = 6) -> list[TokenRecord]:
     """Any records, lean ones among them, with keys that differ."""
-    anything = token_records() | st.builds(
-        lean,
-        st.integers(0, 2**31 - 1),
-        decode_step=st.none() | st.integers(0, 2**31 - 1),
-        layers=st.tuples(st.integers(0, 2**15 - 1)),
-        think_phase=st.sampled_from(["think", "output"]),
+    plain: dict = {}
+    ids: dict = {"token_ids": st.just(np.zeros((1, 0), np.int32)), "query_token": st.integers(-1, 2**31 - 1)}
+    anything = token_records() | st.one_of(
+        st.builds(
+            lean,
+            st.integers(0, 2**31 - 1),
+            decode_step=st.none() | st.integers(0, 2**31 - 1),
+            layers=st.tuples(st.integers(0, 2**15 - 1)),
+            think_phase=st.sampled_from(["think", "output"]),
+            **more,
+        )
+        for more in (plain, ids)
     )
     return draw(st.lists(anything, min_size=1, max_size=max_size, unique_by=lambda record: record.key))
 

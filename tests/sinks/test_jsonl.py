@@ -394,7 +394,7 @@ def test_records_before_a_bad_line_are_handed_out_first(path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"hello\n", b"\n", b"3\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b'{"schema_version":2}\n', b"\x00" * 8]
+    "line", [b"hello\n", b"\n", b"3\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b'{"schema_version":3}\n', b"\x00" * 8]
 )
 def test_other_lines_are_never_skipped(path, line):
     with pytest.raises(RecordError, match="line 3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -21,12 +22,13 @@ from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError
 from attnhook.plugins import open_sink
-from attnhook.sinks.columns import from_records
+from attnhook.sinks.columns import VERSION_KEY, from_records
 from attnhook.sinks.dataset import MARKER, Dataset
 from attnhook.store import open_store
 from tests.helpers import environment, python
-from tests.sinks.samples import lean, record, small_disk, write_around_a_fork
+from tests.sinks.samples import lean, record, small_disk, with_ids, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
+from tests.test_records import assert_same
 
 DAY = 86_400_000_000
 
@@ -129,6 +131,35 @@ def test_a_file_names_its_schema(path):
     sink.close()
     metadata = pq.read_metadata(path / files(path)[0]).metadata
     assert metadata[b"attnhook.schema_version"] == b"1"
+
+
+def test_a_data_set_gets_token_ids_later_and_then_says_so(path):
+    """Files without ids are of version 1, as before there were any; a journal of then is taken over."""
+    sink = open_sink(f"parquet:{path}")
+    sink.write([with_ids(0)])
+    sink.close()
+    (plain,) = files(path)
+    assert "query_token" not in pq.read_schema(path / plain).names
+    assert json.loads((path / MARKER).read_text()) == {"schema_version": 1}
+    old = from_records([record(1)], time=10**15).to_arrow().drop_columns(["query_token"])
+    old = old.replace_schema_metadata({VERSION_KEY: b"1"})
+    with pa.ipc.new_stream(path / "_journal" / "0-dead.arrows", old.schema) as stream:
+        stream.write_batch(old)
+    sink = open_sink(f"parquet:{path}?tokens=1")
+    sink.write([with_ids(2), record(3)])
+    sink.close()
+    assert json.loads((path / MARKER).read_text()) == {"schema_version": 2}
+    versions = {pq.read_metadata(path / file).metadata[VERSION_KEY] for file in files(path)}
+    assert versions == {b"1", b"2"}
+    with open_store(f"parquet:{path}") as store:
+        found = sorted(store.records(), key=lambda one: one.query_position)
+        tokens = [token for batch in store.fingerprints(columns=["query_token"]) for token in batch[0].to_pylist()]
+    for one, whole in zip(found, [record(0), record(1), with_ids(2), record(3)], strict=True):
+        assert_same(one, whole)
+    assert sorted(tokens, key=str) == [102, None, None, None]
+    sink = open_sink(f"parquet:{path}")
+    assert sink.delete("r") == 4
+    sink.close()
 
 
 # -- other readers
@@ -344,9 +375,9 @@ def test_deleting_a_request_rewrites_only_its_files(path):
 
 def test_a_data_set_of_a_newer_schema_is_refused_and_left_alone(path):
     open_sink(f"parquet:{path}").close()
-    (path / MARKER).write_text('{"schema_version": 2}')
+    (path / MARKER).write_text('{"schema_version": 3}')
     for opens in (open_sink, open_store):
-        with pytest.raises(PluginError, match=r"schema version 2; this attnhook knows 1: upgrade"):
+        with pytest.raises(PluginError, match=r"schema version 3; this attnhook knows 2: upgrade"):
             opens(f"parquet:{path}")
     assert sorted(os.listdir(path)) == [MARKER, "_journal"]
     (path / MARKER).write_text("[]")

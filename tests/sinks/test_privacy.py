@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,16 @@ import torch
 from hypothesis import given, settings
 
 import attnhook
+from attnhook.delivery import Delivery
 from attnhook.errors import PluginError
 from attnhook.options import CaptureOptions
 from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.records import TokenRecord, without_tokens
 from attnhook.sinks import privacy
 from attnhook.sinks.columns import from_records, to_records
 from attnhook.store import open_store
 from tests.helpers import python, tiny_model
-from tests.sinks.samples import batches, lean, record
+from tests.sinks.samples import batches, lean, record, with_ids
 from tests.test_records import assert_same
 
 URLS = {
@@ -128,10 +130,85 @@ def test_fingerprints_only_in_every_store(scheme, tmp_path):
     assert [row["query_position"] for row in rows] == [4, 5]
 
 
-def test_tokens_are_in_no_record():
-    with pytest.raises(PluginError, match="tokens=1 has nothing to add: records of this schema hold neither"):
-        open_sink("memory:?tokens=1")
-    open_sink("memory:?tokens=0").close()
+@settings(deadline=None, max_examples=50)
+@given(batches())
+def test_token_ids_pass_only_where_they_are_asked_for(records):
+    bare = [without_tokens(r) for r in records]
+    for rules, expected in (
+        (privacy.Rules(), bare),
+        (privacy.Rules(tokens=True), records),
+        (privacy.Rules(key=b"k"), privacy.Rules(key=b"k").apply(bare)),
+        (
+            privacy.Rules(key=b"k", tokens=True),
+            [replace(r, request_id=privacy.hashed(r.request_id, b"k")) for r in records],
+        ),
+        (privacy.Rules(fingerprints=True), privacy.Rules(fingerprints=True).apply(bare)),
+    ):
+        for one, other in zip(rules.apply(records), expected, strict=True):
+            assert_same(one, other)
+        columns = rules.apply_columns(from_records(records, time=7))
+        assert columns.to_arrow().equals(from_records(expected, time=7).to_arrow())
+
+
+def test_records_without_ids_are_not_copied():
+    records = [record(0), lean(1)]
+    assert privacy.Rules().apply(records) is records
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory:?tokens=1&fingerprints=1", "fingerprints=1 keeps fingerprints only, tokens=1 token ids too: drop one"),
+        ("memory:?tokens=maybe", "tokens='maybe' must be 0 or 1"),
+        ("prometheus:127.0.0.1:0?tokens=1", "tokens=1 has nothing to add: prometheus: keeps no token ids; drop it"),
+        ("otlp:http://127.0.0.1:9?tokens=true", "otlp: keeps no token ids"),
+    ],
+)
+def test_tokens_that_cannot_be_kept(url, message):
+    with pytest.raises(PluginError, match=message):
+        open_sink(url)
+
+
+def test_two_sinks_get_each_its_own():
+    """One that asks and one that does not, behind one delivery, and an observer."""
+    seen: list[TokenRecord] = []
+    sinks = {url: open_sink(url) for url in ("memory:?tokens=1", "memory:")}
+    given_records = [with_ids(i) for i in range(3)]
+    with Delivery(sinks, observers=seen.append) as delivery:
+        assert delivery.tokens
+        delivery.put(given_records)
+    asking, other = (sink.records for sink in sinks.values())
+    for one, whole in zip(asking, given_records, strict=True):
+        assert_same(one, whole)
+    for found in (other, seen):
+        for one, whole in zip(found, given_records, strict=True):
+            assert_same(one, without_tokens(whole))
+    with Delivery({"memory:": open_sink("memory:")}) as plain:
+        assert not plain.tokens
+
+
+@pytest.mark.parametrize("scheme", URLS)
+@pytest.mark.parametrize("option", ["", "fingerprints=1", "hash_ids=1"])
+def test_ids_are_in_no_bytes_of_a_sink_that_did_not_ask(scheme, option, tmp_path):
+    token = 0x5A5B5C5D  # no other number here looks like it
+    ids = np.full((2, 2), token, np.int32)
+    url = URLS[scheme].format(tmp_path) + (option or "tokens=0")
+    for way in ("write", "write_columns"):
+        records = [with_ids(i, token_ids=ids, query_token=token, request_id=way) for i in range(3)]
+        sink = open_sink(url)
+        if way == "write":
+            sink.write(records)
+        elif scheme != "jsonl":
+            sink.write_columns(from_records(records))
+        assert sink.tokens_left_out == (0 if way == "write_columns" and scheme == "jsonl" else 3)
+        sink.close()
+    data = everything(tmp_path)
+    assert repr(token.to_bytes(4, "little"))[2:-1].encode() not in data
+    assert token.to_bytes(4, "little") not in data
+    assert str(token).encode() not in data
+    with open_store(url) as store:
+        columns = [batch for batch in store.fingerprints(columns=["query_token"])]
+        assert all(batch.column(0).null_count == batch.num_rows for batch in columns)
 
 
 @pytest.mark.parametrize("scheme", URLS)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
 from attnhook.plugins import open_sink
-from attnhook.records import SCHEMA_VERSION, TokenRecord
+from attnhook.records import TOKENS_VERSION, TokenRecord
 from attnhook.sinks import columns
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import open_store
@@ -26,7 +26,11 @@ from tests.helpers import python
 from tests.sinks.samples import batches, lean, record
 from tests.test_records import assert_same
 
-MAKE = {"sqlite": "sqlite:{}/records.db", "parquet": "parquet:{}/records", "jsonl": "jsonl:{}/records.jsonl"}
+MAKE = {
+    "sqlite": "sqlite:{}/records.db?tokens=1",
+    "parquet": "parquet:{}/records?tokens=1",
+    "jsonl": "jsonl:{}/records.jsonl?tokens=1",
+}
 few = settings(max_examples=20, deadline=None)
 
 
@@ -104,7 +108,7 @@ def test_a_record_whose_arrays_disagree_is_named():
     [
         (None, "was not written by attnhook"),
         ({b"pandas": b"{}"}, "was not written by attnhook"),
-        ({columns.VERSION_KEY: b"2"}, "schema version 2; this attnhook reads 1: upgrade"),
+        ({columns.VERSION_KEY: b"3"}, "schema version 3; this attnhook reads 2: upgrade"),
         ({columns.VERSION_KEY: b"0"}, "schema version 0"),
         ({columns.VERSION_KEY: b"\xffx"}, "schema version"),
     ],
@@ -117,14 +121,14 @@ def test_columns_of_another_version_are_refused(metadata, message):
 
 def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
     newer = columns.from_records([record()])
-    newer.record = [bytes([*record().to_bytes()[:2], SCHEMA_VERSION + 1]) + record().to_bytes()[3:]]
+    newer.record = [bytes([*record().to_bytes()[:2], TOKENS_VERSION + 1]) + record().to_bytes()[3:]]
     for url in (f"sqlite:{tmp_path}/records.db", f"parquet:{tmp_path}/records"):
         sink = open_sink(url)
         sink.write_columns(newer)
         sink.close()
         with open_store(url) as store:
             assert store.count() == 1  # its columns can still be read
-            with pytest.raises(RecordError, match=f"schema version {SCHEMA_VERSION + 1}.*upgrade"):
+            with pytest.raises(RecordError, match=f"schema version {TOKENS_VERSION + 1}.*upgrade"):
                 list(store.records())
 
 
@@ -166,10 +170,10 @@ def test_parquet(first, second):
 @given(batches(), st.booleans())
 def test_jsonl(records, rotated):
     with _url("jsonl") as url:
-        write(url + "?rotate=4096&zstd=1" * rotated, *([record] for record in records))
+        write(url + "&rotate=4096&zstd=1" * rotated, *([record] for record in records))
         with open_store(url) as store:
             rows = [row for batch in store.fingerprints() for row in batch.to_pylist()] if _json_can(records) else []
-        path = Path(url.partition(":")[2])
+        path = Path(url.partition(":")[2].partition("?")[0])
         files = [*sorted(path.parent.glob("records-*")), *([path] if path.exists() else [])]
         lines = [entry for file in files for entry in read_jsonl(file)]
         assert lines == [
@@ -189,7 +193,7 @@ def _json_can(records: list[TokenRecord]) -> bool:
 @settings(deadline=None)
 @given(batches())
 def test_memory(records):
-    sink = open_sink("memory:")
+    sink = open_sink("memory:?tokens=1")
     sink.write(records)
     assert all(one is other for one, other in zip(sink.records, records, strict=True))
 

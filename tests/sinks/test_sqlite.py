@@ -20,8 +20,9 @@ from attnhook.sinks.columns import from_records
 from attnhook.sinks.sqlite import SqliteSink
 from attnhook.store import open_store
 from tests.helpers import environment, python
-from tests.sinks.samples import lean, record, small_disk, write_around_a_fork
+from tests.sinks.samples import lean, record, small_disk, with_ids, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
+from tests.test_records import assert_same
 
 
 @pytest.fixture
@@ -229,25 +230,50 @@ def test_reading_while_another_thread_writes(path):
 # -- schemas
 
 
-def test_a_store_of_an_older_schema_is_brought_up_to_date(path, monkeypatch):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_older_schema_is_brought_up_to_date(path, monkeypatch, version):
     with monkeypatch.context() as older:
-        older.setattr(database, "MIGRATIONS", database.MIGRATIONS[:1])
-        older.setattr(database, "SCHEMA_VERSION", 1)
-        sink = open_sink(f"sqlite:{path}")
-        sink.write([record(0), record(1)])
-        sink.close()
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)
+        older.setattr(database, "MIGRATIONS", database.MIGRATIONS[:version])
+        older.setattr(database, "SCHEMA_VERSION", version)
+        open_sink(f"sqlite:{path}").close()
+    _write_as_then(path, [record(0), record(1)])
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (version,)
     with open_store(f"sqlite:{path}") as store:
         assert store.count() == 2  # reading needs no change
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)
-    sink = open_sink(f"sqlite:{path}")
-    sink.write([record(1), record(2)])
+        for found, whole in zip(store.records(), [record(0), record(1)], strict=True):
+            assert_same(found, whole)
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (version,)
+    sink = open_sink(f"sqlite:{path}?tokens=1")
+    sink.write([with_ids(1), with_ids(2)])
     sink.close()
     assert positions(path) == [0, 1, 2]
+    query = "SELECT query_position, query_token FROM token_records ORDER BY query_position"
+    assert sqlite3.connect(path).execute(query).fetchall() == [(0, None), (1, None), (2, 102)]
+    with open_store(f"sqlite:{path}") as store:
+        for found, whole in zip(store.records(), [record(0), record(1), with_ids(2)], strict=True):
+            assert_same(found, whole)
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA user_version").fetchone() == (database.SCHEMA_VERSION,)
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     assert tables == {"models", "sessions", "records", "discovery_runs", "clusters"}
+
+
+def _write_as_then(path, records):
+    """What the sink of schemas 1 and 2 did."""
+    rows = from_records(records, time=7)
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO models (id, name) VALUES (1, 'org/model')")
+        connection.execute("INSERT INTO sessions (id, request_id, choice, started) VALUES (1, 'r', 0, 7)")
+        for i in range(len(rows)):
+            row = (
+                1, rows.query_position[i], rows.decode_step[i], 1, 7, rows.zone[i], rows.mode[i], rows.think_phase[i],
+                rows.layer[i], rows.fingerprint[i].tobytes(), rows.record[i],
+            )  # fmt: skip
+            names = (
+                "session, query_position, decode_step, model, time, zone, mode, think_phase, layer, fingerprint, record"
+            )
+            connection.execute(f"INSERT INTO records ({names}) VALUES ({', '.join('?' * 11)})", row)
+    connection.close()
 
 
 def test_a_migration_that_fails_changes_nothing(path, monkeypatch):

@@ -10,9 +10,11 @@ import zmq
 from attnhook import frames, plugins
 from attnhook.delivery import Delivery
 from attnhook.errors import DroppedError, PluginError
+from attnhook.rowblock import read_rows
 from attnhook.sinks import zmq as zmq_sink
 from attnhook.sinks.zmq import ZmqSink
-from tests.sinks.samples import record
+from tests.sinks.samples import record, with_ids
+from tests.test_records import assert_same
 
 
 @pytest.fixture
@@ -40,6 +42,22 @@ def test_frames_are_numbered_and_the_last_one_says_how_many(pull):
     ]
     assert (end.first, end.end, end.dropped) == (3, True, {})
     assert first.producer == second.producer == end.producer
+
+
+def test_token_ids_travel_only_where_the_url_asks(pull):
+    pull, address = pull
+    for option, expected in (("", None), ("?tokens=1", 101)):
+        sink = plugins.open_sink(f"zmq:{address}{option}")
+        sink.write([with_ids(1), record(2)])
+        sink.close()
+        rows = frames.decode(pull.recv()).rows
+        assert frames.decode(pull.recv()).end
+        block, bad = read_rows(rows)
+        assert not bad
+        one, bare = block.records()
+        assert_same(one, with_ids(1) if expected else record(1))
+        assert_same(bare, record(2))
+        assert block.columns(0).query_token == [expected, None]
 
 
 def test_without_a_collector_it_never_waits_and_counts_what_it_drops():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from attnhook import lifecycle
+from attnhook import lifecycle, tokens
 from attnhook.backends.sglang.reasoning import phase_of_last
 from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser
 from attnhook.records import TokenRecord, with_phase
@@ -48,7 +48,17 @@ def _collect(req: Any, logits: Any) -> None:
         elements += [None] * (token - len(elements))
         elements.append(share.pack() if share.generated or share.prompt or share.error else None)
     if lifecycle.publishes():
-        lifecycle.publish([TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)])
+        records = [TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)]
+        lifecycle.publish(_with_tokens(records, req, ask) if lifecycle.publishes_tokens() else records)
+
+
+def _with_tokens(records: list[TokenRecord], req: Any, ask: Asking) -> list[TokenRecord]:
+    """The request holds prompt and accepted tokens by position, however its passes were scheduled."""
+    prompt = req.origin_input_ids
+    hidden = len(prompt) if getattr(req, "input_embeds", None) is not None else 0
+    vocabulary = getattr(req, "vocab_size", None) or 2**31  # stand-ins of images lie above it
+    token_at = tokens.sequence(prompt, req.output_ids, hidden=hidden, vocabulary=vocabulary)
+    return tokens.fill(records, token_at, ask.mask_prefix)
 
 
 def _share(ask: Asking, row: Row | None, token: int) -> Share:

@@ -42,6 +42,7 @@ class Asking:
     prompt: bool  # prompt rows too
     reply: bool  # false: for the sinks only
     prompt_end: int  # position of the prompt's last token
+    mask_prefix: int
     # what waits for the next token
     prompt_rows: list[bytes] = field(default_factory=list)
     error: str | None = None
@@ -232,7 +233,9 @@ def asking_of(req: Any) -> Asking | None:
         if packed is None or req.sampling_params.max_new_tokens == 0:
             return None
         options, reply = unpack_options(packed)
-        known = req._attnhook = Asking(packed, options.prompt, reply, len(req.origin_input_ids) - 1)
+        known = req._attnhook = Asking(
+            packed, options.prompt, reply, len(req.origin_input_ids) - 1, options.mask_prefix
+        )
         if options.prompt and _worker is not None:
             _worker.served.forget([req.rid])
             weakref.finalize(req, _worker.served.forget, [req.rid]).atexit = False

@@ -7,14 +7,18 @@ import os
 import threading
 import uuid
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from attnhook import tokens
+from attnhook.backends.transformers.tokens import History
 from attnhook.capture import Row, Session, StepCapture, over_limit, wants_row
 from attnhook.errors import UnsupportedError
 from attnhook.options import check_heads, resolve_layers
+from attnhook.records import TokenRecord
 
 
 class Local(threading.local):
@@ -38,6 +42,8 @@ class Run:
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     finished: torch.Tensor | None = None  # bool [B]: a stopping criterion has been met
     next_index: int = 0  # first padded index that no forward pass has computed yet
+    sequences: torch.Tensor | None = None  # its token ids so far, int [B, n]: what the next pass goes on from
+    given: int = 0  # n of its start; prompts given as embeddings have none
 
     def identity(self, sequence: int) -> tuple[str, int]:
         """(request id, choice) of a sequence of the batch."""
@@ -50,6 +56,7 @@ class _Conversation:
 
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     steps: int = 0
+    history: History = field(default_factory=History)
 
 
 _conversations: weakref.WeakKeyDictionary[Any, _Conversation] = weakref.WeakKeyDictionary()
@@ -69,6 +76,7 @@ class Frame:
             arguments.update(inspect.signature(model.forward).bind_partial(*args).arguments)
         self.attention_mask = arguments.get("attention_mask")
         self.position_ids = arguments.get("position_ids")
+        self.input_ids = arguments.get("input_ids")
         self.cache = arguments.get("past_key_values")
         self.past = _cached_tokens(self.cache)
         self.saw_attention = False
@@ -77,6 +85,7 @@ class Frame:
         self._conversation: _Conversation | None = None
         self.q_len = 0
         self._rows: list[tuple[Row, int]] | None = None
+        self._starts: list[int] = []  # padded index of each sequence's first token
 
     def rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
         """Every real row of this pass as (row, index among its sequence's queries)."""
@@ -88,6 +97,7 @@ class Frame:
     def _find_rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
         total = self.past + q_len
         starts, ends = self._extent(batch, q_len)
+        self._starts = starts
         run = self.run
         done: list[bool] = [False] * batch
         if run is not None:
@@ -127,6 +137,27 @@ class Frame:
             cache = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
             if cache is not None:
                 _conversations[cache] = self._conversation
+
+    def note_tokens(self, outer: Sequence[Frame]) -> None:
+        """Remember the ids that this pass was given, directly or through the model around it."""
+        if self._conversation is not None:
+            for frame in (self, *reversed(outer)):
+                if self._conversation.history.add(self.past, frame.input_ids, len(self._starts), self.q_len):
+                    return
+
+    def with_tokens(self, records: Sequence[TokenRecord], step: StepCapture) -> Sequence[TokenRecord]:
+        """The records of ``step`` with their token ids; those that nobody knows are -1."""
+        run, history = self.run, History()
+        if run is not None and run.sequences is not None:
+            history = History.whole(run.sequences, (run.prompt_length or 0) - run.given)
+        elif self._conversation is not None:
+            history = self._conversation.history
+        sources = {(row.request_id, row.choice): row.source for row in step.rows}
+        found: list[TokenRecord] = []
+        for record in records:
+            source = sources[record.request_id, record.choice]
+            found += tokens.fill([record], history.of(source, self._starts[source]), step.options.mask_prefix)
+        return found
 
     def _extent(self, batch: int, q_len: int) -> tuple[list[int], list[int]]:
         """First and one-past-last padded index of each sequence's real tokens."""

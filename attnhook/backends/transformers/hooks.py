@@ -6,7 +6,7 @@ Each calls the original with its arguments unchanged; with no session listening 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, v
 from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
+from attnhook.records import TokenRecord
 
 Original = Callable[..., Any]
 
@@ -73,6 +74,8 @@ def observing_sample(original: Original) -> Original:
         local.run = Run(
             choices=getattr(config, "num_return_sequences", None) or 1,
             prompt_length=input_ids.shape[1] if chunked else None,
+            sequences=input_ids,
+            given=input_ids.shape[1],
         )
         try:
             return original(self, input_ids, *args, **kwargs)
@@ -83,7 +86,7 @@ def observing_sample(original: Original) -> Original:
 
 
 def observing_stop(original: Original) -> Original:
-    """``StoppingCriteriaList.__call__`` that notes which sequences are finished."""
+    """``StoppingCriteriaList.__call__`` that notes which sequences are finished, and their tokens."""
 
     @wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +94,7 @@ def observing_stop(original: Original) -> Original:
         run = local.run
         if run is not None:
             run.finished = done if run.finished is None else run.finished | done
+            run.sequences = args[0] if args else kwargs.get("input_ids")
         return done
 
     return __call__
@@ -154,6 +158,8 @@ def _finish(frame: Frame, output: Any) -> None:
     """Deliver what a pass captured."""
     if frame.steps:
         frame.finish_rows(output)
+        if any(session.tokens for session in frame.listening):
+            frame.note_tokens(local.frames)
     for session, step in frame.steps.items():
         if step is None or not session.active:
             continue
@@ -163,7 +169,9 @@ def _finish(frame: Frame, output: Any) -> None:
                     f"{type(frame.model).__name__}: layers {step.missing} made no causal attention call in this "
                     "forward pass"
                 )
-            records = step.records(session.drop)
+            records: Sequence[TokenRecord] = step.records(session.drop)
+            if session.tokens:
+                records = frame.with_tokens(records, step)
         except Exception as error:
             session.refuse(error, len(step.rows))
         else:

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 from attnhook import lifecycle
+from attnhook.backends.vllm import tokens
 from attnhook.records import TokenRecord
 from attnhook.serving.wire import KEY, Share, worse
 
@@ -21,11 +22,12 @@ def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        requests = tokens.known(self, model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
         shares = getattr(model_runner_output, "attnhook", None)
         if shares or self.__dict__.get("_attnhook_waiting"):
             try:
-                _forward(self, shares or {}, outputs)
+                _forward(self, shares or {}, outputs, requests)
             except Exception:
                 logger.exception("attention records of this step are lost")
         return outputs
@@ -44,7 +46,9 @@ def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
-def _forward(scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any]) -> None:
+def _forward(
+    scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any], requests: dict[str, Any]
+) -> None:
     # a prompt that is computed in chunks has records before it has an output
     waiting: dict[str, Share] = scheduler.__dict__.setdefault("_attnhook_waiting", {})
     now: dict[str, list[bytes]] = {}
@@ -66,6 +70,7 @@ def _forward(scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[in
             if kept.reply and (kept.generated or kept.prompt or kept.error):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
             if lifecycle.publishes():
-                lifecycle.publish([TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)])
+                records = [TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)]
+                lifecycle.publish(tokens.fill(records, requests.get(output.request_id)))
     for request in [r for r in waiting if r not in scheduler.requests]:
         del waiting[request]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from attnhook.sinks.jsonl import read_jsonl
 from tests import oracle
 from tests.backends.sglang.engine import check, needs_sglang, offline
+from tests.backends.token_ids import check_line
 from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import tiny_model
 
@@ -46,7 +48,7 @@ def test_chunks_mixed_batches_pages_and_retraction(
     found = offline(
         tmp_path, smol_path, [together, late, late],
         chunked_prefill_size=64, enable_mixed_chunk=True, page_size=16, disable_overlap_schedule=True,
-        environ={"SGLANG_TEST_RETRACT": "1"},
+        environ={"SGLANG_TEST_RETRACT": "1", "ATTNHOOK_SINKS": f"jsonl:{tmp_path}/ids.jsonl?tokens=1"},
     )  # fmt: skip
     results = found[0]
     told = [result["meta_info"] for result in results]
@@ -63,6 +65,19 @@ def test_chunks_mixed_batches_pages_and_retraction(
         assert result["meta_info"]["cached_tokens"] >= 300
         generated = [from_entry(entry) for entry in result["meta_info"]["attention_tokens"]]
         print("cached", check(smol, prompts[3], result["output_ids"], generated))
+    # a sink that asks has the ids of each request's own tokens, the replies have none
+    lines = list(read_jsonl(tmp_path / "ids.jsonl"))
+    requests = [*zip(prompts[:4], results, strict=False), *((prompts[3], result) for result in found[1:])]
+    for ids, result in requests:
+        meta = result["meta_info"]
+        entries = [*meta.get("prompt_attention_tokens", []), *meta["attention_tokens"]]
+        assert not any("query_token" in entry for entry in entries)
+        own = [line for line in lines if line["request_id"] == meta["id"]]
+        wanted, there = ({entry["query_position"] for entry in some} for some in (entries, own))
+        # the engine kills its scheduler when it ends: of the last request some may still have been in the sink's queue
+        assert there <= wanted if result is found[-1] else there == wanted
+        for line in own:
+            check_line(line, [*ids, *result["output_ids"]])
 
 
 def test_tensor_parallel_ranks_with_overlap(

@@ -19,6 +19,7 @@ from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
 from tests.backends.servers import Server
 from tests.backends.sglang.engine import check, engine_environment, needs_sglang, serve
+from tests.backends.token_ids import check_line
 from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import ROOT
 
@@ -33,7 +34,8 @@ LIMIT = 9
 def server(smol_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sglang")
     flags = ["--attention-tokens-max-concurrent", str(LIMIT), "--enable-cache-report"]
-    with serve(folder, smol_path, *flags, ATTNHOOK_SINKS=f"jsonl:{folder}/sink.jsonl") as running:
+    sinks = f"jsonl:{folder}/sink.jsonl,jsonl:{folder}/ids.jsonl?tokens=1"
+    with serve(folder, smol_path, *flags, ATTNHOOK_SINKS=sinks) as running:
         yield running
 
 
@@ -277,16 +279,30 @@ def test_capabilities(server: Server) -> None:
 
 
 def test_sinks_get_what_replies_get(client: Any, server: Server) -> None:
-    reply = chat(client, "Something for the sink.", **{**ALL, "attention_prompt": False})
-    wanted = [entry["query_position"] for entry in reply.choices[0].attention_tokens]
-    found: list[int] = []
-    for _ in range(50):
-        lines = read_jsonl(server.log.parent / "sink.jsonl", tolerate_torn_tail=True)
-        found = [line["query_position"] for line in lines if reply.id in line["request_id"]]
-        if len(found) == len(wanted):
+    """Token ids too, where a sink asks for them; the reply and the other sink have none."""
+    reply = chat(client, "Something for the sink.", **ALL)
+    choice = reply.choices[0]
+    entries = [*choice.prompt_attention_tokens, *choice.attention_tokens]
+    wanted = [entry["query_position"] for entry in entries]
+    assert not any("query_token" in entry or entry["schema_version"] != 1 for entry in entries)
+    plain = sink_lines(server, "sink.jsonl", reply.id, len(wanted))
+    assert [line["query_position"] for line in plain] == wanted
+    assert not any("query_token" in line or "token_ids" in line["layers"]["29"] for line in plain)
+    ids = sink_lines(server, "ids.jsonl", reply.id, len(wanted))
+    assert [line["query_position"] for line in ids] == wanted
+    for line in ids:
+        check_line(line, [*choice.prompt_token_ids, *choice.response_token_ids])
+
+
+def sink_lines(server: Server, name: str, request: str, count: int) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for _ in range(100):
+        read = read_jsonl(server.log.parent / name, tolerate_torn_tail=True)
+        lines = [line for line in read if request in line["request_id"]]
+        if len(lines) >= count:
             break
         time.sleep(0.2)
-    assert found == wanted
+    return lines
 
 
 def test_the_command_line_asks_and_verifies_a_server(server: Server, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from attnhook.sinks.jsonl import read_jsonl
+from tests.backends.token_ids import check_line
 from tests.backends.vllm.engine import ALL, check, needs_vllm, offline, records
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
@@ -27,6 +29,28 @@ def whole(smol: Any, request: dict[str, Any], choice: dict[str, Any], **options:
     return check(
         smol, request["ids"], choice["ids"], records(choice["generated"]), records(choice["prompt"]), **options
     )
+
+
+def asking_sink(folder: Path) -> dict[str, str]:
+    return {"ATTNHOOK_SINKS": f"jsonl:{folder}/ids.jsonl?tokens=1"}
+
+
+def check_ids(folder: Path, requests: list[dict[str, Any]], replies: list[dict[str, Any]]) -> None:
+    """Every record is in the sink with the ids of its request's tokens, and in the reply without."""
+    lines = list(read_jsonl(folder / "ids.jsonl"))
+    (folder / "ids.jsonl").unlink()
+    total = 0
+    for request, reply in zip(requests, replies, strict=True):
+        (choice,) = reply["choices"]
+        replied = [*records(choice["prompt"]), *records(choice["generated"])]
+        assert all(record.token_ids is None for record in replied)
+        name = replied[0].request_id
+        own = [line for line in lines if line["request_id"].split("-")[0] == name.split("-")[0]]
+        assert sorted(line["query_position"] for line in own) == sorted(record.query_position for record in replied)
+        for line in own:
+            check_line(line, [*request["ids"], *choice["ids"]])
+        total += len(own)
+    assert total == len(lines)
 
 
 def test_batches_prefix_hits_and_choices(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
@@ -55,7 +79,8 @@ def test_batches_prefix_hits_and_choices(smol: Any, smol_path: str, prompts: lis
     assert len({r.request_id for c in choices for r in records(c["generated"])}) == 1
 
     # one after the other: the second finds its prefix in the cache, and computes one row of the prompt
-    again = offline(tmp_path, smol_path, [late, late], together=False)["replies"]
+    again = offline(tmp_path, smol_path, [late, late], together=False, environ=asking_sink(tmp_path))["replies"]
+    check_ids(tmp_path, [late, late], again)
     assert again[0]["cached"] == 0 and again[1]["cached"] >= 600
     for reply in again:
         choice = reply["choices"][0]
@@ -68,8 +93,9 @@ def test_chunked_prefill_and_preemption(smol: Any, smol_path: str, prompts: list
     result = offline(
         tmp_path, smol_path, requests,
         max_num_batched_tokens=64, enable_chunked_prefill=True, block_size=32, num_gpu_blocks_override=14,
-        enable_prefix_caching=False, max_model_len=256,
+        enable_prefix_caching=False, max_model_len=256, environ=asking_sink(tmp_path),
     )  # fmt: skip
+    check_ids(tmp_path, requests, result["replies"])
     assert result["preempted"], "no request was preempted, so this shows nothing"
     for request, reply in zip(requests, result["replies"], strict=True):
         print(len(request["ids"]), whole(smol, request, reply["choices"][0]))
@@ -81,7 +107,9 @@ def test_speculated_tokens(smol: Any, smol_path: str, tokenizer: Any, tmp_path: 
     speculating = offline(
         tmp_path, smol_path, [request],
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+        environ=asking_sink(tmp_path),
     )  # fmt: skip
+    check_ids(tmp_path, [request], speculating["replies"])
     print(whole(smol, request, speculating["replies"][0]["choices"][0]))
 
 

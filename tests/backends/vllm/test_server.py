@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
+from tests.backends.token_ids import check_line
 from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, serve
 from tests.helpers import ROOT
 
@@ -27,9 +29,10 @@ LIMIT = 12
 @pytest.fixture(scope="module")
 def server(smol_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("vllm")
-    faulty = str(Path(__file__).parent / "faulty")
+    faulty = f"{Path(__file__).parent / 'faulty'}{os.pathsep}{ROOT}"
     flags = ["--attention-tokens-max-concurrent", str(LIMIT), "--enable-prompt-tokens-details"]
-    with serve(folder, smol_path, *flags, PYTHONPATH=faulty, ATTNHOOK_SINKS=f"jsonl:{folder}/sink.jsonl") as running:
+    sinks = f"jsonl:{folder}/sink.jsonl,jsonl:{folder}/ids.jsonl?tokens=1"
+    with serve(folder, smol_path, *flags, PYTHONPATH=faulty, ATTNHOOK_SINKS=sinks) as running:
         yield running
 
 
@@ -239,16 +242,30 @@ def test_capabilities(server: Server) -> None:
 
 
 def test_sinks_get_what_replies_get(client: Any, server: Server) -> None:
-    reply = chat(client, "Something for the sink.", **{**ALL, "attention_prompt": False})
-    wanted = [entry["query_position"] for entry in reply.choices[0].attention_tokens]
-    found: list[int] = []
-    for _ in range(50):
-        lines = read_jsonl(server.log.parent / "sink.jsonl", tolerate_torn_tail=True)
-        found = [line["query_position"] for line in lines if reply.id in line["request_id"]]
-        if len(found) == len(wanted):
+    """Token ids too, where a sink asks for them; the reply and the other sink have none."""
+    reply = chat(client, "Something for the sink.", **ALL)
+    choice = reply.choices[0]
+    entries = [*choice.prompt_attention_tokens, *choice.attention_tokens]
+    wanted = [entry["query_position"] for entry in entries]
+    assert not any("query_token" in entry or entry["schema_version"] != 1 for entry in entries)
+    plain = sink_lines(server, "sink.jsonl", reply.id, len(wanted))
+    assert [line["query_position"] for line in plain] == wanted
+    assert not any("query_token" in line or "token_ids" in line["layers"]["29"] for line in plain)
+    ids = sink_lines(server, "ids.jsonl", reply.id, len(wanted))
+    assert [line["query_position"] for line in ids] == wanted
+    for line in ids:
+        check_line(line, [*reply.prompt_token_ids, *choice.token_ids])
+
+
+def sink_lines(server: Server, name: str, request: str, count: int) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for _ in range(100):
+        read = read_jsonl(server.log.parent / name, tolerate_torn_tail=True)
+        lines = [line for line in read if request in line["request_id"]]
+        if len(lines) >= count:
             break
         time.sleep(0.2)
-    assert found == wanted
+    return lines
 
 
 def test_flags() -> None:
