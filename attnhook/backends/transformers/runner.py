@@ -125,7 +125,7 @@ def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> l
     ids = loaded.encode_chat([{"role": "user", "content": prompt}]) if chat else None
     if ids is None:
         ids = loaded.encode_text(prompt)
-    if not ids:
+    if ids in ([], [loaded.bos]):
         raise OptionError(
             "prompt", f"the model's tokenizer makes no token of the prompt {prompt[:40]!r}: give other text"
         )
