@@ -30,8 +30,9 @@ def means(
 ) -> Iterator[np.ndarray]:
     """Mean of the fingerprints of each request, float64 [20], in the order of their last rows.
 
-    A request of which no row came while 10,000 others did counts as finished. ``models`` and
-    ``layers``, where given, count the rows of each model and of each set of captured layers. Raises RecordError where a fingerprint is not finite or the store is damaged.
+    A request of which no row came while 10,000 others did counts as finished. ``models`` and ``layers``, where given,
+    count the rows of each model and of each set of captured layers. Raises RecordError where a fingerprint is not
+    finite or the store is damaged.
     """
     if rows not in ROWS:
         raise OptionError("rows", f"rows={rows!r} must be one of {', '.join(ROWS)}")
