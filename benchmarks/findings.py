@@ -2,10 +2,12 @@
 
     python -m benchmarks.findings octaves map                       # clusters of attnhook discover, and octaves
     python -m benchmarks.findings periodicity sqlite:probes.db      # does it tell periodic text from other text?
+    python -m benchmarks.findings masses sqlite:a.db sqlite:b.db    # local, mid, long mass without position 0
 
 ``octaves`` compares clusters with floor(log2(position)) alone. ``periodicity`` needs the journal of `attnhook probe`
 beside the store; for equal ranges of the row's position it prints the area under the curve (AUC: the probability that
 a row of periodic text has more of it than one of other text), with 95% intervals over bootstraps of probes.
+``masses`` takes the requests that both stores have; intervals are over bootstraps of pairs of requests.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import sys
 
 import numpy as np
 
+from attnhook import fingerprint as fp
 from attnhook.analysis import zones
 from attnhook.analysis.calibration.rows import collect
+from attnhook.analysis.compare.sides import SINK_SPAN, without_sink
 from attnhook.probing import journal
+from attnhook.sinks.columns import NAMES, to_records
 from attnhook.store import open_store
 
 RANGES = ((40, 69), (70, 99), (100, 129), (130, 159), (160, 259), (260, 511))  # visible keys of the row
@@ -61,11 +66,51 @@ def periodicity(store: str, seed: int = 0) -> None:
             _auc(*(np.concatenate([own[i] for i in rng.integers(0, len(own), len(own))]) for own in groups))
             for _ in range(_ROUNDS)
         ]
-        interval = np.percentile(boots, (2.5, 97.5))
+        interval = _interval(np.array(boots))
         counts = ", ".join(f"{len(own)} probes ({sum(map(len, own))} rows)" for own in groups)
         print(
             f"{low} to {high} keys: AUC {found:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]; periodic, other: {counts}"
         )
+
+
+def masses(first: str, second: str, seed: int = 0) -> None:
+    """Print the means over rows of both sides and their difference; rows at position 0 have no other key."""
+    sums = [_sums_without_sink(url) for url in (first, second)]
+    shared = sorted(sums[0].keys() & sums[1].keys())
+    tables = [np.stack([side[name] for name in shared]) for side in sums]  # [R, 20 + rows]
+    draws = np.random.default_rng(seed).integers(0, len(shared), (_ROUNDS, len(shared)))
+    means = [table[:, :-1].sum(axis=0) / table[:, -1].sum() for table in tables]
+    boots = [table[draws].sum(axis=1) for table in tables]
+    boots = [100 * one[:, :-1] / one[:, -1:] for one in boots]
+    print(
+        f"{len(shared)} requests in both; rows after position 0: {', '.join(f'{t[:, -1].sum():,.0f}' for t in tables)}"
+    )
+    for index in (fp.LOCAL, fp.MID, fp.LONG, fp.ENTROPY):
+        views = [(100 * mean[index], boot[:, index]) for mean, boot in zip(means, boots, strict=True)]
+        views.append((views[0][0] - views[1][0], views[0][1] - views[1][1]))
+        texts = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, boot in views for low, high in [_interval(boot)]]
+        print(f"{fp.NAMES[index]}: {texts[0]} against {texts[1]}, difference {texts[2]}")
+
+
+def _sums_without_sink(url: str) -> dict[str, np.ndarray]:
+    """Of each request: the sums of its rows' fingerprints without position 0, and their number."""
+    sums: dict[str, np.ndarray] = {}
+    with open_store(url) as store:
+        for batch in store.fingerprints(columns=NAMES, batch_size=4096):
+            records = [record for record in to_records(batch) if record.query_position > 0]
+            if not records:
+                continue
+            own = np.stack([record.fingerprints for record in records])
+            mass = np.stack([record.span_mass[:, record.span_names.index(SINK_SPAN)] for record in records])
+            free = without_sink(own, mass, np.array([record.query_position for record in records]))
+            for record, row in zip(records, free, strict=True):
+                sums.setdefault(record.request_id, np.zeros(fp.SIZE + 1))[:] += [*row, 1]
+    return sums
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -84,6 +129,8 @@ def main() -> None:
                 print(f"cluster {cluster}: {found}")
         case ["periodicity", store]:
             periodicity(store)
+        case ["masses", first, second]:
+            masses(first, second)
         case _:
             raise SystemExit(__doc__)
 
