@@ -3,6 +3,7 @@
     python -m benchmarks.findings octaves map                       # clusters of attnhook discover, and octaves
     python -m benchmarks.findings periodicity sqlite:probes.db      # does it tell periodic text from other text?
     python -m benchmarks.findings masses sqlite:a.db sqlite:b.db    # local, mid, long mass without position 0
+    python -m benchmarks.findings beyond sqlite:probes.db 512       # each layer's mass on position 0 from there on
 
 ``octaves`` compares clusters with floor(log2(position)) alone. ``periodicity`` needs the journal of `attnhook probe`
 beside the store; for equal ranges of the row's position it prints the area under the curve (AUC: the probability that
@@ -92,6 +93,19 @@ def masses(first: str, second: str, seed: int = 0) -> None:
         print(f"{fp.NAMES[index]}: {texts[0]} against {texts[1]}, difference {texts[2]}")
 
 
+def beyond(store: str, position: int) -> None:
+    """Print each layer's mass on position 0, mean and largest, of the rows from a position on."""
+    found: dict[int, list[float]] = {}
+    with open_store(store) as opened:
+        for record in opened.records():
+            if record.query_position >= position:
+                mass = record.span_mass[:, record.span_names.index(SINK_SPAN)].tolist()
+                for layer, value in zip(record.layers, mass, strict=True):
+                    found.setdefault(layer, []).append(value)
+    for layer, values in sorted(found.items()):
+        print(f"layer {layer}: mean {np.mean(values):.3f}, largest {max(values):.3f}, {len(values)} rows")
+
+
 def _sums_without_sink(url: str) -> dict[str, np.ndarray]:
     """Of each request: the sums of its rows' fingerprints without position 0, and their number."""
     sums: dict[str, np.ndarray] = {}
@@ -131,6 +145,8 @@ def main() -> None:
             periodicity(store)
         case ["masses", first, second]:
             masses(first, second)
+        case ["beyond", store, position]:
+            beyond(store, int(position))
         case _:
             raise SystemExit(__doc__)
 
