@@ -34,11 +34,11 @@ def means(
     count the rows of each model and of each set of captured layers. Raises RecordError where a fingerprint is not
     finite or the store is damaged.
     """
+    import pyarrow as pa
+
     if rows not in ROWS:
         raise OptionError("rows", f"rows={rows!r} must be one of {', '.join(ROWS)}")
     filters = {"model": model, "since": since, "until": until}
-    import pyarrow as pa
-
     waiting: OrderedDict[str, np.ndarray] = OrderedDict()  # sum of 20 and number of rows
     seen = 0
     with open_store(url) as store:
