@@ -355,6 +355,20 @@ class TokenRecord:
         )
 
 
+def layers_of(data: bytes) -> tuple[int, ...]:
+    """The captured layers of a binary row, read without the rest of it.
+
+    Raises RecordError if ``data`` is not one whole row of a known version.
+    """
+    if len(data) < _HEADER.size or data[:2] != MAGIC or data[2] != SCHEMA_VERSION:
+        return TokenRecord.from_bytes(data).layers  # which says what is wrong
+    *_, spans, _, layers, k, id_size, model_size, names_size, _, _ = _HEADER.unpack_from(data)
+    names = id_size + model_size + names_size
+    if layers == 0 or len(data) != row_size(layers, k, spans, names):
+        return TokenRecord.from_bytes(data).layers
+    return tuple(np.frombuffer(data, "<i2", layers, _HEADER.size + names).tolist())
+
+
 class RowName(NamedTuple):
     """What tells a row from the others of a step; see `TokenRecord`."""
 

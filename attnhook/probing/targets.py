@@ -70,25 +70,24 @@ class LocalTarget(Target):
             "source": self._source,
             "dtype": dtype,
             "engine": f"transformers {transformers.__version__}",
+            **({} if self._loaded.bos is None else {"bos": self._loaded.bos}),  # with it, all else is seen otherwise
         }
 
     def count(self, text: str) -> int:
-        return len(self._loaded.tokenizer(text)["input_ids"])
+        return len(self._loaded.encode_text(text))
 
     def run(self, prompt: Prompt, new_tokens: int, options: Mapping[str, Any]) -> Outcome:
         from attnhook.backends.transformers import runner
         from attnhook.capture import capture
 
-        loaded, tokenizer = self._loaded, self._loaded.tokenizer
-        if prompt.messages is not None and getattr(tokenizer, "chat_template", None):
-            ids = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=True)
-        else:
-            ids = tokenizer(prompt.transcript)
-        ids = [int(i) for i in ids["input_ids"]]
+        loaded = self._loaded
+        ids = None if prompt.messages is None else loaded.encode_chat(prompt.messages)
+        if ids is None:
+            ids = loaded.encode_text(prompt.transcript)
         spans = {runner.SINK: (0, 1), **prompt.spans}
         with capture(model=loaded.model, spans=spans, **options) as records:
             output = runner.generate(loaded, ids, new_tokens)[0].tolist()
-        text = tokenizer.decode(output[len(ids) :], skip_special_tokens=True)
+        text = loaded.tokenizer.decode(output[len(ids) :], skip_special_tokens=True)
         return Outcome(_named(prompt, records, self.model), text, dict(records.dropped))
 
 

@@ -8,6 +8,7 @@ that gives back the record exactly. Where the other columns alone can do that (o
 from __future__ import annotations
 
 import time as clock
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord, fill_zones
+from attnhook.records import TokenRecord, fill_zones, layers_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -170,6 +171,23 @@ def fingerprints_of(batch: pa.RecordBatch) -> np.ndarray:
     """The column ``fingerprint`` as float32 [n, 20]."""
     flat = batch.column("fingerprint").flatten().to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(flat, np.float32).reshape(-1, fp.SIZE)
+
+
+def layer_sets(batch: pa.RecordBatch) -> Counter[tuple[int, ...]]:
+    """Rows of each set of captured layers, () where a row does not tell; from the columns ``layer`` and ``record``.
+
+    Raises RecordError where a record is damaged.
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for data, layer in zip(batch.column("record").to_pylist(), batch.column("layer").to_pylist(), strict=True):
+        found[layers_of(data) if data is not None else () if layer is None else (layer,)] += 1
+    return found
+
+
+def show_layer_sets(found: Mapping[tuple[int, ...], int]) -> str:
+    """Some of such sets with their rows, for a message."""
+    most = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:4]
+    return ", ".join(f"{list(layers) or 'not told'} ({count} rows)" for layers, count in most)
 
 
 def mean_fingerprints(records: Sequence[TokenRecord]) -> np.ndarray:

@@ -75,6 +75,20 @@ def test_several_models_only_where_asked_for(tmp_path):
     assert one.manifest["models"] == {"org/second": 150}
 
 
+def test_means_over_different_layers_only_where_asked_for(tmp_path):
+    prints = planted(300)[0]
+    store = write(f"sqlite:{tmp_path / 'x.db'}", records(prints[:150], ["r"] * 150))
+    write(store, records(prints[150:, None].repeat(2, axis=1), ["s"] * 150))
+    with pytest.raises(
+        OptionError, match=r"different layers \(\[0\] \(150 rows\), \[0, 1\] \(150 rows\).*--layers all"
+    ):
+        discover(store, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+    assert discover(store, tmp_path / "both", replace(SMALL, allow_mixed=True, repeats=0)).manifest["rows"] == 300
+    apart = discover(store, tmp_path / "apart", replace(SMALL, layers="all", repeats=0))
+    assert apart.manifest["rows"] == 450
+
+
 def test_a_newer_schema_in_the_store(tmp_path):
     store = write(f"parquet:{tmp_path / 'store'}", records(planted(150)[0], ["r"] * 150))
     (file,) = (tmp_path / "store").rglob("*.parquet")

@@ -297,22 +297,26 @@ def test_a_full_disk_leaves_nothing_behind(small, tmp_path):
 # -- the commands
 
 
-def write_requests(url: str, means: np.ndarray, model: str = "m") -> None:
+def write_requests(
+    url: str, means: np.ndarray, model: str = "m", layers: tuple[int, ...] = (0,), first: int = 0
+) -> None:
     """A store with two generated rows of each request, in order."""
+    nothing = np.zeros((len(layers), 0))
     sink = open_sink(url)
     records = [
         TokenRecord(
             request_id=f"{model}-{i}",
             query_position=position,
-            layers=(0,),
-            token_positions=np.zeros((1, 0), np.int32),
-            attention_scores=np.zeros((1, 0), np.float32),
-            fingerprints=mean[None].astype(np.float32),
+            layers=layers,
+            token_positions=nothing.astype(np.int32),
+            attention_scores=nothing.astype(np.float32),
+            fingerprints=np.tile(mean.astype(np.float32), (len(layers), 1)),
             decode_step=position,
             mode="fingerprint",
             model=model,
+            span_mass=nothing.astype(np.float32),
         )
-        for i, mean in enumerate(means)
+        for i, mean in enumerate(means, first)
         for position in range(2)
     ]
     sink.write(records)
@@ -373,3 +377,25 @@ def test_fit_refuses_a_mixture_and_warns_of_neighbours(tmp_path, monkeypatch, ca
     assert drift.load(tmp_path / "base.npz").model == "a"
     code, _, err = attnhook(monkeypatch, capsys, *fit, "--out", "mixed.npz", "--mixed")
     assert code == 0 and drift.load(tmp_path / "mixed.npz").model == ""
+
+
+def test_other_layers_are_refused_and_no_drift(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(13)
+    monkeypatch.chdir(tmp_path)
+    write_requests("sqlite:past.db", made.traffic(rng, 200), layers=(3, 7))
+    write_requests("sqlite:same.db", made.traffic(rng, 30), "m", (3, 7))
+    write_requests("sqlite:other.db", made.traffic(rng, 30), "m", (7,))
+    fit = ("drift", "fit", "--window", "10", "--simulations", "2000", "--horizon", "20", "--out")
+    code, _, err = attnhook(monkeypatch, capsys, *fit, "base.npz", "past.db")
+    assert code == 0 and drift.load(tmp_path / "base.npz").layers == (3, 7), err
+    check = ("drift", "check", "--baseline", "base.npz")
+    assert attnhook(monkeypatch, capsys, *check, "same.db")[0] == 0
+    code, _, err = attnhook(monkeypatch, capsys, *check, "other.db")
+    assert code == 2 and "which is of [3, 7]: [7] (60 rows)" in err
+
+    write_requests("sqlite:past.db", made.traffic(rng, 20), "m", (5,), 200)
+    code, _, err = attnhook(monkeypatch, capsys, *fit, "both.npz", "past.db")
+    assert code == 2 and re.search(r"different layers.*: \[3, 7\] \(400 rows\), \[5\] \(40 rows\).*--mixed", err), err
+    code, _, err = attnhook(monkeypatch, capsys, *fit, "both.npz", "past.db", "--mixed")
+    assert code == 0 and drift.load(tmp_path / "both.npz").layers == (), err
+    assert attnhook(monkeypatch, capsys, "drift", "check", "--baseline", "both.npz", "other.db")[0] == 0

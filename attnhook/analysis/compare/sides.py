@@ -20,7 +20,7 @@ from attnhook import fingerprint as fp
 from attnhook.analysis import zones
 from attnhook.errors import OptionError, RecordError
 from attnhook.records import TokenRecord
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.sinks.columns import fingerprints_of, show_layer_sets
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def _refuse_mixture(found: _Gatherer, name: str, source: Source) -> None:
             f"--{name.lower()}-model, or ask for the mixture with --mixed",
         )
     if len(found.layer_sets) > 1:
-        shown = ", ".join(
-            f"{list(layers) or 'not told'} ({count} rows)" for layers, count in found.layer_sets.most_common(4)
-        )
+        shown = show_layer_sets(found.layer_sets)
         raise OptionError(
             "mixed",
             f"side {name} ({source.url}) has rows of different layers, whose means cannot be compared: {shown}; "

@@ -86,6 +86,7 @@ class Baseline:
     warning: float  # statistic beyond which it warns
     alarm: float
     autocorrelation: float  # the largest between neighbouring requests, over the components
+    layers: tuple[int, ...] = ()  # that its rows are means over; empty: several sets, or not told
 
     def statistic(self, means: np.ndarray, window: int) -> np.ndarray:
         """Squared Mahalanobis distance, [...], of means [..., 20] over ``window`` requests each."""
@@ -99,6 +100,7 @@ def fit(
     *,
     model: str = "",
     rows: str = "all",
+    layers: tuple[int, ...] = (),
     settings: DriftSettings | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Baseline:
@@ -162,6 +164,7 @@ def fit(
         warning=warning,
         alarm=max(alarm, warning),
         autocorrelation=float(neighbours[np.abs(neighbours).argmax()]),
+        layers=layers,
     )
 
 
@@ -197,6 +200,7 @@ def save(baseline: Baseline, path: Path) -> None:
         "rows": baseline.rows,
         "requests": baseline.requests,
         "autocorrelation": baseline.autocorrelation,
+        "layers": list(baseline.layers),
         "arrays": {name: {"shape": array.shape, "sha256": _digest(array)} for name, array in arrays.items()},
     }
     text = json.dumps(manifest, indent=1).encode()
@@ -266,6 +270,7 @@ def load(path: Path) -> Baseline:
             warning=warning,
             alarm=alarm,
             autocorrelation=float(manifest["autocorrelation"]),
+            layers=tuple(int(layer) for layer in manifest.get("layers", ())),  # files before 0.1.0 have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error

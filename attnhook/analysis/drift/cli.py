@@ -16,6 +16,7 @@ from attnhook.analysis.compare.cli import moment, progress, store_url
 from attnhook.analysis.drift import baseline as baselines
 from attnhook.analysis.drift.monitor import DriftMonitor
 from attnhook.errors import OptionError
+from attnhook.sinks.columns import show_layer_sets
 
 _ALIKE = 0.1  # autocorrelation of neighbouring requests from which the rate does not hold
 
@@ -43,14 +44,14 @@ def fit(
     block: Annotated[int, typer.Option(help="Neighbouring requests to resample together, where they are alike.")] = 1,
     simulations: Annotated[int, typer.Option(help="Runs that the thresholds are found from.")] = 4000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same thresholds.")] = 0,
-    mixed: Annotated[bool, typer.Option("--mixed", help="Take several models together.")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Take several models, or sets of layers, together.")] = False,
 ) -> None:
     """Fit a baseline: what the attention of requests is like, and how far chance alone takes it."""
     from attnhook.analysis.drift import reading
 
     settings = baselines.DriftSettings(window, false_alarm_rate, horizon, block, simulations, seed)
     baselines.check_new(out)
-    url, console, models = store_url(store), Console(stderr=True), Counter[str]()
+    url, console, models, layers = store_url(store), Console(stderr=True), Counter[str](), Counter[tuple[int, ...]]()
     with progress(console, "reading") as advance:
         found = list(
             reading.means(
@@ -60,6 +61,7 @@ def fit(
                 until=moment("until", until),
                 rows=rows,
                 models=models,
+                layers=layers,
                 progress=advance,
             )
         )
@@ -68,11 +70,18 @@ def fit(
         raise OptionError(
             "model", f"{url} has rows of {len(models)} models: {shown}; choose one with --model, or give --mixed"
         )
+    if len(layers) > 1 and not mixed:
+        raise OptionError(
+            "mixed",
+            f"{url} has rows of different layers, whose means cannot be compared: {show_layer_sets(layers)}; choose "
+            "rows by time, or give --mixed",
+        )
     with progress(console, "calibrating") as advance:
         baseline = baselines.fit(
             np.array(found).reshape(-1, fp.SIZE),
             model=next(iter(models)) if len(models) == 1 else "",
             rows=rows,
+            layers=next(iter(layers)) if len(layers) == 1 else (),
             settings=settings,
             progress=advance,
         )
@@ -91,6 +100,16 @@ def fit(
         )
 
 
+def _refuse_other_layers(url: str, found: Counter[tuple[int, ...]], known: baselines.Baseline) -> None:
+    """Other layers are other numbers: an alarm would say that the capture changed, and not the attention."""
+    if known.layers and any(layers and layers != known.layers for layers in found):
+        raise OptionError(
+            "baseline",
+            f"{url} has rows of other layers than the baseline, which is of {list(known.layers)}: "
+            f"{show_layer_sets(found)}; choose rows by time, or fit a baseline of these layers",
+        )
+
+
 def check(
     store: Annotated[str, typer.Argument(help="Store of the requests to look at.")],
     baseline: Annotated[Path, typer.Option(help="The file that drift fit made.")],
@@ -103,7 +122,7 @@ def check(
     from attnhook.analysis.drift import reading
 
     known = baselines.load(baseline)
-    monitor, first = DriftMonitor(known), None
+    monitor, first, layers = DriftMonitor(known), None, Counter[tuple[int, ...]]()
     url = store_url(store)
     with progress(Console(stderr=True), "looking") as advance:
         for mean in reading.means(
@@ -112,8 +131,10 @@ def check(
             since=moment("since", since),
             until=moment("until", until),
             rows=known.rows,
+            layers=layers,
             progress=advance,
         ):
+            _refuse_other_layers(url, layers, known)
             if monitor.add_request(mean) == "alarm" and first is None:
                 first = monitor.status()
     status = monitor.status()

@@ -10,7 +10,7 @@ import numpy as np
 
 from attnhook import fingerprint as fp
 from attnhook.errors import OptionError, RecordError
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.sinks.columns import fingerprints_of, layer_sets
 from attnhook.store import open_store
 
 ROWS = ("all", "prompt", "generated")
@@ -25,13 +25,17 @@ def means(
     until: datetime | None = None,
     rows: str = "all",
     models: Counter[str] | None = None,
+    layers: Counter[tuple[int, ...]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
     """Mean of the fingerprints of each request, float64 [20], in the order of their last rows.
 
-    A request of which no row came while 10,000 others did counts as finished. ``models``, where given, counts the
-    rows of each model. Raises RecordError where a fingerprint is not finite or the store is damaged.
+    A request of which no row came while 10,000 others did counts as finished. ``models`` and ``layers``, where given,
+    count the rows of each model and of each set of captured layers. Raises RecordError where a fingerprint is not
+    finite or the store is damaged.
     """
+    import pyarrow as pa
+
     if rows not in ROWS:
         raise OptionError("rows", f"rows={rows!r} must be one of {', '.join(ROWS)}")
     filters = {"model": model, "since": since, "until": until}
@@ -39,7 +43,9 @@ def means(
     seen = 0
     with open_store(url) as store:
         total = store.count(**filters)  # type: ignore[arg-type]
-        columns = ("request_id", "decode_step", "model", "fingerprint")
+        columns: tuple[str, ...] = ("request_id", "decode_step", "model", "fingerprint")
+        if layers is not None:
+            columns += ("layer", "record")
         for batch in store.fingerprints(**filters, columns=columns):  # type: ignore[arg-type]
             numbers = fingerprints_of(batch).astype(np.float64)
             if not np.isfinite(numbers).all():
@@ -53,6 +59,8 @@ def means(
             ids = batch.column("request_id").to_pylist()
             if models is not None:
                 models.update(batch.column("model").to_pylist())
+            if layers is not None:
+                layers.update(layer_sets(batch.filter(pa.array(wanted))))
             for i in np.flatnonzero(wanted).tolist():
                 sums = waiting.pop(ids[i], None)
                 if sums is None:

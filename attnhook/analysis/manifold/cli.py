@@ -39,7 +39,9 @@ def discover(
         str | None,
         typer.Option(help="Take position 0 out, by the mass of the span of this name; attnhook probe's is sink."),
     ] = None,
-    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Put several models on one map.")] = False,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Put several models, or means over different layers, on one map.")
+    ] = False,
     neighbours: Annotated[int, typer.Option(help="Neighbours of a point on the map.")] = _DEFAULTS.neighbours,
     min_distance: Annotated[float, typer.Option(help="Least distance of points on the map.")] = _DEFAULTS.min_distance,
     epochs: Annotated[int, typer.Option(help="Rounds of the map's layout.")] = _DEFAULTS.epochs,

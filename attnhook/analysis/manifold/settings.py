@@ -19,7 +19,7 @@ class Settings:
     model: str | None = None  # only this model's records
     layers: tuple[int, ...] | str | None = None  # None: a record's mean over its layers; "all", or these layers
     without_sink: str | None = None  # name of the span (0, 1), whose key is taken out of every fingerprint
-    allow_mixed: bool = False  # records of several models on one map
+    allow_mixed: bool = False  # records of several models, or means over different layers, on one map
     variance: float = 0.95  # share of the variance that the kept components explain
     neighbours: int = 15  # of a point on the map
     min_distance: float = 0.0  # between points on the map, in UMAP's units

@@ -5,6 +5,7 @@ The copy is what makes a discovery repeatable: a store that a collector writes o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from attnhook.analysis import probes
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
 from attnhook.analysis.zones import ZONE_NAMES, classify_many, without_key
 from attnhook.errors import OptionError, RecordError
-from attnhook.sinks.columns import NAMES, fingerprints_of, fixed_list, to_records
+from attnhook.sinks.columns import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets, to_records
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
     Raises
     ------
     OptionError
-        Too few rows, or several models without ``allow_mixed``.
+        Too few rows; several models, or means over different layers, without ``allow_mixed``.
     RecordError
         A fingerprint that is none, with its record named.
     """
@@ -67,7 +68,8 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
         total = store.count(model=settings.model)
         done = 0
         whole = settings.layers is not None or settings.without_sink is not None
-        columns = NAMES if whole else (*_KEYS, "fingerprint")
+        columns = NAMES if whole else (*_KEYS, "fingerprint", "layer", "record")
+        sets: Counter[tuple[int, ...]] = Counter()
         with pq.ParquetWriter(target, _schema()) as writer:
             for batch in store.fingerprints(model=settings.model, columns=columns):
                 done += batch.num_rows
@@ -80,6 +82,8 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
                         f"{url} holds records of several models ({', '.join(sorted(counts))}): name one with --model, "
                         "or put them on one map with --allow-mixed",
                     )
+                if settings.layers is None and not settings.allow_mixed:
+                    _refuse_other_layers(url, batch, sets)
                 pending.append(taken)
                 rows += taken.num_rows
                 if sum(one.num_rows for one in pending) >= ROWS:
@@ -93,6 +97,17 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
         )
     names = [list(key) for key in strata.numbers]
     return {"rows": rows, "models": dict(sorted(counts.items())), "strata": names}
+
+
+def _refuse_other_layers(url: str, batch: pa.RecordBatch, sets: Counter[tuple[int, ...]]) -> None:
+    """Count the batch's sets of layers; means over different layers are different numbers, and would be clusters."""
+    sets.update(layer_sets(batch))
+    if len(sets) > 1:
+        raise OptionError(
+            "layers",
+            f"{url} holds records of different layers ({show_layer_sets(sets)}, as far as read), whose means are "
+            "not of one kind: give each layer its own row with --layers all, or put them on one map with --allow-mixed",
+        )
 
 
 def chunks(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

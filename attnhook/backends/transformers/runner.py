@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnhook.analysis import zones
 from attnhook.analysis.zones import Zone
+from attnhook.backends.transformers import bos
 from attnhook.backends.transformers.default_model import NAME, default_model_path
 from attnhook.capture import capture
 from attnhook.errors import AttnhookError, OptionError, PluginError
@@ -27,11 +28,26 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer."""
+    """A model with its tokenizer; ``bos`` is the token that every text begins with by its GGUF file, if there is one.
+
+    Make token ids with `encode_text` and `encode_chat`: the tokenizer by itself may leave that token out.
+    """
 
     model: Any
     tokenizer: Any
     name: str
+    bos: int | None = None
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text, with what the tokenizer adds, and ``bos`` in front exactly once."""
+        return bos.once(self.tokenizer(text)["input_ids"], self.bos)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """Token ids of a chat up to where the answer begins, likewise; None where the model has no chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return bos.once(ids["input_ids"], self.bos)
 
     @property
     def context(self) -> int | None:
@@ -95,7 +111,8 @@ def load(model: str | None, dtype: str = "auto", device: str | None = None) -> L
     except (RuntimeError, AssertionError) as error:
         cause = " ".join(str(error).split())
         raise OptionError("device", f"device={device!r} cannot be used: {cause[:200]}; try --device cpu") from error
-    return Loaded(loaded, tokenizer, NAME if model is None else os.path.basename(os.path.normpath(place)))
+    first = bos.token(bos.read_header(place), tokenizer) if place.endswith(".gguf") else None
+    return Loaded(loaded, tokenizer, NAME if model is None else os.path.basename(os.path.normpath(place)), first)
 
 
 def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> list[int]:
@@ -105,13 +122,10 @@ def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> l
     """
     if not prompt.strip():
         raise OptionError("prompt", "the prompt is empty: give some text with --prompt or --file")
-    tokenizer = loaded.tokenizer
-    if chat and getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    if not ids:
+    ids = loaded.encode_chat([{"role": "user", "content": prompt}]) if chat else None
+    if ids is None:
+        ids = loaded.encode_text(prompt)
+    if ids in ([], [loaded.bos]):
         raise OptionError(
             "prompt", f"the model's tokenizer makes no token of the prompt {prompt[:40]!r}: give other text"
         )
@@ -122,7 +136,7 @@ def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> l
             f"the prompt has {len(ids)} tokens; with {max_new_tokens} new ones that is more than the model's context "
             f"of {context}: shorten the prompt or lower --max-new-tokens",
         )
-    return [int(i) for i in ids]
+    return ids
 
 
 def answer(
