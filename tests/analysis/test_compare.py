@@ -259,11 +259,11 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
     lines = path.read_text().splitlines()
     lines[5] = (
         lines[5]
-        .replace('"schema_version": 1', '"schema_version": 2')
-        .replace('"schema_version":1', '"schema_version":2')
+        .replace('"schema_version": 1', '"schema_version": 3')
+        .replace('"schema_version":1', '"schema_version":3')
     )
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RecordError, match="schema version 2"):
+    with pytest.raises(RecordError, match="schema version 3"):
         read(Source(f"jsonl:{path}"), name="A")
 
 
