@@ -251,7 +251,7 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
         data = bytearray(database.execute("SELECT record FROM records WHERE id = 3").fetchone()[0])
         data[2] = 9  # the version byte
         database.execute("UPDATE records SET record = ? WHERE id = 3", (bytes(data),))
-    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1: upgrade"):
+    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1 and 2: upgrade"):
         read(Source(f"sqlite:{tmp_path}/b.db"), name="B")
 
     path = tmp_path / "c.jsonl"
@@ -259,11 +259,11 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
     lines = path.read_text().splitlines()
     lines[5] = (
         lines[5]
-        .replace('"schema_version": 1', '"schema_version": 2')
-        .replace('"schema_version":1', '"schema_version":2')
+        .replace('"schema_version": 1', '"schema_version": 3')
+        .replace('"schema_version":1', '"schema_version":3')
     )
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RecordError, match="schema version 2"):
+    with pytest.raises(RecordError, match="schema version 3"):
         read(Source(f"jsonl:{path}"), name="A")
 
 

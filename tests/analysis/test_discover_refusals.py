@@ -94,8 +94,8 @@ def test_a_newer_schema_in_the_store(tmp_path):
     (file,) = (tmp_path / "store").rglob("*.parquet")
     table = pq.read_table(file)
     newer = file.with_name(file.name.replace(".parquet", "-newer.parquet"))
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, VERSION_KEY: b"2"}), newer)
-    with pytest.raises(RecordError, match=r"schema version 2; this attnhook reads 1: upgrade"):
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, VERSION_KEY: b"3"}), newer)
+    with pytest.raises(RecordError, match=r"schema version 3; this attnhook reads 2: upgrade"):
         discover(store, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 
