@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -49,12 +49,11 @@ def test_sink(url: _Url) -> None:
     stored = rules.apply([probe])[0] if rules else probe
     started = time.perf_counter()
     try:
-        sink.write([probe])
-        sink.flush()
+        with closing(sink):  # some hand over what they have only now
+            sink.write([probe])
+            sink.flush()
     except Exception as error:  # a sink may raise what it likes
         raise PluginError(f"sink {url} opens, but cannot be written to: {type(error).__name__}: {error}") from error
-    finally:
-        sink.close()
     print(f"{url}: a record was written in {(time.perf_counter() - started) * 1000:.0f} ms")
     if scheme not in store.SCHEMES or url == "jsonl:-":
         print("this sink cannot be read back: look for the request id", stored.request_id)
@@ -63,9 +62,10 @@ def test_sink(url: _Url) -> None:
         found = list(_stored_fingerprints(reader, stored.request_id))
     sink = plugins.open_sink(url)
     try:
-        removed = sink.delete(stored.request_id)
-    finally:
-        sink.close()
+        with closing(sink):
+            removed = sink.delete(stored.request_id)
+    except OSError as error:
+        raise PluginError(f"sink {url}: the probe {stored.request_id} could not be deleted: {error}") from error
     if len(found) != 1 or max(abs(a - b) for a, b in zip(found[0], stored.fingerprint.tolist(), strict=True)) > 1e-6:
         raise PluginError(f"sink {url}: {len(found)} records came back, or another fingerprint than was written")
     with store.open_store(url) as reader:
@@ -101,7 +101,7 @@ def convert(
         whole = not hasattr(getattr(sink, "inner", sink), "write_columns")
         done = 0
         try:
-            with _progress(total) as (bar, task):
+            with closing(sink), _progress(total) as (bar, task):
                 for batch in reader.fingerprints(columns=NAMES, batch_size=1024 if whole else store.BATCH):
                     if whole:
                         sink.write(list(to_records(batch)))
@@ -109,12 +109,15 @@ def convert(
                         sink.write_columns(Columns.from_arrow(batch))
                     done += batch.num_rows
                     bar.update(task, completed=done)
-            sink.flush()
-            duplicates, left_out = getattr(sink, "duplicates", 0), sink.tokens_left_out
+                sink.flush()
+                duplicates, left_out = getattr(sink, "duplicates", 0), sink.tokens_left_out
         except AttnhookError as error:
             raise PluginError(f"{error}; {target} has the {done} rows before that") from error
-        finally:
-            sink.close()
+        except OSError as error:
+            raise PluginError(
+                f"{target} could not be finished: {error}; it may have a part of the rows: mend that, and convert "
+                "into a new one"
+            ) from error
     again = f", {duplicates} of them were there already" if duplicates else ""
     print(f"{done} rows of {source} are in {target}{again}")
     if left_out:
@@ -137,9 +140,10 @@ def prune(
     store.open_store(url).close()  # a store that is not there must not be made
     sink: Any = plugins.open_sink(url)
     try:
-        removed = sink.prune(retention.cutoff(days))
-    finally:
-        sink.close()
+        with closing(sink):
+            removed = sink.prune(retention.cutoff(days))
+    except OSError as error:
+        raise PluginError(f"{url} could not be pruned to the end: {error}; mend that, and prune it again") from error
     print(f"{removed} records of {url} were older than {days:g} days and are gone")
 
 

@@ -82,6 +82,9 @@ class Delivery:
             writer.lock = self._lock
         self._closing = self._reported = False
         _open.add(self)
+        # last registered, first run: what the sinks have imported by now, such as pyarrow's S3, is put down after them
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     @classmethod
     def from_urls(cls, urls: Sequence[str], *, queue_size: int = 65536, observe: bool = True) -> Delivery:
@@ -500,6 +503,5 @@ def _close_at_multiprocessing_exit() -> None:
         Finalize(None, _close_all, exitpriority=0)
 
 
-atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,10 +1,12 @@
-"""Count zones and mean entropy in a Parquet data set of fingerprints, with DuckDB or with Ray Data.
+"""Count zones and mean entropy in a Parquet data set of fingerprints, with DuckDB, Ray Data or Spark.
 
     python examples/read_parquet.py records --engine duckdb
     python examples/read_parquet.py records --engine ray --workers 4
+    python examples/read_parquet.py records --engine spark --workers 4
 
 DuckDB reads it on one machine, on all cores. Ray Data spreads the files over the workers of a cluster; the same
-script runs on one machine, with as many workers as you name. Both print the same table.
+script runs on one machine, with as many workers as you name. Spark (pyspark, and Java 17 or newer) does too. All print
+the same table.
 """
 
 from __future__ import annotations
@@ -62,16 +64,40 @@ def with_ray(folder: str, workers: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def with_spark(folder: str, workers: int) -> dict[str, dict[str, float]]:
+    """The same by Spark, here on this machine; with ``spark-submit`` on a cluster."""
+    from pyspark.sql import SparkSession, functions
+
+    session = (
+        SparkSession.builder.master(f"local[{workers}]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .getOrCreate()
+    )
+    try:
+        table = session.read.parquet(folder)
+        entropy = functions.avg(functions.col("fingerprint")[ENTROPY])
+        rows = table.groupBy("zone").agg(functions.count("*"), entropy).collect()
+    finally:
+        session.stop()
+    return {zone: {"rows": count, "entropy": mean} for zone, count, mean in rows}
+
+
 def main() -> None:
     """Print one JSON object per zone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="what stands behind parquet: in the sink's URL")
-    parser.add_argument("--engine", choices=("duckdb", "ray"), default="duckdb")
-    parser.add_argument("--workers", type=int, default=2, help="Ray workers")
+    parser.add_argument("--engine", choices=("duckdb", "ray", "spark"), default="duckdb")
+    parser.add_argument("--workers", type=int, default=2, help="workers of Ray or Spark")
     arguments = parser.parse_args()
-    found: dict[str, Any] = (
-        with_duckdb(arguments.folder) if arguments.engine == "duckdb" else with_ray(arguments.folder, arguments.workers)
-    )
+    found: dict[str, Any]
+    if arguments.engine == "duckdb":
+        found = with_duckdb(arguments.folder)
+    elif arguments.engine == "ray":
+        found = with_ray(arguments.folder, arguments.workers)
+    else:
+        found = with_spark(arguments.folder, arguments.workers)
     for zone, values in sorted(found.items()):
         print(json.dumps({"zone": zone, **values}))
 

@@ -21,7 +21,12 @@ from attnhook.errors import OptionError, ServerError
 from attnhook.records import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.vllm.engine import free_port, needs_vllm, serve
-from tests.test_cli import command, refused
+from tests.test_cli import (
+    Cli,
+    attnhook_cli,  # noqa: F401 - a fixture
+    command,
+    refused,
+)
 
 QUESTION = "What is the capital of France? 🎉"
 CAPABILITIES = ("GET", "/v1/attention/capabilities")
@@ -137,9 +142,9 @@ def error(message: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_replies_that_cannot_be_used(answer: Any, parts: list[str]) -> None:
+def test_replies_that_cannot_be_used(answer: Any, parts: list[str], attnhook_cli: Cli) -> None:  # noqa: F811
     with server({**GOOD, CHAT: answer}) as (url, _):
-        ran = command("run", "--url", url)
+        ran = attnhook_cli("run", "--url", url)
     refused(ran, *parts)
     assert "\x1b" not in ran.err
 

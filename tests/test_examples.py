@@ -58,3 +58,11 @@ def test_ray_data_reads_it_with_two_workers(dataset):
     path, expected = dataset
     found = _run(path, "--engine", "ray", "--workers", "2")
     assert {zone: (rows, pytest.approx(entropy)) for zone, (rows, entropy) in found.items()} == expected
+
+
+@pytest.mark.slow
+def test_spark_reads_it(dataset):
+    pytest.importorskip("pyspark", reason="pyspark (hundreds of MB) is not installed here")
+    path, expected = dataset
+    found = _run(path, "--engine", "spark")
+    assert {zone: (rows, pytest.approx(entropy)) for zone, (rows, entropy) in found.items()} == expected

@@ -450,7 +450,7 @@ def test_importing_attnhook_imports_no_engine():
         assert "attnhook" in roots
 
 
-@pytest.mark.parametrize("order", ["transformers first", "attnhook first"])
+@pytest.mark.parametrize("order", [pytest.param("transformers first", marks=pytest.mark.slow), "attnhook first"])
 def test_works_whichever_is_imported_first(order):
     first, second = "import attnhook; hooked = attnhook.install()", "from transformers import LlamaForCausalLM"
     if order == "transformers first":
@@ -535,6 +535,7 @@ print(json.dumps([transformers.__version__, results, len(records), wrapped()]))
 """
 
 
+@pytest.mark.slow
 def test_a_missing_hook_point_is_named_and_nothing_stays_patched():
     run = python("-c", MISSING)
     assert run.returncode == 0, run.stderr

@@ -142,6 +142,7 @@ def test_a_bad_setting_stops_the_process_with_one_line(environ, named):
     assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_mid_generate_loses_no_record(script, tmp_path):
     path = tmp_path / "records.jsonl"
     process = subprocess.Popen(
@@ -168,6 +169,7 @@ def test_ctrl_c_in_mid_generate_loses_no_record(script, tmp_path):
     assert steps <= len(found) <= steps + 1
 
 
+@pytest.mark.slow
 def test_spawned_children_write_their_records_too(script, tmp_path):
     path = tmp_path / "records.jsonl"
     run = python(script, "spawn", ATTNHOOK="1", ATTNHOOK_SINKS=f"jsonl:{path}")

@@ -30,6 +30,8 @@ pip install -q --no-deps "$(grep '^sglang==' constraints.txt)"
 # SGLang imports torchvision, whose PyPI build fails next to a CPU torch, in Transformers too: in a folder of its own,
 # which only SGLang's tests put on the path
 pip install -q --no-deps --target "$venv/sglang-extra" "$(grep '^torchvision==' constraints.txt)"
+# moto, the S3 server of the tests, in a folder that only its process has on the path
+pip install -q --no-deps --target "$venv/moto-extra" -r tools/moto-requirements.txt
 # the oldest SGLang that we support and one between, each in a folder that only its tests put on the path
 for version in 0.5.11 0.5.21; do
   tools/sglang_other.sh "$venv/bin/python" "$version" "$venv/sglang-$version"

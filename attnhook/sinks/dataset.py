@@ -54,6 +54,11 @@ class Dataset:
         try:
             if "://" not in path:
                 return cls(path, fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
+            if "@" in path.split("://", 1)[1].split("/", 1)[0]:  # URLs are in logs, metrics and error messages
+                raise PluginError(
+                    f"parquet:{path.split('://', 1)[0]}://…@…: credentials do not belong into a URL, which is logged; "
+                    "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an AWS profile"
+                )
             query = urlencode(filesystem_options or {})
             filesystem, base = fs.FileSystem.from_uri(path + (f"?{query}" if query else ""))
         except (OSError, ValueError, ImportError) as error:  # pa.ArrowException is one of these
@@ -61,6 +66,8 @@ class Dataset:
                 f"parquet:{path}: {error}; name a folder, or a URI that pyarrow.fs.FileSystem.from_uri takes, such as "
                 "s3://bucket/records?region=eu-central-1"
             ) from error
+        if not base.strip("/") and not isinstance(filesystem, fs.LocalFileSystem):
+            raise PluginError(f"parquet:{path} names no bucket; write parquet:s3://bucket/records")
         return cls(path, filesystem, base.rstrip("/"))
 
     @property
@@ -81,7 +88,8 @@ class Dataset:
             else:
                 raise PluginError(f"parquet:{self.url} holds no records: it has no {MARKER}; name a folder of the sink")
         except (OSError, ValueError, AttributeError) as error:
-            raise PluginError(f"parquet:{self.url} cannot be used: {error}. {_remedy(error)}") from error
+            text = str(error).rstrip(".")
+            raise PluginError(f"parquet:{self.url} cannot be used: {text}. {self.remedy(error)}") from error
         if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
             raise PluginError(
                 f"parquet:{self.url} has schema version {version!r}; this attnhook knows {SCHEMA_VERSION}: upgrade "
@@ -99,6 +107,15 @@ class Dataset:
             file.write(json.dumps({"schema_version": version}).encode())
         if self.is_local:
             os.replace(target, marker)
+
+    def remedy(self, error: Exception) -> str:
+        """What to do where the file system raised ``error``."""
+        text = str(error).lower()
+        if isinstance(self.filesystem, fs.S3FileSystem):
+            for signs, remedy in _S3_REMEDIES:
+                if any(sign in text for sign in signs):
+                    return remedy
+        return _remedy(text)
 
     def files(self) -> list[str]:
         """Paths of the Parquet files, those begun first first."""
@@ -258,8 +275,25 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
-def _remedy(error: Exception) -> str:
-    text = str(error).lower()
+# parts of what the AWS SDK's messages say, in lower case
+_S3_REMEDIES = (
+    (
+        ("network_connection", "curlcode", "could not connect", "timeout"),
+        "The server does not answer: check endpoint_override=host:port, scheme=http or https, and the network.",
+    ),
+    (
+        ("access_denied", "access denied", "access_key", "accesskey", "signature", "token", "forbidden"),
+        "The server refuses these credentials: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN or "
+        "the AWS profile, and that they may list, read, write and delete in this bucket.",
+    ),
+    (
+        ("bucket", "no_such_bucket"),
+        "Create the bucket first, or let attnhook do it with allow_bucket_creation=1; check its name and region.",
+    ),
+)
+
+
+def _remedy(text: str) -> str:
     if "permission" in text or "read-only" in text or "access denied" in text:
         return "This process may not write there: change its permissions or credentials, or name another folder."
     if "no space" in text:

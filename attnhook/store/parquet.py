@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,17 +31,34 @@ class ParquetStore(Store):
     def close(self) -> None:
         """Nothing stays open."""
 
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = str(error).rstrip(".")
+            raise PluginError(
+                f"parquet:{self._dataset.url} cannot be read: {text}. {self._dataset.remedy(error)}"
+            ) from error
+
     def _count(self, filters: Filters) -> int:
-        if not filters.any:
-            return sum(self._dataset.metadata(path).num_rows for path in self._dataset.files())
-        condition = _condition(filters)
-        return sum(int(self._fragment(path).count_rows(filter=condition)) for path in self._dataset.files())
+        with self._readable():
+            if not filters.any:
+                return sum(self._dataset.metadata(path).num_rows for path in self._dataset.files())
+            condition = _condition(filters)
+            return sum(int(self._fragment(path).count_rows(filter=condition)) for path in self._dataset.files())
 
     def _fragment(self, path: str) -> ds.ParquetFileFragment:
         self._dataset.metadata(path)  # refuses what is damaged or newer
         return ds.ParquetFileFormat().make_fragment(path, self._dataset.filesystem)
 
     def _batches(
+        self, filters: Filters, columns: Sequence[str], offset: int, limit: int | None, batch_size: int
+    ) -> Iterator[pa.RecordBatch]:
+        with self._readable():
+            yield from self._rows(filters, columns, offset, limit, batch_size)
+
+    def _rows(
         self, filters: Filters, columns: Sequence[str], offset: int, limit: int | None, batch_size: int
     ) -> Iterator[pa.RecordBatch]:
         condition = _condition(filters)
@@ -73,8 +91,6 @@ class ParquetStore(Store):
                         return
             except pa.ArrowInvalid as error:
                 raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
-            except OSError as error:
-                raise PluginError(f"{path} cannot be read: {error}; check its permissions and its disk") from error
 
 
 def _condition(filters: Filters) -> pc.Expression | None:

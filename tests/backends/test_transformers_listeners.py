@@ -97,6 +97,7 @@ def test_a_pass_of_one_token_does_not_vouch_for_a_model() -> None:
         registry.register("sdpa", original)
 
 
+@pytest.mark.slow
 def test_only_the_inner_forward_is_compiled() -> None:
     model = llama()
     ids = torch.arange(2, 32)[None]

@@ -152,6 +152,7 @@ def fill(disk):
     return ballast
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_nothing_is_lost_when_there_is_room_again(tmp_path):
     with small_disk(tmp_path / "disk", 12_000) as disk, collect(tmp_path, "--store", "sqlite:disk/x.db") as collector:
         worker = producer(collector.address, "a", 20, 250)
@@ -286,6 +287,7 @@ def test_nonsense_is_counted_by_kind_and_never_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_a_second_collector_on_a_store_and_ports_in_use_are_refused_by_name(tmp_path):
     other = ["--store", "sqlite:y.db"]
     with collect(tmp_path, "--store", "sqlite:x.db") as collector:

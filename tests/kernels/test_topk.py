@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -143,8 +144,23 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kernel", WAYS)
+def in_every_way() -> Iterator[Any]:
+    """Every case in every way; slow is what the interpreter of Triton takes long for.
+
+    That is the longest cases, and of two Triton ways one for each other case: the inner loop has each case in one of
+    them in turn, and where both have branches of their own, in both.
+    """
+    both = {"everything", "prompt, everything", "window per row", "bf16 mla", "unit and tile boundaries", "gqa 9:3"}
+    assert both <= CASES.keys()
+    for turn, name in enumerate(CASES):
+        for kernel in WAYS:
+            longest = name in (LONGEST, "long prompts between single rows")
+            other = name not in both and kernel == ("triton, one pass", "triton, recompute")[turn % 2]
+            slow = "triton" in kernel and (longest or other)
+            yield pytest.param(kernel, name, id=f"{kernel}-{name}", marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("kernel", "name"), in_every_way())
 def test_matches_the_oracle(kernel: str, name: str) -> None:
     rows, arguments = CASES[name]
     if name == LONGEST and "triton" in kernel and not torch.cuda.is_available():
@@ -243,7 +259,7 @@ def test_uniform_attention_reports_the_first_positions(kernel: str) -> None:
     assert_close("histogram", got.histogram[0], expected, 1e-6)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", (*KERNELS[:3], pytest.param("triton", marks=pytest.mark.slow)))
 def test_long_context_fills_every_bin(kernel: str) -> None:
     # more tiles than the selection reads at once, and distances beyond the last edge
     length = 33_000

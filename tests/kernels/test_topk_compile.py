@@ -87,7 +87,13 @@ print("compiled")
 '''
 
 
-@pytest.mark.parametrize("target", [("cuda", "90", "32"), ("hip", "gfx942", "64")], ids=["h100", "mi300"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(("cuda", "90", "32"), id="h100"),
+        pytest.param(("hip", "gfx942", "64"), id="mi300", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles(target: tuple[str, str, str]) -> None:
     root = Path(__file__).parents[2]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
