@@ -18,7 +18,7 @@ from attnhook.probing import journal as journals
 from attnhook.probing import repeats
 from attnhook.probing.run import Tally, run
 from attnhook.probing.targets import LocalTarget, ServerTarget, Target, check_concurrency
-from attnhook.sinks import Sink
+from attnhook.sinks import Sink, config
 
 _SKIPS_SHOWN = 3
 
@@ -195,6 +195,8 @@ def _open(out: str, journal: journals.Journal, going_on: bool) -> Sink:
     try:
         if going_on:
             journal.settle()
+        if config.split(out)[1].get("tokens", "0").lower() in ("1", "true"):
+            raise PluginError(f"--out {out}: tokens=1 has nothing to add: probes have no token ids; drop it")
         sink = plugins.open_sink(out)
     except AttnhookError:
         if not going_on:

@@ -214,8 +214,11 @@ def test_what_belongs_to_another_run_is_left_alone(copied: Path, tiny: str) -> N
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == {"p.jsonl": before["p.jsonl"]}
 
 
-def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    refused(
+        attnhook("probe", "--model", tiny, "--out", "jsonl:a?tokens=1", *PACKS), "probes have no token ids; drop it"
+    )
     refused(attnhook("probe"), "--out is missing", "jsonl:probes.jsonl")
     refused(attnhook("probe", "--packs", "nope", "--list"), "pack 'nope' does not exist", "brackets", "chat")
     refused(attnhook("probe", "--out", "jsonl:a", "--limit", "0"), "limit=0")
