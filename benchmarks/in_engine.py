@@ -2,9 +2,9 @@
 
 Two runs of one server differ by more than the 1% that is allowed to idle hooks (`benchmarks.overhead` shows by how
 much), so each hooked function is clocked from without and from within, where the engine's own begins. What lies
-between is attnhook's and the clocks'. With vLLM a third clock, right within the second, tells in the same calls what a
-clock itself costs, which is taken off; with SGLang the figure includes it. So it is the share of tokens per second
-that is lost, but for what capture does to the processor's caches. Hooks of the process where the model runs (vLLM's
+between is attnhook's and the clocks'. A third clock, right within the second, tells in the same calls what a clock
+itself costs, which is taken off. So it is the share of tokens per second that is lost, but for what capture does to
+the processor's caches. Hooks of the process where the model runs (vLLM's
 engine core, SGLang's scheduler) hold a step up; a server's front end is another process, on another core, and has its
 own column (vLLM only).
 
@@ -119,7 +119,7 @@ class Sglang:
             grammar_backend="none", dtype="float32", context_length=2048, max_total_tokens=8192,
             max_running_requests=8, sleep_on_idle=True, log_level="warning",
         )  # fmt: skip
-        self._shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r", shape=(4,))
+        self._shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r", shape=(5,))
 
     def generate(self, prompts: list[list[int]], new: int, fields: dict[str, Any]) -> int:
         """Answer the prompts at once; how many tokens came with their attention."""
@@ -129,7 +129,8 @@ class Sglang:
 
     def read(self) -> Reading:
         """The clocks after the last pass."""
-        return Reading(*(float(value) for value in self._shared))
+        within, without, calls_within, calls, innermost = (float(value) for value in self._shared)
+        return Reading(within + (within - innermost), without, calls_within, calls)
 
     def close(self) -> None:
         """End the engine's processes."""
@@ -142,7 +143,7 @@ def again_for_sglang() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         clocks = Path(folder) / "clocks"
-        np.zeros(4).tofile(clocks)
+        np.zeros(5).tofile(clocks)
         environ = {**os.environ, **ENGINES["sglang"].environ}
         environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(Path(__file__).parents[1])])
         environ.update(ATTNHOOK="1", HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore", IDLE_CLOCKS=str(clocks))

@@ -41,11 +41,10 @@ _SHORT_WINDOW = frozenset({"TritonAttnBackend"})
 def view(
     pool: Any, layer: Any, slots: Slots, backend: str, *, decodes: bool, sinks: torch.Tensor | None = None
 ) -> LayerView:
-    """What a captured row of this layer attends to. Raises UnsupportedError for what cannot be read.
+    """What a captured row of this layer, which `check` has let pass, attends to.
 
     ``backend`` is the name of the class that computes it, ``decodes`` whether the pass is one of decoding.
     """
-    check(pool, layer)
     number = layer.layer_id
     table = slots.of(number)
     return LayerView(

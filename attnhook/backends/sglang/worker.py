@@ -31,6 +31,7 @@ logger = logging.getLogger("attnhook")
 Original = Callable[..., Any]
 
 _GRAPHS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner", "graph_runner", "piecewise_cuda_graph_runner")
+_COLUMNS = 512  # positions by which the table of slots grows: the kernel prepares its jobs anew for another width
 _KEPT_ROWS = 512  # most requests of one replay whose queries are kept; SGLang's own graphs go to 512 by default
 
 
@@ -164,6 +165,7 @@ class _Worker:
                 step.add(computed)
             places = torch.tensor([i for i, _, _ in asking], device=batch.req_pool_indices.device)
             longest = max(computed.first + computed.tokens for computed in self.computed.values())
+            longest = -(-longest // _COLUMNS) * _COLUMNS
             table = self.runner.req_to_token_pool.req_to_token[batch.req_pool_indices[places], :longest]
             self.slots = pool.Slots(self.runner.token_to_kv_pool, table.to(torch.int32))
             self._aim(step, batch)
