@@ -124,12 +124,7 @@ def test_what_was_written_and_not_acknowledged_is_not_written_twice(tmp_path, st
     first = Collector("tcp://127.0.0.1:*", [url], journal=tmp_path / "j")
     for start in range(0, 200, 20):  # its writers never start: it is killed before they could
         first._handle(frames.encode(bytes(16), start, {}, [one.to_bytes() for one in records[start : start + 20]]))
-    first.receiver._close()
-    first.journal.close()
-    for lock in first._locks:
-        lock.close()
-    for one in first._writers:
-        one.abandon()
+    abandon(first)
     before = plugins.open_sink(url)
     before.write(records[:100])
     before.close()
@@ -161,12 +156,7 @@ def test_token_ids_reach_a_store_that_asks_and_no_journal_of_one_that_does_not(t
     first._handle(frames.encode(bytes(16), 0, {}, rows))  # its writers never start: it is killed before they could
     journal = b"".join(file.read_bytes() for file in (tmp_path / "j").iterdir())
     assert (token.to_bytes(4, "little") in journal) == (option == "?tokens=1")
-    first.receiver._close()
-    first.journal.close()
-    for lock in first._locks:
-        lock.close()
-    for one in first._writers:
-        one.abandon()
+    abandon(first)
 
     second = Collector("tcp://127.0.0.1:*", [url], journal=tmp_path / "j")
     second.start()
@@ -199,3 +189,13 @@ def test_a_damaged_store_or_none_at_all_is_refused_and_left_as_it_is(tmp_path):
             Collector(listen, [f"sqlite:{tmp_path}/b.db"])
     shutil.rmtree(tmp_path / "b.db.journal")
     Collector("tcp://127.0.0.1:*", [f"sqlite:{tmp_path}/b.db"]).receiver._close()  # nothing was left locked
+
+
+def abandon(collector: Collector) -> None:
+    """Leave what a collector that is killed before its writers start leaves."""
+    collector.receiver._close()
+    collector.journal.close()
+    for lock in collector._locks:
+        lock.close()
+    for writer in collector._writers:
+        writer.abandon()

@@ -19,7 +19,7 @@ from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
 from tests.backends.servers import Server
 from tests.backends.sglang.engine import check, engine_environment, needs_sglang, serve
-from tests.backends.token_ids import check_line
+from tests.backends.token_ids import check_sinks
 from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import ROOT
 
@@ -282,27 +282,7 @@ def test_sinks_get_what_replies_get(client: Any, server: Server) -> None:
     """Token ids too, where a sink asks for them; the reply and the other sink have none."""
     reply = chat(client, "Something for the sink.", **ALL)
     choice = reply.choices[0]
-    entries = [*choice.prompt_attention_tokens, *choice.attention_tokens]
-    wanted = [entry["query_position"] for entry in entries]
-    assert not any("query_token" in entry or entry["schema_version"] != 1 for entry in entries)
-    plain = sink_lines(server, "sink.jsonl", reply.id, len(wanted))
-    assert [line["query_position"] for line in plain] == wanted
-    assert not any("query_token" in line or "token_ids" in line["layers"]["29"] for line in plain)
-    ids = sink_lines(server, "ids.jsonl", reply.id, len(wanted))
-    assert [line["query_position"] for line in ids] == wanted
-    for line in ids:
-        check_line(line, [*choice.prompt_token_ids, *choice.response_token_ids])
-
-
-def sink_lines(server: Server, name: str, request: str, count: int) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for _ in range(100):
-        read = read_jsonl(server.log.parent / name, tolerate_torn_tail=True)
-        lines = [line for line in read if request in line["request_id"]]
-        if len(lines) >= count:
-            break
-        time.sleep(0.2)
-    return lines
+    check_sinks(server.log.parent, reply, [*choice.prompt_token_ids, *choice.response_token_ids])
 
 
 def test_the_command_line_asks_and_verifies_a_server(server: Server, tmp_path: Path) -> None:
