@@ -29,7 +29,8 @@ class WebsocketSink(Sink):
     """``websocket:127.0.0.1:9003``: a text message per batch to every client; ``?token=...``, ``?origin=https://...``.
 
     The first message is ``{"type": "hello", "schema_version": 1}``, then ``{"type": "records", "records": [...]}``
-    follow, with the objects of the jsonl sink. A client gives the token as ``?token=`` or as bearer token.
+    follow, with the objects of the jsonl sink; each tells its own version, 2 where it has token ids. A client gives
+    the token as ``?token=`` or as bearer token.
 
     Delivery guarantee: none. A client sees what comes while it is connected; one that does not keep up (64 messages
     wait for it) is disconnected and counted in `dropped` as ``slow_client``, with no effect on the others.

@@ -33,7 +33,7 @@ from attnhook.store import discoveries
 from benchmarks.planted import KINDS, planted
 from tests.analysis.maps import SMALL, Stop, contents, kinds_of, records, stored, write
 from tests.collector.processes import PATIENCE, wait_for
-from tests.helpers import environment
+from tests.helpers import environment, python
 
 MAIN = "from attnhook.cli import main; main()"
 
@@ -120,6 +120,22 @@ def test_interrupted_after_the_artifact_has_its_name(planted_store, small_map, t
     assert contents(out) == contents(small_map) and (tmp_path / "out.partial").exists()
     discover(planted_store, out, SMALL, resume=True)
     assert contents(out) == contents(small_map) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_umap_is_compiled_once_for_all_processes():
+    code = """
+import numpy as np
+from attnhook.analysis.manifold import fit
+from attnhook.analysis.manifold.settings import Settings
+fit.embed(np.random.default_rng(0).normal(size=(400, 5)), Settings(), 0)
+from umap import layouts, umap_
+found = [getattr(module, name) for module in (umap_, layouts) for name in fit._COMPILED if hasattr(module, name)]
+print([sum(function.stats.cache_hits.values()) for function in found])
+"""
+    python("-c", code, timeout=300)  # may have to compile
+    again = python("-c", code)
+    assert again.stdout.strip() == "[1, 1, 1]", again.stderr
 
 
 @pytest.mark.slow

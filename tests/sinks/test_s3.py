@@ -219,8 +219,10 @@ def test_a_forked_child_writes_too(server):
 def test_a_missing_bucket(server):
     with pytest.raises(PluginError, match=r"'nowhere' not found.*allow_bucket_creation=1"):
         open_sink(server.url("nowhere/records"))
-    with pytest.raises(PluginError, match="holds no records"):
+    with pytest.raises(PluginError, match="there is no bucket 'nowhere'; correct its name"):
         open_store(server.url("nowhere/records"))
+    with pytest.raises(PluginError, match="holds no records"):
+        open_store(server.url("bucket/nothing"))
     open_sink(server.url("made/records", allow_bucket_creation="1")).close()
     assert b"made" in server.request("GET", "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from attnhook.errors import OptionError, needs
 #: Standard deviation from which on a column counts: captured probabilities are exact to 1e-5 (docs/numerics.md), so
 #: what varies less is rounding, and standardising would blow it up.
 NOISE = 1e-5
+
+#: What UMAP compiles anew in every process, for five seconds.
+_COMPILED = ("smooth_knn_dist", "compute_membership_strengths", "_nb_optimize_layout_euclidean_single_epoch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +112,7 @@ def embed(points: np.ndarray, settings: Settings, seed: int) -> np.ndarray:
     with needs("discovery", "analysis"):
         from scipy.spatial import cKDTree  # type: ignore[import-untyped]
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it has no TensorFlow, which nobody asked for
-            from umap import UMAP  # type: ignore[import-untyped]
+        UMAP = _umap()
     neighbours = min(settings.neighbours, len(points) - 1)
     distances, indices = cKDTree(points).query(points, neighbours)
     start = points[:, :2] / points[:, 0].std()
@@ -128,6 +130,19 @@ def embed(points: np.ndarray, settings: Settings, seed: int) -> np.ndarray:
         warnings.simplefilter("ignore")  # that it cannot transform new points: `model.Model` does
         found: np.ndarray = mapper.fit_transform(points.astype(np.float32))
     return found.astype(np.float32)
+
+
+@cache
+def _umap() -> Any:
+    """The class UMAP, with its compiled functions kept on disk from process to process, as those of ours are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no TensorFlow, which nobody asked for
+        from umap import UMAP, layouts, umap_  # type: ignore[import-untyped]
+    for module in (umap_, layouts):
+        for keep in (getattr(getattr(module, name, None), "enable_caching", None) for name in _COMPILED):
+            if keep is not None:  # numba's method for what it decorated without cache=True
+                keep()
+    return UMAP
 
 
 def cluster(embedding: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray, float | None]:
