@@ -82,6 +82,7 @@ def test_no_server_and_a_server_without_attnhook(tmp_path: Path) -> None:
         refused(command("run", "--url", url), "has no attnhook", "404", "ATTNHOOK=1 vllm serve")
 
 
+@pytest.mark.slow
 def test_options_that_make_no_sense_are_refused() -> None:
     url = "http://127.0.0.1:9/v1"
     refused(command("run", "--url", url, "--dtype", "float32"), "--dtype cannot be used with --url")

@@ -699,6 +699,7 @@ def test_ctrl_c_loses_nothing_that_is_queued(path):
     assert written(path) == list(range(200))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_put_neither_loses_nor_locks(path, tmp_path):
     code = """
         delivery = Delivery({"lines": Lines(PATH)}, queue_size=10**9)

@@ -65,6 +65,7 @@ def test_found_by_its_entry_point_and_listed_after_the_built_ins(thirdparty):
     assert "echo" not in ok(python(code))[1]  # nothing of it is attnhook's own
 
 
+@pytest.mark.slow
 def test_its_engine_sink_and_observer_work_together(thirdparty, tmp_path):
     out = tmp_path / "records.csv"
     code = f"""

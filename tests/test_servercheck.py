@@ -215,6 +215,7 @@ def test_a_server_that_takes_bad_input_is_found(bad: tuple[int, Any], part: str)
     assert problem.startswith("bad input is HTTP 400") and "attention_mode='everything'" in problem and part in problem
 
 
+@pytest.mark.slow
 def test_servers_that_cannot_be_checked() -> None:
     ran = command("verify", "--url", f"http://127.0.0.1:{free_port()}/v1")
     assert ran.code == 1 and "FAILED: " in ran.out and "cannot be reached" in ran.out and "refused" in ran.out

@@ -105,6 +105,7 @@ def test_with_the_variable_it_waits_for_the_engine():
     assert run.stdout == "False False {'memory:': {'queued': 0, 'written': 0, 'dropped': {}}}\n"
 
 
+@pytest.mark.slow
 def test_an_unmodified_script_writes_records_and_prints_the_same(script, tmp_path):
     path = tmp_path / "records.jsonl"
     plain = python(script)

@@ -64,6 +64,7 @@ def test_a_damaged_fingerprint_is_named(tmp_path, value):
         discover(store, tmp_path / "out", SMALL)
 
 
+@pytest.mark.slow
 def test_several_models_only_where_asked_for(tmp_path):
     store = store_of(tmp_path / "x.db", model="org/first")
     write(store, records(planted(150, seed=1)[0], ["s"] * 150, model="org/second"))

@@ -49,6 +49,7 @@ def block(rows: list[TokenRecord]) -> RowBlock:
     return read_rows([row.to_bytes() for row in rows])[0]
 
 
+@pytest.mark.slow
 def test_a_collector_tells_of_drift_and_stores_everything(baseline, tmp_path):
     drift.save(baseline, tmp_path / "base.npz")
     rng = np.random.default_rng(3)

@@ -99,6 +99,7 @@ def test_killed_under_load_and_started_again_every_record_is_stored_or_counted_a
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.slow
 def test_sigterm_writes_what_was_sent_and_what_is_queued(tmp_path):
     with collect(tmp_path, "--store", "sqlite:x.db") as collector:
         worker = producer(collector.address, "a", 40, 500)
@@ -212,6 +213,7 @@ def test_a_store_that_stays_full_drops_by_count_and_the_journal_keeps_the_rest(t
         assert len(keys(url)) + dropped == said["sent"]
 
 
+@pytest.mark.slow
 def test_nonsense_is_counted_by_kind_and_never_run(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -329,6 +331,7 @@ int clock_gettime(clockid_t clock, struct timespec *t) {
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_ten_days_changes_no_rate_and_loses_nothing(tmp_path):
     source, library = tmp_path / "clock.c", tmp_path / "clock.so"
     source.write_text(CLOCK)

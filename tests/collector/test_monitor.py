@@ -57,6 +57,7 @@ def test_the_screen_shows_what_is_wrong(collector):
         assert piece in text
 
 
+@pytest.mark.slow
 def test_the_command_in_its_three_modes(collector):
     live = python("-c", MAIN, "monitor", "--url", collector.url, "--count", "2", "--interval", "0.2")
     assert live.returncode == 0 and "received 30" in live.stdout, live.stderr

@@ -78,6 +78,7 @@ def test_what_a_store_refuses_is_found_and_the_rest_is_written_in_order(difficul
     assert found.stats()["written"] == 45
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_is_tried_again_and_the_store_opened_anew(difficult):
     difficult.broken = 5
     told: list[int] = []

@@ -351,6 +351,7 @@ def contrast(one: list[float], other: list[float]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+@pytest.mark.slow
 def test_a_link_into_a_large_report_scrolls_there(show: Show, large: Path) -> None:
     for screen in ({}, {"size": (390, 844), "phone": True}):
         page = show(large, "#token=3500", **screen)
@@ -364,6 +365,7 @@ def test_a_link_into_a_large_report_scrolls_there(show: Show, large: Path) -> No
         assert 0 <= top < bottom <= limit
 
 
+@pytest.mark.slow
 def test_large_report_stays_responsive(show: Show, large: Path) -> None:
     page = show(large)
     elements = page.eval("document.querySelectorAll('*').length")

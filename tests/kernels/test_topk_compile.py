@@ -90,7 +90,7 @@ print("compiled")
 @pytest.mark.parametrize(
     "target",
     [
-        pytest.param(("cuda", "90", "32"), id="h100"),
+        pytest.param(("cuda", "90", "32"), id="h100", marks=pytest.mark.slow),
         pytest.param(("hip", "gfx942", "64"), id="mi300", marks=pytest.mark.slow),
     ],
 )

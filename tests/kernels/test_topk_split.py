@@ -79,16 +79,14 @@ def split(case: Case, rank: int, ranks: int, layers: int = 2) -> list[TopK]:
     return step([layer] * layers)
 
 
-def work(rank: int, ranks: int, kernel: str, meeting: str, names: tuple[str, ...]) -> None:
-    """One process of a group; only the first looks at the results. ``names`` chooses cases, () is all."""
+def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
+    """One process of a group; only the first looks at the results."""
     os.environ["ATTNHOOK_KERNEL"] = kernel
     torch.set_num_threads(1)  # the ranks share the machine
     if kernel == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    chosen = [(name, case) for name, case in cases() if not names or name in names]
-    assert len(chosen) == len(names or dict(cases()))
-    for name, case in chosen:
+    for name, case in cases():
         results = split(case, rank, ranks)
         if rank:
             assert all(bool((x.positions == -1).all()) for x in results), f"{name}: a rank that was to stop went on"
@@ -109,18 +107,16 @@ def work(rank: int, ranks: int, kernel: str, meeting: str, names: tuple[str, ...
 
 
 @pytest.mark.parametrize(
-    ("kernel", "ranks", "names"),
+    ("kernel", "ranks"),
     [
-        pytest.param("compiled", 3, (), id="compiled-3"),
-        pytest.param("compiled", 2, (), id="compiled-2", marks=pytest.mark.slow),
-        pytest.param("torch", 3, (), id="torch-3", marks=pytest.mark.slow),
-        # in the interpreter: what differs most between the kernels, and all of it where there is time
-        pytest.param("triton", 2, ("cap and slopes", "spans and a mask", "heads of one rank"), id="triton-2-few"),
-        pytest.param("triton", 2, (), id="triton-2", marks=pytest.mark.slow),
+        ("compiled", 3),
+        pytest.param("compiled", 2, marks=pytest.mark.slow),
+        pytest.param("torch", 3, marks=pytest.mark.slow),
+        pytest.param("triton", 2, marks=pytest.mark.slow),
     ],
 )
-def test_heads_over_ranks(kernel: str, ranks: int, names: tuple[str, ...], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(ranks, kernel, str(tmp_path / "meeting"), names), nprocs=ranks)  # type: ignore[no-untyped-call]
+def test_heads_over_ranks(kernel: str, ranks: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, args=(ranks, kernel, str(tmp_path / "meeting")), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
 def test_rows_are_added_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_each_visible_key_is_read_once(way: str, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(table_reads.view_as(table) > 0, needed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's loads")
 def test_the_rows_of_a_prompt_share_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     case = build([(0, p) for p in range(40, 72)], heads=(8, 2), page_size=8)

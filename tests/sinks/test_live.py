@@ -194,6 +194,7 @@ def test_a_receiver_that_refuses_is_counted(receiver):
     assert sink.dropped == {"export_failed": 3}
 
 
+@pytest.mark.slow
 def test_no_receiver_does_not_hold_up_the_close():
     sink = plugins.open_sink("otlp:http://127.0.0.1:9")
     sink.write([record(0)])
@@ -236,6 +237,7 @@ def test_clients_see_records_as_they_come_and_nothing_is_computed_without_them()
     sink.close()
 
 
+@pytest.mark.slow
 def test_a_slow_client_is_dropped_and_the_others_see_everything():
     sink = WebsocketSink()
     sink.open("127.0.0.1:0")

@@ -89,6 +89,7 @@ def test_a_delivery_counts_the_drops_by_their_reason():
     assert stats == {"queued": 0, "written": 1, "dropped": {"collector_busy": 2}}
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_divided_and_a_drop_counts_only_its_rest(pull, monkeypatch):
     pull, address = pull
     monkeypatch.setattr(zmq_sink, "_FRAME_BYTES", 3 * len(record().to_bytes()))
@@ -108,6 +109,7 @@ def test_a_large_batch_is_divided_and_a_drop_counts_only_its_rest(pull, monkeypa
     late.close()
 
 
+@pytest.mark.slow
 def test_a_collector_that_comes_later_gets_what_waited():
     with zmq.Context() as context:
         probe = context.socket(zmq.PULL)
