@@ -86,8 +86,8 @@ class Dataset:
                 self.filesystem.create_dir(self.base, recursive=not self.is_local)
                 self._mark(version)
             else:
-                bucket = self.base.split("/", 1)[0]
-                if not self.is_local and self.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+                bucket = self.base.split("/", 1)[0]  # "" in file systems without buckets
+                if bucket and self.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
                     raise PluginError(f"parquet:{self.url}: there is no bucket {bucket!r}; correct its name")
                 raise PluginError(f"parquet:{self.url} holds no records: it has no {MARKER}; name a folder of the sink")
         except (OSError, ValueError, AttributeError) as error:
