@@ -138,10 +138,10 @@ def _umap() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has no TensorFlow, which nobody asked for
         from umap import UMAP, layouts, umap_  # type: ignore[import-untyped]
-    for module in (umap_, layouts):
-        for keep in (getattr(getattr(module, name, None), "enable_caching", None) for name in _COMPILED):
-            if keep is not None:  # numba's method for what it decorated without cache=True
-                keep()
+    for name in _COMPILED:
+        function: Any = getattr(umap_, name, None) or getattr(layouts, name, None)
+        if hasattr(function, "enable_caching"):  # numba's, for what was decorated without cache=True
+            function.enable_caching()
     return UMAP
 
 
