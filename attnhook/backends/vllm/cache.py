@@ -84,7 +84,7 @@ def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> 
         blocks, heads, size, double = kv_cache.shape
         dim = double // 2
         k, v = kv_cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
-        key_steps, value_steps = _cpu_packing(layer.isa, kv_cache.dtype, size, dim, impl.kv_cache_dtype)
+        key_steps, value_steps = _cpu_packing(_isa(layer, impl), kv_cache.dtype, size, dim, impl.kv_cache_dtype)
         block, head = k.stride(0), k.stride(1)
         steps = (block, key_steps[0], head, key_steps[1]), (block, value_steps[0], head, value_steps[1])
         known = layer.__dict__["_attnhook_places"] = kv_cache, k, v, *steps, size, heads, _softmax(impl)
@@ -92,6 +92,14 @@ def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> 
     return LayerView(
         PagedKeys(k, table, size, key_strides, heads), PagedKeys(v, table, size, value_strides, heads), softmax
     )
+
+
+def _isa(layer: Any, impl: Any) -> str:
+    """The instruction set by which the CPU cache is packed; vLLM up to 0.28 keeps it on the implementation."""
+    isa = getattr(layer, "isa", None) or getattr(impl, "isa", None)
+    if not isinstance(isa, str):
+        raise UnsupportedError("vLLM's CPU attention does not say for which instruction set it packs its keys (`isa`)")
+    return isa
 
 
 @lru_cache(maxsize=16)
@@ -132,23 +140,36 @@ def _cpu_packing(isa: str, dtype: torch.dtype, size: int, dim: int, kv_dtype: st
     return tuple(places)
 
 
-def _interleaved(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
-    """``[blocks, kv heads, slots, K | V]``, as the GPU backends see it; read from source."""
+def _gpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> LayerView:
+    """Keys and values of the GPU backends, by the number of the cache's dimensions.
+
+    ``[blocks, kv heads, slots, K | V]`` in vLLM 0.29 and later, ``[blocks, 2, slots, kv heads, dim]`` before; the
+    strides tell in which order they lie in memory.
+    """
     if kv_cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedError(f"a key cache of {kv_cache.dtype} is not read yet: start with --kv-cache-dtype auto")
-    _, heads, size, double = kv_cache.shape
-    dim = double // 2
-    block, head, slot, step = kv_cache.stride()
-    return LayerView(
-        PagedKeys(kv_cache[..., :dim], table, size, (block, slot, head, step), heads),
-        PagedKeys(kv_cache[..., dim:], table, size, (block, slot, head, step), heads),
-        _softmax(impl),
-    )
+    if kv_cache.dim() == 4:
+        dim = kv_cache.shape[3] // 2
+        k, v = kv_cache[..., :dim], kv_cache[..., dim:]
+    elif kv_cache.dim() == 5 and kv_cache.shape[1] == 2:
+        k, v = (part.transpose(1, 2) for part in kv_cache.unbind(1))
+    else:
+        raise UnsupportedError(
+            f"{type(impl).__name__} has a key cache of shape {list(kv_cache.shape)}, which attnhook does not know: it "
+            "reads [blocks, kv heads, slots, 2 * dim] and [blocks, 2, slots, kv heads, dim]"
+        )
+    return LayerView(_paged(k, table), _paged(v, table), _softmax(impl))
+
+
+def _paged(x: torch.Tensor, table: torch.Tensor) -> PagedKeys:
+    """``x`` is [blocks, kv heads, slots, dim] in any order of memory."""
+    block, head, slot, step = x.stride()
+    return PagedKeys(x, table, x.shape[2], (block, slot, head, step), x.shape[1])
 
 
 _READERS: dict[str, Callable[[Any, Any, torch.Tensor, torch.Tensor], LayerView]] = {
     "CPUAttentionBackendImpl": _cpu,
-    "FlashAttentionImpl": _interleaved,
-    "TritonAttentionImpl": _interleaved,
-    "FlashInferImpl": _interleaved,
+    "FlashAttentionImpl": _gpu,
+    "TritonAttentionImpl": _gpu,
+    "FlashInferImpl": _gpu,
 }

@@ -25,6 +25,7 @@ def policy() -> Policy:
 
 
 _model: Any = None  # ModelConfig of the engine that this front end feeds, once it is known
+_device: str | None = None  # on which that engine computes: "cpu", "cuda"
 
 
 def knowing_the_model(original: Original) -> Original:
@@ -32,9 +33,13 @@ def knowing_the_model(original: Original) -> Original:
 
     @wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        global _model
+        global _model, _device
+        from attnhook.backends.vllm import check_modules
+
+        check_modules()
         original(self, vllm_config, *args, **kwargs)
         _model = vllm_config.model_config
+        _device = str(vllm_config.device_config.device_type)
 
     return __init__
 
@@ -55,6 +60,11 @@ def model_dtype() -> str | None:
     """The dtype in which the model computes, such as "bfloat16"."""
     dtype = getattr(_model, "dtype", None)
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def model_device() -> str | None:
+    """The kind of device on which the model computes."""
+    return _device
 
 
 def check_model(options: RequestOptions) -> None:

@@ -90,20 +90,22 @@ class _Leaving:
 
 
 def with_capabilities(original: Original) -> Original:
-    """``register_api_routers``: add ``GET /v1/attention/capabilities``."""
+    """``register_vllm_serve_api_routers``: add ``GET /v1/attention/capabilities``."""
 
     @wraps(original)
-    def register_api_routers(args: Any, app: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(args, app, *rest, **kwargs)
+    def register_vllm_serve_api_routers(app: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(app, *args, **kwargs)
 
         async def tell() -> dict[str, Any]:
             from attnhook.backends.vllm import VllmBackend
 
             name, layers, heads = frontend.model_shape()
-            version, dtype = VllmBackend().version(), frontend.model_dtype()
-            return capabilities("vllm", version, name, layers, heads, frontend.policy(), dtype=dtype)
+            return capabilities(
+                "vllm", VllmBackend().version(), name, layers, heads, frontend.policy(),
+                dtype=frontend.model_dtype(), device=frontend.model_device(),
+            )  # fmt: skip
 
         app.add_api_route("/v1/attention/capabilities", tell, methods=["GET"])
         return result
 
-    return register_api_routers
+    return register_vllm_serve_api_routers

@@ -79,7 +79,7 @@ class _Worker:
             params = new.sampling_params
             packed = params.extra_args.get(KEY) if params is not None and params.extra_args else None
             if packed is not None:
-                self.asks[new.req_id] = packed, new.prompt_len - 1
+                self.asks[new.req_id] = packed, _prompt_length(new) - 1
 
     def plan(self, device: torch.device, rows: Iterator[Computed]) -> None:
         """Start the capture of a pass that computes these rows."""
@@ -127,8 +127,20 @@ class _Worker:
                         table = runner.block_tables.input_block_tables[number]
                     else:
                         table = runner.input_batch.block_table[number].get_device_tensor(runner.input_batch.num_reqs)
-                    return group.map_to_kernel_block_table(table)  # type: ignore[no-any-return]
+                    # before 0.32 the runner's table is the kernel's already
+                    mapped: Callable[[Any], Any] = getattr(group, "map_to_kernel_block_table", lambda same: same)
+                    return mapped(table)  # type: ignore[no-any-return]
         raise UnsupportedError(f"vLLM's runner has no block table of {name}")
+
+
+def _prompt_length(new: Any) -> int:
+    """Tokens of a new request's prompt; ``NewRequestData`` tells them itself from vLLM 0.29 on."""
+    known = getattr(new, "prompt_len", None)
+    if known is not None:
+        return int(known)
+    if new.prompt_token_ids is not None:
+        return len(new.prompt_token_ids)
+    return len(new.prompt_embeds)
 
 
 _current: _Worker | None = None  # whose pass runs now; a process runs one at a time
@@ -143,11 +155,16 @@ def initialising_cache(original: Original) -> Original:
     """``GPUModelRunner.initialize_kv_cache``: hook the layers, or refuse before the server takes requests."""
 
     @wraps(original)
-    def initialize_kv_cache(self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> Any:
-        result = original(self, kv_cache_config, is_profiling, **kwargs)
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, kv_cache_config, *args, **kwargs)
+        # V2 runners before 0.29 take no such argument
+        is_profiling = kwargs.get("is_profiling", args[0] if args else False)
         if self.vllm_config.model_config.runner_type == "pooling":
             logger.warning("attnhook captures nothing here: a pooling model generates no tokens")
         elif not is_profiling:
+            from attnhook.backends.vllm import check_modules
+
+            check_modules()
             worker = self._attnhook = _Worker(self)
             for number, (name, layer) in worker.layers.items():
                 if "_attnhook" not in layer.__dict__:

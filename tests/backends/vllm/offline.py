@@ -1,7 +1,8 @@
 """Runs vLLM offline in this process and writes what it captured: `python -m tests.backends.vllm.offline JOB OUT`.
 
 JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``, and the folder of
-a LoRA ``adapter``), ``together`` (one generate call for all, or one each). OUT gets JSON: token ids, and
+a LoRA ``adapter``), ``together`` (one generate call for all, or one each), or, in place of these two, ``batches`` of
+requests, a generate call each. OUT gets JSON: token ids, and
 records in hexadecimal.
 """
 
@@ -27,8 +28,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     scheduler._preempt_request = preempt
     replies: list[dict[str, Any]] = []
-    requests = job["requests"]
-    batches = [requests] if job.get("together", True) else [[request] for request in requests]
+    requests = job.get("requests", [])
+    batches = job.get("batches") or ([requests] if job.get("together", True) else [[request] for request in requests])
     for batch in batches:
         prompts = [{"prompt_token_ids": request["ids"]} for request in batch]
         params = [

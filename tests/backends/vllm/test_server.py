@@ -232,6 +232,7 @@ def test_capabilities(server: Server) -> None:
     told = server.get("/v1/attention/capabilities")
     assert told["engine"]["name"] == "vllm" and told["model"] == "smol"
     assert told["layers"] == list(range(30)) and told["query_heads"] == 9
+    assert told["dtype"] == "float32" and told["device"] == "cpu"
     assert told["limits"] == {
         "return_attention_tokens": True,
         "max_concurrent": LIMIT,
