@@ -18,9 +18,10 @@ from attnhook.records import SCHEMA_VERSION, TokenRecord
 from attnhook.verify import Report, own_versions
 
 #: Largest self-check error that is the engine's own rounding; a dtype that is not told gets the widest.
-REBUILT = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
+#: "tf32": float32 on a GPU, where engines multiply in TF32.
+REBUILT = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2}
 #: Largest difference of a probability between two answers with the same tokens, which need not share a batch.
-REPEATED = {"float32": 1e-4}
+REPEATED = {"float32": 1e-4, "tf32": 1e-2}
 
 TOP_K, NEW = 8, 12
 PROMPT = (
@@ -131,6 +132,7 @@ def _check(client: Client, model: str | None, report: Report) -> None:
         "engine": " ".join(str(part) for part in engine.values() if part),
         "model": name,
         "dtype": str(dtype or "not told"),
+        "device": str(told.get("device") or "not told"),
         "attention layers": "not told" if layers is None else str(len(layers)),
         "query heads": str(told.get("query_heads") or "not told"),
         **{f"limit: {limit}": str(value) for limit, value in limits.items()},
@@ -140,6 +142,8 @@ def _check(client: Client, model: str | None, report: Report) -> None:
             f"{client.url} speaks schema_version {told.get('schema_version')!r}, this attnhook {SCHEMA_VERSION}: use "
             "the same attnhook on both sides"
         )
+    if dtype == "float32" and told.get("device") == "cuda":
+        dtype = "tf32"
     findings = Findings()
     lines: dict[str, str] = {}
     report.sections["answers"], report.sections["checks"] = lines, {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from attnhook import fingerprint as fp
 from attnhook import servercheck
@@ -260,4 +261,18 @@ def test_without_a_chat_template_and_fingerprints_only() -> None:
 
 def test_the_bounds_are_those_of_the_backends() -> None:
     known = {str(dtype).removeprefix("torch."): bound for dtype, bound in rebuild._TOLERANCE.items()}
+    known["tf32"] = rebuild.tolerance(torch.float32, "cuda")
     assert servercheck.REBUILT.items() <= known.items()
+    for dtype in rebuild._TOLERANCE:
+        assert rebuild.tolerance(dtype, "cpu") == rebuild._TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("device", "good"), [("cuda", True), ("cpu", False), (None, False)])
+def test_float32_on_a_gpu_may_be_tf32(device: str | None, good: bool) -> None:
+    def coarse(choice: Answer, streamed: bool) -> None:
+        if "attention_self_check" in choice:
+            choice["attention_self_check"] = {"max_error": 3e-3}
+
+    with server(answers(coarse, device=device)) as (url, _):
+        report = servercheck.run(url)
+    assert report.ok is good, report.problems

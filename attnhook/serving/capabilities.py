@@ -31,9 +31,10 @@ def capabilities(
     policy: Policy,
     *,
     dtype: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
-    """The answer, with plain JSON values; ``layers``, ``heads`` and ``dtype`` (of the model, such as "bfloat16")
-    are None where the front end can't tell."""
+    """The answer, with plain JSON values; ``layers``, ``heads``, ``dtype`` (of the model, such as "bfloat16")
+    and ``device`` ("cpu", "cuda") are None where the front end can't tell."""
     import attnhook
 
     defaults = RequestOptions.resolve()
@@ -47,6 +48,7 @@ def capabilities(
         "layers": layers,
         "query_heads": heads,
         "dtype": dtype,
+        "device": device,
         "top_k": {"default": defaults.top_k, "max": TOP_K_MAX},
         "default_layers": defaults.layers if isinstance(defaults.layers, str) else list(defaults.layers),
         "limits": policy.capabilities(),

@@ -68,6 +68,12 @@ def model_dtype() -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def model_device() -> str | None:
+    """The kind of device on which the model computes, such as "cuda"."""
+    device = getattr(getattr(_manager, "server_args", None), "device", None)
+    return None if device is None else str(device)
+
+
 def options_of(fields: Mapping[str, Any]) -> RequestOptions | None:
     """What a body's fields ask for, checked against the model; None where it does not ask. Raises OptionError."""
     options = asked(fields)

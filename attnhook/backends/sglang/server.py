@@ -96,7 +96,9 @@ def with_capabilities(original: list[Any]) -> _Routes:
         from attnhook.backends.sglang import SglangBackend
 
         name, layers, heads = frontend.model_shape()
-        version, dtype = SglangBackend().version(), frontend.model_dtype()
-        return capabilities("sglang", version, name, layers, heads, frontend.policy(), dtype=dtype)
+        return capabilities(
+            "sglang", SglangBackend().version(), name, layers, heads, frontend.policy(),
+            dtype=frontend.model_dtype(), device=frontend.model_device(),
+        )  # fmt: skip
 
     return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])

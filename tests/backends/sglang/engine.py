@@ -53,14 +53,14 @@ def _other_models(version: str) -> str:
 
 def engine_environment(**environ: str) -> dict[str, str]:
     version = environ.pop(UNDER_TEST, os.environ.get(UNDER_TEST, ""))
-    paths = [*_PATHS, version, str(ROOT)] if version else [*_PATHS, str(ROOT)]
+    paths = [*_PATHS, version, str(ROOT), os.environ.get("PYTHONPATH", "")]
     return environment(
         **{
             "ATTNHOOK": "1",
             "HF_HUB_OFFLINE": "1",
             "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_DISABLED_MODEL_ARCHS": _other_models(version),
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONWARNINGS": "ignore",
             **({"OMP_NUM_THREADS": "1"} if BESIDE_OTHERS else {}),
             **environ,

@@ -276,6 +276,7 @@ def test_capabilities(server: Server) -> None:
     told = server.get("/v1/attention/capabilities")
     assert told["engine"]["name"] == "sglang" and told["model"] == "smol"
     assert told["layers"] == list(range(30)) and told["query_heads"] == 9
+    assert told["dtype"] == "float32" and told["device"] == "cpu"
     assert told["limits"]["max_concurrent"] == LIMIT and told["top_k"] == {"default": 32, "max": 256}
 
 

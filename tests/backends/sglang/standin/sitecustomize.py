@@ -17,6 +17,8 @@ FAULT = 13  # a top_k that makes the capture step raise
 
 @wrapt.when_imported("torch")
 def declare(torch):
+    if torch.version.cuda is not None:
+        return  # the torch that torchvision was built for
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
