@@ -116,6 +116,6 @@ def launch_shape(group: int, tile_rows: int, head_dim: int, key_bytes: int) -> d
         "LANES": lanes,
         "BLOCK_D": block_d,
         "BLOCK_N": 32 if lanes > 64 or key_bytes > 2 else 64,
-        "num_warps": 8 if lanes > 64 else 4,
+        "num_warps": 8 if lanes >= 64 else 4,
         "num_stages": 3 if key_bytes <= 2 else 2,
     }
