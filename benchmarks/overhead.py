@@ -7,6 +7,9 @@ next. Prints ratios to the server without attnhook in the same round. Trust the 
 counts what the processes that run the model have computed, other users of the machine left out.
 
     python -m benchmarks.overhead [--engine sglang]
+
+With ``--device cuda`` the engines run in bfloat16 with CUDA graphs, and the decode time is what counts. There a third
+server, whose graphs keep every layer's queries, answers what asks for all layers; all servers start together.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -59,9 +62,11 @@ class Engine:
     environ: dict[str, str] = field(default_factory=dict)
 
 
+_VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+_SGLANG = (sys.executable, "-m", "sglang.launch_server", "--model-path")
 ENGINES = {
     "vllm": Engine(
-        (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
+        _VLLM,
         ("--served-model-name", NAME, "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"),
         ("vllm", "torch"),
         ("VLLM::Worker", "VLLM::EngineCore"),
@@ -69,7 +74,7 @@ ENGINES = {
     ),
     # on a CPU, with the kernel package's stand-in of the tests, whose code no token passes through
     "sglang": Engine(
-        (sys.executable, "-m", "sglang.launch_server", "--model-path"),
+        _SGLANG,
         (
             "--served-model-name", NAME, "--context-length", "2048", "--dtype", "float32", "--device", "cpu",
             "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
@@ -84,6 +89,31 @@ ENGINES = {
                 [str(_ROOT / "tests/backends/sglang/standin"), str(Path(sys.prefix) / "sglang-extra")]
             ),
         },
+    ),
+}  # fmt: skip
+# attention in Triton, so that both engines' servers fit beside each other; graphs of decoding passes, no compilation
+ON_GPU = {
+    "vllm": Engine(
+        _VLLM,
+        (
+            "--served-model-name", NAME, "--max-model-len", "4096", "--dtype", "bfloat16", "--max-num-seqs", "64",
+            "--attention-backend", "TRITON_ATTN", "--kv-cache-memory-bytes", str(8 << 30),
+            "--gpu-memory-utilization", "0.25",
+            "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}',
+        ),
+        ("vllm", "torch"),
+        ("VLLM::Worker", "VLLM::EngineCore"),
+        {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
+    ),
+    "sglang": Engine(
+        _SGLANG,
+        (
+            "--served-model-name", NAME, "--context-length", "4096", "--dtype", "bfloat16",
+            "--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
+            "--max-total-tokens", "100000", "--max-running-requests", "64", "--cuda-graph-max-bs-decode", "64",
+        ),
+        ("sglang", "torch"),
+        ("sglang::scheduler",),
     ),
 }  # fmt: skip
 
@@ -118,38 +148,60 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--starts", type=int, default=2, help="times that both servers are started")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all modes per start")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no new round is begun")
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds before each measurement")
+    parser.add_argument("--json", type=Path, help="also write the ratios to this file, after each round")
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="the rest goes to both servers")
     options = parser.parse_args()
     if options.model is None:
         from attnhook.backends.transformers.default_model import default_model_path
 
         options.model = str(default_model_path())
+    options.end = time.monotonic() + 60 * options.minutes
     rounds: list[dict[tuple[str, int], Sample]] = []
     for _ in range(options.starts):
-        rounds += measure(options, len(rounds))
+        measure(options, rounds)
     print(table(options, rounds))
 
 
-def measure(options: argparse.Namespace, turn: int) -> list[dict[tuple[str, int], Sample]]:
-    """The rounds of one start of both servers; the order of the modes turns from round to round."""
+def measure(options: argparse.Namespace, rounds: list[dict[tuple[str, int], Sample]]) -> None:
+    """Add the rounds of one start of all servers; the order of the modes turns from round to round."""
     prompts = prompt_ids(options)
-    found: list[dict[tuple[str, int], Sample]] = []
-    with started(options, plugin=False) as without, started(options, plugin=True) as plugged:
-        for mode in MODES:  # fills the prefix cache, compiles what compiles late
-            server = without if mode == WITHOUT else plugged
+    modes = list(MODES)
+    with contextlib.ExitStack() as stack:
+        servers = start(options, stack)
+
+        def run(mode: str, batch: int, new: int) -> Sample:
+            name = mode if mode in servers else IDLE
+            return servers[name].run(mode, prompts[:batch], new, options.top_k)
+
+        for mode in modes:  # fills the prefix cache, compiles what compiles late
             for batch in options.batch:
-                server.run(mode, prompts[:batch], 4, options.top_k)
-        for n in range(options.rounds):
+                run(mode, batch, 4)
+        for _ in range(options.rounds):
+            if rounds and time.monotonic() > options.end:
+                return
             samples = {}
-            modes = list(MODES)
-            for mode in modes[(turn + n) % len(modes) :] + modes[: (turn + n) % len(modes)]:
-                server = without if mode == WITHOUT else plugged
+            turn = len(rounds) % len(modes)
+            for mode in modes[turn:] + modes[:turn]:
                 for batch in options.batch:
-                    time.sleep(PAUSE)
-                    samples[mode, batch] = server.run(mode, prompts[:batch], options.new_tokens, options.top_k)
-            found.append(samples)
-            print(f"round {turn + n + 1} of {options.starts * options.rounds}", file=sys.stderr, flush=True)
-    return found
+                    time.sleep(options.pause)
+                    samples[mode, batch] = run(mode, batch, options.new_tokens)
+            rounds.append(samples)
+            print(f"round {len(rounds)} of {options.starts * options.rounds}", file=sys.stderr, flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps(figures(options, rounds), indent=1) + "\n", encoding="utf-8")
+
+
+def start(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Server]:
+    """The servers by the mode that is theirs; `IDLE` answers every other."""
+    kinds: dict[str, dict[str, str]] = {WITHOUT: {"ATTNHOOK": "0"}, IDLE: {"ATTNHOOK": "1"}}
+    if options.device == "cpu":
+        return {name: stack.enter_context(launched(options, environ))() for name, environ in kinds.items()}
+    kinds["all layers"] = {"ATTNHOOK": "1", "ATTNHOOK_GRAPH_LAYERS": "all"}
+    waits = {name: stack.enter_context(launched(options, environ)) for name, environ in kinds.items()}
+    return {name: wait() for name, wait in waits.items()}
 
 
 def prompt_ids(options: argparse.Namespace) -> list[list[int]]:
@@ -209,29 +261,55 @@ class Server:
         raise RuntimeError(f"no process named {' or '.join(self._engine.workers)} among {sorted(used)}")
 
 
+def figures(options: argparse.Namespace, rounds: list[dict[tuple[str, int], Sample]]) -> dict[str, Any]:
+    """The table's numbers, and tokens per second of the server without attnhook."""
+    told: dict[str, Any] = {"engine": options.engine, "rounds": len(rounds), "ratios": []}
+    for batch in options.batch:
+        wall = statistics.median(samples[WITHOUT, batch].wall for samples in rounds)
+        for mode in MODES:
+            one = ratio(rounds, mode, batch, "wall")
+            told["ratios"].append(
+                {"batch": batch, "mode": mode, "tokens_per_second_without": 1 / wall, **one._asdict()}
+            )
+    return told
+
+
 @contextlib.contextmanager
-def started(options: argparse.Namespace, *, plugin: bool) -> Iterator[Server]:
-    """A server on a free port of the loopback interface, ended with everything that it started."""
-    engine = ENGINES[options.engine]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def launched(options: argparse.Namespace, own: dict[str, str]) -> Iterator[Callable[[], Server]]:
+    """A server on a free port of the loopback interface, ended with everything that it started.
+
+    What it yields waits until the server is up.
+    """
+    engine = (ENGINES if options.device == "cpu" else ON_GPU)[options.engine]
+    port = 65_535
+    while port > 55_000:  # older releases of SGLang take the port that is higher by 10,000 too
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     command = [
         *engine.command, options.model, "--host", "127.0.0.1", "--port", str(port), *engine.arguments,
         *options.arguments,
     ]  # fmt: skip
     plain = {name: value for name, value in os.environ.items() if not name.startswith("ATTNHOOK")}
-    environ = {"HF_HUB_OFFLINE": "1", **engine.environ, **plain, "ATTNHOOK": "1" if plugin else "0"}
+    environ = {"HF_HUB_OFFLINE": "1", **engine.environ, **plain, **own}
+    if "PYTHONPATH" in engine.environ:  # comes before what is there
+        environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [engine.environ["PYTHONPATH"], plain.get("PYTHONPATH", "")])
+        )
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
-        try:
+
+        def wait() -> Server:
             url, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
             while not is_up(url):
                 if process.poll() is not None or time.monotonic() > until:
                     log.seek(0)
                     raise RuntimeError("the server did not start:\n" + log.read().decode(errors="replace")[-4000:])
                 time.sleep(0.5)
-            yield Server(url, process, engine)
+            return Server(url, process, engine)
+
+        try:
+            yield wait
         finally:
             stop(process)
 
