@@ -78,6 +78,7 @@ class Session:
         self.model = model
         self.dropped: Counter[str] = Counter() if dropped is None else dropped
         self.active = False
+        self.ran: Counter[str] = Counter()  # class of a model -> its forward passes while this session listened
         self._logged: set[str] = set()
 
     def drop(self, reason: str, rows: int, why: str | Exception) -> None:
@@ -415,6 +416,11 @@ class Captured(list[TokenRecord]):
         return [record for record in self if record.is_prompt]
 
 
+def _name(model: object) -> str:
+    """The class of the model that a session wants, or those of several."""
+    return " or ".join(type(one).__name__ for one in (model if isinstance(model, tuple) else (model,)))
+
+
 @contextmanager
 def capture(
     *, model: object = None, sinks: str | Sequence[str] = (), on_error: str = "raise", **options: Any
@@ -424,7 +430,8 @@ def capture(
     Parameters
     ----------
     model
-        Only forward passes of this model; default: all.
+        Only forward passes of this model, or of the models that it wraps (PEFT, ``torch.compile``, DataParallel, a
+        module of your own, a pipeline); default: all.
     sinks
         Sink URLs (``"jsonl:records.jsonl"``) that get the records too. Where one has ``tokens=1`` the records in the
         list have token ids as well.
@@ -445,11 +452,13 @@ def capture(
     ------
     OptionError, UnsupportedError, PluginError
     """
-    from attnhook import lifecycle
+    from attnhook import lifecycle, plugins
 
     if on_error not in ("raise", "drop"):
         raise OptionError("on_error", f"on_error={on_error!r} must be 'raise' or 'drop'")
     resolved = CaptureOptions.resolve({**options, "sinks": sinks})
+    if model is not None:
+        model = plugins.model_in(model)
     records = Captured()
     delivery = lifecycle.open_delivery(resolved)  # observers too, unless install() shows them everything
 
@@ -463,6 +472,12 @@ def capture(
     try:
         with lifecycle.hooks(resolved), session:
             yield records
+        if session.ran and not records and not records.dropped:
+            ran = ", ".join(f"{name} ({count} forward passes)" for name, count in session.ran.items())
+            logger.warning(
+                "capture() ended without a record, although models ran inside: %s%s", ran,
+                "" if model is None else f". model= asked for passes of {_name(model)} alone",
+            )  # fmt: skip
     finally:
         if delivery is not None:
             delivery.close()

@@ -11,7 +11,7 @@ import pluggy
 
 from attnhook import hookspecs
 from attnhook.backends import Backend
-from attnhook.errors import PluginError
+from attnhook.errors import OptionError, PluginError
 from attnhook.sinks import Sink
 
 GROUP = "attnhook"
@@ -69,6 +69,26 @@ def backends() -> dict[str, Backend]:
 
     _call_each("attnhook_register_backends", register)
     return found
+
+
+def model_in(target: object) -> object:
+    """What ``capture(model=target)`` listens to: the model that ``target`` is or wraps, or a tuple of several.
+
+    A backend may tell by a method ``models_in(target)``; where one has no such method, what no other knows is left as
+    it is. Raises OptionError where no backend finds a model in it.
+    """
+    asked = [getattr(backend, "models_in", None) for backend in backends().values()]
+    found = [model for models_in in asked if models_in is not None for model in models_in(target)]
+    if found:
+        return found[0] if len(found) == 1 else tuple(found)
+    if None in asked:
+        return target
+    raise OptionError(
+        "model",
+        f"model={str(target)[:60]!r} ({type(target).__name__}) is no model of Transformers and holds none (as PEFT's, "
+        "torch.compile's, DataParallel's and your own modules and pipelines do), so nothing could be captured: pass "
+        "the model, or leave model= out to capture every model",
+    )
 
 
 def sink_classes() -> dict[str, type[Sink]]:

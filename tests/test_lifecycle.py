@@ -26,6 +26,7 @@ OWNERS = (
     modeling_utils.PreTrainedModel,
     generation.GenerationMixin,
     generation.StoppingCriteriaList,
+    generation.LogitsProcessorList,
 )
 ORIGINAL = {owner: dict(vars(owner)) for owner in OWNERS}
 

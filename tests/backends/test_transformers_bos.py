@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import transformers
 
 from attnhook.analysis import probes
 from attnhook.backends.transformers import bos, runner
@@ -25,7 +26,10 @@ def load(path: Path, **metadata: object) -> runner.Loaded:
 def test_a_text_begins_with_it_where_the_file_says_so(tmp_path):
     loaded = load(tmp_path, add_bos_token=True)
     own = loaded.tokenizer("the cat")["input_ids"]
-    assert BOS not in own, "Transformers has learned it: nothing of this is needed any more"
+    learned = own[0] == BOS  # as in 5.24; it is still once
+    assert not learned or transformers.__version__ != "5.19.0"
+    own = own[learned:]
+    assert BOS not in own
     assert loaded.encode_text("the cat") == [BOS, *own]
     assert runner.encode(loaded, "the cat", chat=True, max_new_tokens=1) == [BOS, *own]
     assert loaded.encode_text("<bos>the cat") == [BOS, *own]  # who writes it out gets no second one

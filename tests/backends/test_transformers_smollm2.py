@@ -11,6 +11,7 @@ import torch
 
 import attnhook
 from tests import oracle
+from tests.helpers import tiny_model
 
 pytestmark = pytest.mark.model
 NEW = 6
@@ -203,7 +204,7 @@ def test_capture_in_another_thread_and_of_one_model(smol: Any, tokenizer: Any, l
         thread.start()
         thread.join()
     assert len(records) == NEW
-    with attnhook.capture(top_k=4, model=object()) as nothing, attnhook.capture(top_k=4, model=smol) as mine:
+    with attnhook.capture(top_k=4, model=tiny_model()) as nothing, attnhook.capture(top_k=4, model=smol) as mine:
         generate(smol, ids)
     assert (len(nothing), len(mine)) == (0, NEW)
 

@@ -96,6 +96,10 @@ class SglangBackend:
         except metadata.PackageNotFoundError:
             return None
 
+    def models_in(self, target: object) -> tuple[object, ...]:
+        """None: SGLang captures by request, not by model."""
+        return ()
+
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """Patch SGLang's modules now if they are imported, else when they are.
 

@@ -31,13 +31,19 @@ class TransformersBackend:
         except metadata.PackageNotFoundError:
             return None
 
+    def models_in(self, target: object) -> tuple[object, ...]:
+        """The models of Transformers that an object is or wraps."""
+        from attnhook.backends.transformers.wrappers import models_in
+
+        return models_in(target)
+
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """Patch Transformers now if it is imported, else when it is. Raises UnsupportedError."""
         installation = EngineInstallation(
             self.name,
             self.version(),
             _PATCHERS,
-            "transformers 5.x (tested with 5.19): pip install 'transformers>=5.16,<5.20'",
+            "transformers 5.16 to 5.24: pip install 'transformers>=5.16,<5.25'",
         )
         installation.start()
         return installation
@@ -53,6 +59,7 @@ def _patch_modeling(installation: EngineInstallation, module: ModuleType) -> Non
 def _patch_generation(installation: EngineInstallation, module: ModuleType) -> None:
     hooks = import_module("attnhook.backends.transformers.hooks")
     mixin = installation.need(module, "GenerationMixin")
+    installation.wrap(mixin, "generate", hooks.observing_generate)
     installation.wrap(mixin, "_sample", hooks.observing_sample)
     installation.wrap(mixin, "_valid_auto_compile_criteria", hooks.eager_while_capturing)
     for name, mode in _REFUSED_DECODING.items():
@@ -65,10 +72,16 @@ def _patch_stopping(installation: EngineInstallation, module: ModuleType) -> Non
     installation.wrap(installation.need(module, "StoppingCriteriaList"), "__call__", hooks.observing_stop)
 
 
+def _patch_processors(installation: EngineInstallation, module: ModuleType) -> None:
+    hooks = import_module("attnhook.backends.transformers.hooks")
+    installation.wrap(installation.need(module, "LogitsProcessorList"), "__call__", hooks.observing_processors)
+
+
 _PATCHERS = {
     "transformers.modeling_utils": _patch_modeling,
     "transformers.generation.utils": _patch_generation,
     "transformers.generation.stopping_criteria": _patch_stopping,
+    "transformers.generation.logits_process": _patch_processors,
 }
 _REFUSED_DECODING = {
     "_beam_search": "beam search",

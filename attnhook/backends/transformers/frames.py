@@ -7,7 +7,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from attnhook.capture import Row, Session, StepCapture, over_limit, wants_row
 from attnhook.errors import UnsupportedError
 from attnhook.options import check_heads, resolve_layers
 from attnhook.records import TokenRecord
+from attnhook.rowledger import RowLedger
 
 
 class Local(threading.local):
@@ -27,6 +28,8 @@ class Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.run: Run | None = None
+        self.generating: Any = None  # the model whose generate() runs
+        self.aside = 0  # inside code that generate() calls between its passes: their passes are not its own
         self.refused: str | None = None  # a decoding mode that cannot be captured
 
 
@@ -44,6 +47,47 @@ class Run:
     next_index: int = 0  # first padded index that no forward pass has computed yet
     sequences: torch.Tensor | None = None  # its token ids so far, int [B, n]: what the next pass goes on from
     given: int = 0  # n of its start; prompts given as embeddings have none
+    produced: dict[int, int] = field(default_factory=dict)  # finished sequence -> tokens it got
+    ledgers: dict[Session, RowLedger] = field(default_factory=dict)
+
+    @property
+    def so_far(self) -> int:
+        """Tokens that every unfinished sequence has got."""
+        return 0 if self.sequences is None else self.sequences.shape[1] - self.given
+
+    def ledger(self, session: Session) -> RowLedger:
+        """The account of one session; who is not there from the start has only rows from its first on."""
+        if session not in self.ledgers:
+            self.ledgers[session] = RowLedger(whole=False)
+        return self.ledgers[session]
+
+    def note_finished(self, done: torch.Tensor) -> None:
+        """After a pass: which sequences have met a stopping criterion, bool [B]."""
+        known = self.finished is not None and len(self.finished) == len(done)
+        self.finished = self.finished | done if known and self.finished is not None else done
+        if self.ledgers:
+            for b, ended in enumerate(self.finished.tolist()):
+                if ended:
+                    self.produced.setdefault(b, self.so_far)
+
+    def settle(self, model: Any, result: Any) -> None:
+        """At the end: every token that ``generate()`` returns has its row. Refuses, with the numbers, where not."""
+        sequences = getattr(result, "sequences", result)
+        if not isinstance(sequences, torch.Tensor):
+            return
+        total = sequences.shape[1] - self.given
+        tokens = {self.identity(b): self.produced.get(b, total) for b in range(len(sequences))}
+        for session, ledger in self.ledgers.items():
+            if not session.active or ledger.refused or not concerns(session, model, ledger):
+                continue
+            told, rows = ledger.check(tokens)
+            if told:
+                error = UnsupportedError(
+                    f"{type(model).__name__}.generate(): the captured rows are not those of the tokens that it returned"
+                    f" ({'; '.join(told[:3])}{', ...' if len(told) > 3 else ''}), so they cannot be relied on; please "
+                    "report the model and how it was called"
+                )
+                session.refuse(error, rows)
 
     def identity(self, sequence: int) -> tuple[str, int]:
         """(request id, choice) of a sequence of the batch."""
@@ -77,15 +121,17 @@ class Frame:
         self.attention_mask = arguments.get("attention_mask")
         self.position_ids = arguments.get("position_ids")
         self.input_ids = arguments.get("input_ids")
-        self.cache = arguments.get("past_key_values")
+        self.cache = _cache_among(arguments)
         self.past = _cached_tokens(self.cache)
         self.saw_attention = False
+        self.saw_other = False  # attention that is not causal: an encoder's, a vision tower's
         self.steps: dict[Session, StepCapture | None] = {}  # None: refused, or nothing to capture
         self.plans: dict[Any, Any] = {}  # per session and distinct mask; see hooks
         self._conversation: _Conversation | None = None
         self.q_len = 0
         self._rows: list[tuple[Row, int]] | None = None
         self._starts: list[int] = []  # padded index of each sequence's first token
+        self.accounted: set[Session] = set()  # whose rows of this pass are known
 
     def rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
         """Every real row of this pass as (row, index among its sequence's queries)."""
@@ -95,14 +141,18 @@ class Frame:
         return self._rows
 
     def _find_rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
+        run = self.run
+        if run is not None and run.prompt_length is not None and run.so_far:
+            # a cache of states (RecurrentGemma) tells no length; generate's own tokens do
+            self.past = max(self.past, run.prompt_length + run.so_far - q_len)
         total = self.past + q_len
         starts, ends = self._extent(batch, q_len)
         self._starts = starts
-        run = self.run
+        self._compare_positions(starts, ends, total)
         done: list[bool] = [False] * batch
         if run is not None:
             if run.prompt_length is None:
-                run.prompt_length = total
+                run.prompt_length = total - run.so_far  # a listener may come in the middle
             if run.finished is not None and len(run.finished) == batch:
                 done = run.finished.tolist()
         conversation = self._conversation
@@ -134,9 +184,34 @@ class Frame:
             self.run.next_index = self.past + self.q_len
         elif self._conversation is not None:
             self._conversation.steps += 1
-            cache = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
+            cache = self.cache if self.cache is not None else _cache_of(output)
             if cache is not None:
                 _conversations[cache] = self._conversation
+
+    def _compare_positions(self, starts: list[int], ends: list[int], total: int) -> None:
+        """Refuse where the model is told other positions than the cache's length says: keys were taken out of it."""
+        given = self.position_ids
+        if not self.past or not isinstance(given, torch.Tensor) or given.dim() != 2:
+            return
+        last = given[:, -1].tolist()
+        for b, start in enumerate(starts):
+            told = last[b % len(last)]
+            if ends[b] >= total and told > total - 1 - start:
+                raise UnsupportedError(
+                    f"position_ids say that the last token is at {told}, the cache says {total - 1 - start}: keys were "
+                    "taken out of the cache (eviction, compression), so its slots are not positions; capture without"
+                )
+
+    def account(self, session: Session) -> None:
+        """Enter this pass's rows into the generation's account of a session."""
+        if self.run is not None:
+            self.run.ledger(session).note(row for row, _ in self._rows or ())
+
+    def give_up(self, session: Session) -> None:
+        """This session was told that rows of this pass are refused."""
+        self.accounted.discard(session)
+        if self.run is not None:
+            self.run.ledger(session).refused = True
 
     def note_tokens(self, outer: Sequence[Frame]) -> None:
         """Remember the ids that this pass was given, directly or through the model around it."""
@@ -199,6 +274,7 @@ class Frame:
         layers = resolve_layers(session.options.layers, attention_layers(self.model))
         check_heads(session.options.heads, heads)
         rows = self.rows(batch, q_len)
+        self.accounted.add(session)
         cut = sum(over_limit(session.options, row.decode_step) for row, _ in rows)
         if cut:
             limit = session.options.max_tokens
@@ -212,10 +288,32 @@ class Frame:
         return [index[id(row)] for row in step.rows]
 
 
-def concerns(session: Session, model: Any) -> bool:
-    """Whether a session wants passes of ``model``, or of a model that is calling it now."""
-    wanted = session.model
-    return wanted is None or wanted is model or any(frame.model is wanted for frame in local.frames)
+def concerns(session: Session, model: Any, ledger: RowLedger | None = None) -> bool:
+    """Whether a session wants passes of ``model``, or of a model that is calling it now.
+
+    With a generation's ``ledger``: or has got some of them, as who wants a part of the model.
+    """
+    if session.model is None:
+        return True
+    wanted = session.model if isinstance(session.model, tuple) else (session.model,)
+    around = [model, *(frame.model for frame in local.frames)]
+    # a compiled model's own call is not seen, that of the model inside it is
+    if any(id(other) in _parts(one) for one in wanted for other in around):
+        return True
+    return ledger is not None and not ledger.empty
+
+
+def _parts(model: Any) -> frozenset[int]:
+    """Ids of a model and of the modules in it; of anything else its own."""
+    if not isinstance(model, torch.nn.Module):
+        return frozenset([id(model)])
+    known = _modules.get(model)
+    if known is None:
+        known = _modules[model] = frozenset(id(module) for module in model.modules())
+    return known
+
+
+_modules: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
 def attention_layers(model: Any) -> list[int]:
@@ -225,18 +323,68 @@ def attention_layers(model: Any) -> list[int]:
         config = getattr(model, "config", None)
         name = type(model).__name__
         if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedError(f"{name} is an encoder-decoder model; only decoder-only models can be captured")
-        found = sorted({m.layer_idx for m in model.modules() if is_causal_attention(m)})
+            raise encoder_decoder(model)
+        numbers = _numbered(model)
+        found = sorted(set(numbers.values()))
         if not found:
             raise UnsupportedError(
                 f"{name} has no causal attention that goes through Transformers' attention interface, so it cannot be "
                 "captured; models of the Llama, Qwen, Gemma, Mistral, GPT-2, ... families can"
             )
-        _layers[model] = found
+        _layers[model], _numbers[model] = found, numbers
     return found
 
 
 _layers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+_numbers: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()  # id of a module -> its layer
+
+
+def encoder_decoder(model: Any) -> UnsupportedError:
+    """Why a model of two halves is refused."""
+    return UnsupportedError(
+        f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be captured"
+    )
+
+
+def layer_number(model: Any, module: Any) -> int:
+    """The layer of a model's attention module; -1 for one that is none of its causal ones."""
+    attention_layers(model)
+    return _numbers[model].get(id(module), -1)
+
+
+def _numbered(model: Any) -> dict[int, int]:
+    """Each causal attention module's layer: its own number where these are distinct, else that of its place.
+
+    Raises UnsupportedError where neither tells the layers apart.
+    """
+    places: dict[int, list[str]] = {}
+    modules: dict[int, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_causal_attention(module):
+            modules[id(module)] = module
+            places.setdefault(id(module), []).append(name)
+    own = {key: int(module.layer_idx) for key, module in modules.items()}
+    shared = [names for names in places.values() if len(names) > 1]
+    if len(set(own.values())) == len(own) and min(own.values(), default=0) >= 0:
+        return own
+    if shared:
+        raise UnsupportedError(
+            f"{type(model).__name__} uses one attention module in several layers ({', '.join(shared[0][:3])}), whose "
+            "records could not be told apart, so it cannot be captured"
+        )
+    by_place = {key: _first_number(names[0]) for key, names in places.items()}
+    if None in by_place.values() or len(set(by_place.values())) < len(by_place):
+        raise UnsupportedError(
+            f"{type(model).__name__} gives several attention modules the same layer number "
+            f"({sorted(own.values())[:6]}), and their places in the model do not tell them apart either, so it cannot "
+            "be captured"
+        )
+    return {key: number for key, number in by_place.items() if number is not None}
+
+
+def _first_number(name: str) -> int | None:
+    """The 2 of "model.layers.2.shared_transformer.self_attn"."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def is_causal_attention(module: Any) -> bool:
@@ -252,6 +400,28 @@ def model_name(model: Any) -> str:
     """The model's name for records: a hub id as it is, a local path's last part only."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+
+
+#: Names of a model's argument that holds the keys of earlier passes: up to Transformers 5.23, from 5.24, of old.
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def _cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a pass was given, under whatever name: known by its type, else by a known name."""
+    from transformers.cache_utils import Cache
+
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            return value
+    return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that a pass has made, in its output: a ModelOutput, a dict or a tuple."""
+    from transformers.cache_utils import Cache
+
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _cached_tokens(cache: Any) -> int:

@@ -6,7 +6,8 @@ Each calls the original with its arguments unchanged; with no session listening 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from attnhook.backends.transformers.frames import (
     Frame,
     Run,
     concerns,
+    encoder_decoder,
     is_causal_attention,
+    layer_number,
     local,
 )
 from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
@@ -25,6 +28,7 @@ from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
 from attnhook.records import TokenRecord
+from attnhook.rowledger import RowLedger
 
 Original = Callable[..., Any]
 
@@ -54,7 +58,7 @@ def observing_call(original: Original) -> Original:
 
     @wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not sessions():
+        if not sessions() or local.aside:
             return original(self, *args, **kwargs)
         return _observed_call(original, self, args, kwargs)
 
@@ -66,23 +70,41 @@ def observing_sample(original: Original) -> Original:
 
     @wraps(original)
     def _sample(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if not sessions():
-            return original(self, input_ids, *args, **kwargs)
         config = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_return_sequences")), None)
         chunked = getattr(config, "prefill_chunk_size", None) is not None
-        outer = local.run
-        local.run = Run(
+        outer, aside = local.run, local.aside
+        run = local.run = Run(
             choices=getattr(config, "num_return_sequences", None) or 1,
             prompt_length=input_ids.shape[1] if chunked else None,
             sequences=input_ids,
             given=input_ids.shape[1],
+            # who listens from here on must get every row
+            ledgers={session: RowLedger() for session in sessions()},
         )
+        local.aside = 0
         try:
-            return original(self, input_ids, *args, **kwargs)
+            result = original(self, input_ids, *args, **kwargs)
         finally:
-            local.run = outer
+            local.run, local.aside = outer, aside
+        if run.ledgers:
+            run.settle(self, result)
+        return result
 
     return _sample
+
+
+def observing_generate(original: Original) -> Original:
+    """``GenerationMixin.generate`` that tells whose answer the models inside it serve."""
+
+    @wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, local.generating = local.generating, self
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            local.generating = outer
+
+    return generate
 
 
 def observing_stop(original: Original) -> Original:
@@ -90,14 +112,39 @@ def observing_stop(original: Original) -> Original:
 
     @wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        done = original(self, *args, **kwargs)
+        with _aside():
+            done = original(self, *args, **kwargs)
         run = local.run
-        if run is not None:
-            run.finished = done if run.finished is None else run.finished | done
+        if run is not None and not local.aside:
             run.sequences = args[0] if args else kwargs.get("input_ids")
+            run.note_finished(done)
         return done
 
     return __call__
+
+
+def observing_processors(original: Original) -> Original:
+    """``LogitsProcessorList.__call__``: a model that a processor calls (guidance) gives no token of this answer."""
+
+    @wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _aside():
+            return original(self, *args, **kwargs)
+
+    return __call__
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Passes inside the block are none of the generation around it: they run unobserved."""
+    if local.run is None:
+        yield
+        return
+    local.aside += 1
+    try:
+        yield
+    finally:
+        local.aside -= 1
 
 
 def eager_while_capturing(original: Original) -> Original:
@@ -128,6 +175,9 @@ def refusing_decoding(original: Original, mode: str) -> Original:
 def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # who listens is settled when a pass begins: who joins later would get part of its layers
     listening = local.frames[0].listening if local.frames else sessions()
+    if not local.frames:
+        for session in listening:
+            session.ran[type(model).__name__] += 1
     try:
         frame = Frame(model, args, kwargs, listening)
     except Exception as error:
@@ -142,16 +192,30 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
         local.frames.pop()
     if local.frames:
         local.frames[-1].saw_attention |= frame.saw_attention
-    elif not frame.saw_attention:
-        unseen = UnsupportedError(
-            f"{type(model).__name__} ran without one call of Transformers' attention interface, so nothing could be "
-            "captured; it computes attention in its own code"
-        )
+        local.frames[-1].saw_other |= frame.saw_other
+    elif not frame.saw_attention and local.generating in (None, model):
+        # what generate() runs beside its model, such as a vision tower, is left alone
         for session in listening:
             if session.active and concerns(session, model):
-                session.refuse(unseen, 1)
+                session.refuse(_unseen(frame), 1)
     _finish(frame, output)
     return output
+
+
+def _unseen(frame: Frame) -> UnsupportedError:
+    """Why a pass had nothing to capture."""
+    model, name = frame.model, type(frame.model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return encoder_decoder(model)
+    if frame.saw_other:
+        return UnsupportedError(
+            f"{name} made no causal attention call: it is an encoder or a vision tower, and only decoders can be "
+            "captured; where it runs beside a decoder, name that: capture(model=decoder)"
+        )
+    return UnsupportedError(
+        f"{name} ran without one call of Transformers' attention interface, so nothing could be captured; it computes "
+        "attention in its own code, or has none"
+    )
 
 
 def _finish(frame: Frame, output: Any) -> None:
@@ -161,7 +225,11 @@ def _finish(frame: Frame, output: Any) -> None:
         if any(session.tokens for session in frame.listening):
             frame.note_tokens(local.frames)
     for session, step in frame.steps.items():
-        if step is None or not session.active:
+        if not session.active:
+            continue
+        if session in frame.accounted:
+            frame.account(session)
+        if step is None:
             continue
         try:
             if step.missing:
@@ -173,6 +241,7 @@ def _finish(frame: Frame, output: Any) -> None:
             if session.tokens:
                 records = frame.with_tokens(records, step)
         except Exception as error:
+            frame.give_up(session)
             session.refuse(error, len(step.rows))
         else:
             session.deliver(records)
@@ -204,7 +273,10 @@ def _attend_observed(
     output = function(module, query, key, value, attention_mask, *args, **kwargs)
     frame = local.frames[-1] if local.frames else None
     causal = kwargs.get("is_causal")
-    if frame is None or not (is_causal_attention(module) if causal is None else causal):
+    if frame is None:
+        return output
+    if not (is_causal_attention(module) if causal is None else causal):
+        frame.saw_other = True
         return output
     frame.saw_attention = True
     for session in frame.listening:
@@ -216,6 +288,7 @@ def _attend_observed(
         except Exception as error:
             step = frame.steps.get(session)
             frame.steps[session] = None  # a record without this layer would be a partial one
+            frame.give_up(session)
             session.refuse(error, len(step.rows) if step else 1)
     return output
 
@@ -236,8 +309,16 @@ def _observe(
         return  # refused already, or no rows to capture
     batch, heads, q_len, head_dim = query.shape
     step = frame.step(session, batch, q_len, heads)
-    if step is None or module.layer_idx not in step.wanted:
+    if step is None:
         return
+    number = layer_number(frame.model, module)
+    if number not in step.wanted:
+        return
+    if number not in step.missing:
+        raise UnsupportedError(
+            f"layer {number} of {type(frame.model).__name__} made a second attention call in one forward pass, so its "
+            "record would be one of two; such a model cannot be captured"
+        )
     kind = family(implementation)
     _refuse_arguments(kwargs)
     window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
@@ -257,7 +338,7 @@ def _observe(
     keys = PagedKeys.from_dense(key)
     q = query.detach().transpose(1, 2)[plan.pick]  # [T, Hq, D]
     check_layer(module, kind, q[-1], key, value, plan.last[0], plan.seen, softmax, output[plan.last])
-    step.add(module.layer_idx, q, keys, plan.seen.last, plan.shift, window=plan.seen.count, **softmax)
+    step.add(number, q, keys, plan.seen.last, plan.shift, window=plan.seen.count, **softmax)
 
 
 class _Plan(NamedTuple):

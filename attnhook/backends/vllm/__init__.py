@@ -38,6 +38,10 @@ class VllmBackend:
                 continue
         return None
 
+    def models_in(self, target: object) -> tuple[object, ...]:
+        """None: vLLM captures by request, not by model."""
+        return ()
+
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """Patch vLLM's modules now if they are imported, else when they are.
 
