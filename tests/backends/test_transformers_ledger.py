@@ -199,9 +199,26 @@ def test_keys_that_were_taken_out_of_the_cache_are_refused() -> None:
         model(ids[:, :40], past_key_values=cache)
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
-    refused = pytest.raises(UnsupportedError, match="last token is at 40, the cache says 11")
+    refused = pytest.raises(UnsupportedError, match="the cache holds 11 tokens where 40 came before")
     with refused, attnhook.capture(), torch.no_grad():
         model(ids[:, 40:], past_key_values=cache, position_ids=torch.tensor([[40]]))
+
+
+def test_keys_that_are_taken_out_while_it_generates_are_refused() -> None:
+    """As kvpress does after the prompt: `generate` itself knows of no positions but those of the cache."""
+    model = tiny_model()
+    cache = tf.DynamicCache(config=model.config)
+
+    class Press(tf.LogitsProcessor):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if ids.shape[1] == PROMPT:
+                for layer in cache.layers:
+                    layer.keys, layer.values = layer.keys[:, :, 4:], layer.values[:, :, 4:]
+            return scores
+
+    pressed = {**settings(), "logits_processor": tf.LogitsProcessorList([Press()])}
+    with pytest.raises(UnsupportedError, match="the cache holds 6 tokens where 10 came before"), attnhook.capture():
+        model.generate(IDS, past_key_values=cache, **pressed)
 
 
 def test_layers_that_all_have_one_number_are_told_apart_by_their_places() -> None:
@@ -368,3 +385,17 @@ def test_what_is_refused_is_refused_with_the_true_reason(make: Any, reason: str)
     more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
     with pytest.raises(UnsupportedError, match=reason), attnhook.capture(), torch.no_grad():
         model(IDS, **more)
+
+
+def test_a_model_compiled_in_one_graph_is_refused_and_runs_on() -> None:
+    """Transformers' own guide compiles so; it crashed, with on_error="drop" too."""
+    model = tiny_model()
+    wanted = model.generate(IDS, **settings())
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=True)
+    assert torch.equal(model.generate(IDS, **settings()), wanted)
+    with pytest.raises(UnsupportedError, match="compiled with fullgraph=True"), attnhook.capture():
+        model.generate(IDS, **settings())
+    with attnhook.capture(on_error="drop") as records:
+        output = model.generate(IDS, **settings())
+    assert torch.equal(output, wanted) and not records and dict(records.dropped) == {"unsupported": NEW}
+    assert torch.equal(model.generate(IDS, **settings()), wanted)

@@ -122,7 +122,7 @@ class Frame:
         self.position_ids = arguments.get("position_ids")
         self.input_ids = arguments.get("input_ids")
         self.cache = _cache_among(arguments)
-        self.past = _cached_tokens(self.cache)
+        self.past = cached_tokens(self.cache)
         self.saw_attention = False
         self.saw_other = False  # attention that is not causal: an encoder's, a vision tower's
         self.steps: dict[Session, StepCapture | None] = {}  # None: refused, or nothing to capture
@@ -143,8 +143,11 @@ class Frame:
     def _find_rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
         run = self.run
         if run is not None and run.prompt_length is not None and run.so_far:
-            # a cache of states (RecurrentGemma) tells no length; generate's own tokens do
-            self.past = max(self.past, run.prompt_length + run.so_far - q_len)
+            behind = run.prompt_length + run.so_far - q_len
+            if self.past == 0:
+                self.past = behind  # a cache of states (RecurrentGemma) tells no length; generate's own tokens do
+            elif self.past != behind:
+                raise _evicted(self.past, behind)
         total = self.past + q_len
         starts, ends = self._extent(batch, q_len)
         self._starts = starts
@@ -197,10 +200,7 @@ class Frame:
         for b, start in enumerate(starts):
             told = last[b % len(last)]
             if ends[b] >= total and told > total - 1 - start:
-                raise UnsupportedError(
-                    f"position_ids say that the last token is at {told}, the cache says {total - 1 - start}: keys were "
-                    "taken out of the cache (eviction, compression), so its slots are not positions; capture without"
-                )
+                raise _evicted(self.past, told + start + self.past + 1 - total)
 
     def account(self, session: Session) -> None:
         """Enter this pass's rows into the generation's account of a session."""
@@ -286,6 +286,13 @@ class Frame:
         """Index among its sequence's queries of each row of ``step``."""
         index = {id(row): i for row, i in self._rows or ()}
         return [index[id(row)] for row in step.rows]
+
+
+def _evicted(held: int, given: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the cache holds {held} tokens where {given} came before: keys were taken out of it (eviction, compression), "
+        "so its slots are not positions; capture without that"
+    )
 
 
 def concerns(session: Session, model: Any, ledger: RowLedger | None = None) -> bool:
@@ -424,7 +431,7 @@ def _cache_of(output: Any) -> Any:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
-def _cached_tokens(cache: Any) -> int:
+def cached_tokens(cache: Any) -> int:
     """Tokens that earlier passes left in the cache."""
     if cache is None:
         return 0

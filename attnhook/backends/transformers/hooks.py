@@ -6,6 +6,7 @@ Each calls the original with its arguments unchanged; with no session listening 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -17,6 +18,7 @@ from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import (
     Frame,
     Run,
+    cached_tokens,
     concerns,
     encoder_decoder,
     is_causal_attention,
@@ -48,7 +50,7 @@ def observing_interface(original: Original) -> Original:
     @wraps(original)
     def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
         function = original(self, implementation, default)
-        return partial(_attend, function, implementation) if sessions() else function
+        return partial(_attend, function, implementation) if sessions() and not local.aside else function
 
     return get_interface
 
@@ -183,11 +185,18 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
     except Exception as error:
         for session in listening:
             if session.active and concerns(session, model):
-                session.refuse(error, 1)
+                _refuse(session, error)
         return original(model, *args, **kwargs)
+    if model in _in_one_graph and not local.frames:
+        return _unobserved(original, frame, args, kwargs)
     local.frames.append(frame)
     try:
         output = original(model, *args, **kwargs)
+    except RuntimeError as error:
+        if len(local.frames) > 1 or not _breaks_a_graph(error):
+            raise
+        _in_one_graph.add(model)
+        return _unobserved(original, frame, args, kwargs)
     finally:
         local.frames.pop()
     if local.frames:
@@ -197,9 +206,42 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
         # what generate() runs beside its model, such as a vision tower, is left alone
         for session in listening:
             if session.active and concerns(session, model):
-                session.refuse(_unseen(frame), 1)
+                _refuse(session, _unseen(frame))
     _finish(frame, output)
     return output
+
+
+_in_one_graph: weakref.WeakSet[Any] = weakref.WeakSet()  # models compiled with fullgraph=True
+
+
+def _breaks_a_graph(error: RuntimeError) -> bool:
+    """Whether torch.compile could not take a model in one piece because of our observers."""
+    return type(error).__module__ == "torch._dynamo.exc" and "attnhook captures" in str(error)
+
+
+def _unobserved(original: Original, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a model that is compiled in one piece as if nobody listened, and say that it cannot be captured."""
+    refused = UnsupportedError(
+        f"{type(frame.model).__name__} is compiled with fullgraph=True, and Python that captures attention cannot run "
+        "inside one graph: compile it with fullgraph=False (a captured pass runs uncompiled then)"
+    )
+    for session in frame.listening:
+        if session.active and concerns(session, frame.model):
+            _refuse(session, refused)
+    if cached_tokens(frame.cache) != frame.past:
+        raise refused  # part of the pass has run: it cannot be run again
+    local.aside += 1
+    try:
+        return original(frame.model, *args, **kwargs)
+    finally:
+        local.aside -= 1
+
+
+def _refuse(session: Session, error: Exception) -> None:
+    """Refuse a pass whose rows are not known; the generation around it then lacks them, and that has been said."""
+    if local.run is not None:
+        local.run.ledger(session).refused = True
+    session.refuse(error, 1)
 
 
 def _unseen(frame: Frame) -> UnsupportedError:
