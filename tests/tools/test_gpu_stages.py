@@ -40,9 +40,12 @@ def test_jobs_of_the_engines(stage: Any, tmp_path: Path) -> None:
             if job.graphs and "ATTNHOOK_GRAPH_LAYERS" not in job.environ:
                 assert any(ask.fields == engines.SOME_LAYERS for ask in asks)
             # a step that checks itself is not a graph's
-            if "ATTNHOOK_GRAPH_LAYERS" in job.environ:
-                assert not any("attention_self_check" in ask.fields for ask in asks)
+            if job.graphs:
+                assert any(not any("attention_self_check" in ask.fields for ask in batch) for batch in job.batches)
     assert "ATTNHOOK" in stage.environment(Context(Findings(), False, tmp_path))
+    checked = {job.numbers for job in stage.jobs("m") for batch in job.batches for ask in batch
+               if "attention_self_check" in ask.fields}  # fmt: skip
+    assert checked == {"float32", "tf32", "bfloat16"}
     covered = {job.numbers for job in stage.jobs("m")}
     assert covered == {"float32", "tf32", "bfloat16"}
 

@@ -68,6 +68,7 @@ def prepare(chosen: list[Stage], folder: Path) -> list[str]:
     archives = dict.fromkeys(name for stage in chosen for name in stage.archives)
     notes = machine.unpack(tuple(archives), folder)
     notes += [f"the machine: {line}" for line in machine.missing()]
+    sys.path[:0] = machine.paths(("base",))  # psutil, which ends what a stage has started
     print(f"unpacked in {time.monotonic() - began:.0f} s", flush=True)
     return notes
 

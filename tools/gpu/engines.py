@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu.machine import ROOT
-from tools.gpu.notes import KEPT, RECORDED
-from tools.gpu.stage import Context
+from tools.gpu.stage import KEPT, RECORDED, Context
 
 #: Bounds of docs/numerics.md: max |dP| and features against eager attention in float32.
 #: "tf32": an engine in float32 whose products are TF32, which has the mantissa of float16.
@@ -72,13 +71,13 @@ def prompts(vocabulary: int, longest: int) -> list[list[int]]:
 
 
 def mixed(ids: list[list[int]], fields: dict[str, Any], *, self_check: bool = False) -> list[Ask]:
-    """A batch of eight of which two do not ask, two ask for some layers, and one for the self-check if wanted."""
+    """A batch of eight: two do not ask, two ask for some layers; every row checks itself in the engine if wanted."""
     new = [12, 9, 20, 8, 16, 12, 10, 6]
     asks: list[dict[str, Any]] = [fields] * len(ids)
     asks[1] = asks[5] = SOME_LAYERS
     asks[4] = asks[6] = {}
     if self_check:
-        asks[3] = {**fields, "attention_self_check": True}
+        asks = [{**ask, "attention_self_check": True} if ask else ask for ask in asks]
     return [Ask(*each) for each in zip(ids, new, asks, strict=True)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import wrapt
 
-KEPT, RECORDED = "kept", "recorded"
+from tools.gpu.stage import KEPT, RECORDED
 
 
 @wrapt.when_imported("attnhook.serving.graphs")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from tools.gpu.findings import Findings
 
+#: What an engine notes (`tools.gpu.notes`): queries read from the buffers of graphs, a copy that became part of one.
+KEPT, RECORDED = "kept", "recorded"
+
 
 @dataclass
 class Context:

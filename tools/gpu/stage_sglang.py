@@ -54,7 +54,8 @@ def jobs(model: str) -> list[Job]:
         Job("float32, eager steps and graphs", "float32", float32,
             [mixed(ids, EVERY_ROW, self_check=True), mixed(ids, SOME_LAYERS), *late], exact, graphs=True, cached=True),
         Job("bfloat16, graphs keep all layers", "bfloat16", bfloat16,
-            [[Ask(ids[0], 2)], mixed(ids, DECODING), *late], every, graphs=True, cached=True),
+            [[Ask(ids[0], 2)], mixed(ids, EVERY_ROW, self_check=True), mixed(ids, DECODING), *late], every, graphs=True,
+            cached=True),
         Job("float32 as it comes (TF32)", "tf32", float32,
             [[Ask(ids[3], 6, {**EVERY_ROW, "attention_self_check": True})]]),
     ]  # fmt: skip

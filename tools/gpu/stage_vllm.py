@@ -58,13 +58,14 @@ def jobs(model: str) -> list[Job]:
     v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_F32_DEFAULT": "ieee"}
     every = {"ATTNHOOK_GRAPH_LAYERS": "all"}
     rows, decoding = [mixed(ids, EVERY_ROW, self_check=True), *late], [mixed(ids, DECODING), *late]
+    both = [rows[0], *decoding]
     return [
         Job("V1, eager, float32", "float32", float32 | EAGER, rows, v1, cached=True),
         Job("V2, eager, float32", "float32", float32 | EAGER, rows, v2, cached=True),
         Job("V1, full graphs, float32", "float32", float32 | FULL, decoding, v1 | every, graphs=True, cached=True),
-        Job("V2, full graphs, bfloat16", "bfloat16", bfloat16 | FULL, decoding, v2 | every, graphs=True, cached=True),
+        Job("V2, full graphs, bfloat16", "bfloat16", bfloat16 | FULL, both, v2 | every, graphs=True, cached=True),
         Job("V1, piecewise graphs, float32", "float32", float32 | PIECEWISE, rows, v1, cached=True),
-        Job("V2, full and piecewise graphs, FlashAttention, bfloat16", "bfloat16", flash | BOTH, decoding, v2 | every,
+        Job("V2, full and piecewise graphs, FlashAttention, bfloat16", "bfloat16", flash | BOTH, both, v2 | every,
             graphs=True, cached=True),
         Job("V1, eager, float32 as it comes (TF32)", "tf32", float32 | EAGER,
             [[Ask(ids[3], 6, {**EVERY_ROW, "attention_self_check": True})]], {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
