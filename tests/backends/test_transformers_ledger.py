@@ -387,6 +387,7 @@ def test_what_is_refused_is_refused_with_the_true_reason(make: Any, reason: str)
         model(IDS, **more)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_one_graph_is_refused_and_runs_on() -> None:
     """Transformers' own guide compiles so; it crashed, with on_error="drop" too."""
     model = tiny_model()

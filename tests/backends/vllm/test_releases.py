@@ -112,6 +112,7 @@ def test_the_cache_is_initialised_with_what_the_release_takes(given: Any) -> Non
         assert worker.initialising_cache(older)(runner, "config") == "done"
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_a_module_that_a_release_does_not_have_is_named() -> None:
     code = """
