@@ -400,3 +400,7 @@ def test_a_model_compiled_in_one_graph_is_refused_and_runs_on() -> None:
         output = model.generate(IDS, **settings())
     assert torch.equal(output, wanted) and not records and dict(records.dropped) == {"unsupported": NEW}
     assert torch.equal(model.generate(IDS, **settings()), wanted)
+    del model.forward  # no longer compiled
+    with attnhook.capture() as records:
+        model.generate(IDS, **settings())
+    assert places(records) == WANTED

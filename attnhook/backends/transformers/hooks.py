@@ -187,7 +187,7 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
             if session.active and concerns(session, model):
                 _refuse(session, error)
         return original(model, *args, **kwargs)
-    if model in _in_one_graph and not local.frames:
+    if not local.frames and model in _in_one_graph and _in_one_graph[model] == _compiled_by(model):
         return _unobserved(original, frame, args, kwargs)
     local.frames.append(frame)
     try:
@@ -195,7 +195,7 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
     except RuntimeError as error:
         if len(local.frames) > 1 or not _breaks_a_graph(error):
             raise
-        _in_one_graph.add(model)
+        _in_one_graph[model] = _compiled_by(model)
         return _unobserved(original, frame, args, kwargs)
     finally:
         local.frames.pop()
@@ -211,7 +211,13 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
     return output
 
 
-_in_one_graph: weakref.WeakSet[Any] = weakref.WeakSet()  # models compiled with fullgraph=True
+# models compiled with fullgraph=True, with what runs them then
+_in_one_graph: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _compiled_by(model: Any) -> tuple[int, int]:
+    """Tells whether a model is still compiled as it was: by a forward of its own, or by `torch.nn.Module.compile`."""
+    return id(model.__dict__.get("forward")), id(getattr(model, "_compiled_call_impl", None))
 
 
 def _breaks_a_graph(error: RuntimeError) -> bool:
