@@ -101,7 +101,7 @@ def test_bars_of_a_server(context: Context, monkeypatch: pytest.MonkeyPatch) -> 
         return type("Done", (), {"stdout": "", "returncode": 0})()
 
     monkeypatch.setattr(engines.subprocess, "run", run)
-    engines.overhead(context, "vllm", Path("m"), {})
+    engines.overhead(context, "vllm", Path("m"))
     states = {check.what: check.state for check in context.findings.checks}
     lost = "tokens per second lost, batch 8, "
     assert states[lost + "idle"] == "ok" and states[lost + "last layer"] == "missed"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tools.gpu.machine import ROOT
+from tools.gpu.model import make, oracle
 from tools.gpu.stage import KEPT, RECORDED, Context
 
 #: Bounds of docs/numerics.md: max |dP| and features against eager attention in float32.
@@ -79,6 +80,35 @@ def mixed(ids: list[list[int]], fields: dict[str, Any], *, self_check: bool = Fa
     if self_check:
         asks = [{**ask, "attention_self_check": True} if ask else ask for ask in asks]
     return [Ask(*each) for each in zip(ids, new, asks, strict=True)]
+
+
+def run_stage(
+    context: Context,
+    engine: str,
+    plan: Callable[[str], list[Job]],
+    start: Callable[[Job, Path], list[str]],
+    answers: Callable[[Job, Any], list[list[Answer]]],
+    environ: dict[str, str],
+    *,
+    at_once: int,
+) -> None:
+    """One engine's stage: make the model, run the jobs (some at once on a GPU), judge them, measure its server."""
+    for package in (engine, "transformers"):
+        context.findings.fact(package, metadata.version(package))
+    model = make(context.scratch / "model", device=context.device, rehearse=context.rehearse)
+    jobs = plan(str(model))
+    done = run_jobs(context, jobs, start, 1 if context.rehearse else at_once, environ)
+    judge = Judge(context, oracle(model, context.device), context.device)
+    for job in jobs:
+        if job.name in done:
+            found = json.loads((done[job.name] / "out.json").read_text(encoding="utf-8"))
+            judge.judge(job, answers(job, found), done[job.name])
+    del judge  # the servers need its memory
+    if not context.rehearse:
+        import torch
+
+        torch.cuda.empty_cache()
+    overhead(context, engine, model)
 
 
 def run_jobs(
@@ -190,7 +220,7 @@ class Judge:
             found.must(f"{name}: the last prompt was in the prefix cache", cached > 0, f"{cached} tokens", "> 0")
 
     def _compare(self, ask: Ask, answer: Answer) -> Any:
-        from tests import oracle
+        from tests.oracle import compare
 
         assert answer.error is None, f"attention_error: {answer.error}"
         assert len(answer.ids) == ask.new, f"{len(answer.ids)} tokens instead of {ask.new}"
@@ -204,26 +234,26 @@ class Judge:
         assert before == wanted, f"{len(before)} prompt rows instead of {len(wanted)}"
         attention = self._attention([*ask.ids, *answer.ids])
         for record in answer.generated[1:]:  # that the bound tells rows apart
-            before = attention[record.layers[0]][0, record.query_position - 1]
+            neighbour = attention[record.layers[0]][0, record.query_position - 1]
             for place, score in record.top(layer=record.layers[0]):
-                self._control = max(self._control, abs(float(before[place]) - score))
-        return oracle.compare([*answer.prompt, *answer.generated], attention, top_k=TOP_K)
+                self._control = max(self._control, abs(float(neighbour[place]) - score))
+        return compare([*answer.prompt, *answer.generated], attention, top_k=TOP_K)
 
     def _attention(self, ids: list[int]) -> Any:
         """[1, n, n] by layer, on the CPU."""
         import torch
 
-        from tests import oracle
+        from tests.oracle import eager_attention
 
         key = tuple(ids)
         if key not in self._known:
             tokens = torch.tensor([ids[:-1]], device=self._device)
-            found = oracle.eager_attention(self._model, tokens)
+            found = eager_attention(self._model, tokens)
             self._known[key] = {layer: matrix.cpu() for layer, matrix in found.items()}
         return self._known[key]
 
 
-def overhead(context: Context, engine: str, model: Path, environ: dict[str, str]) -> None:
+def overhead(context: Context, engine: str, model: Path) -> None:
     """benchmarks.overhead, its ratios held to the bars."""
     found = context.findings
     target = context.scratch / "overhead.json"
@@ -236,7 +266,7 @@ def overhead(context: Context, engine: str, model: Path, environ: dict[str, str]
     else:
         command += [f"{max(context.left - 30, 20) / 60:.2f}", "--device", "cuda", "--batch", "1", "8", "64",
                     "--new-tokens", "128", "--rounds", "6", "--pause", "0.3"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     found.must("tokens per second: measured", target.exists(), f"status {done.returncode}", "0")
     if not target.exists():

@@ -92,7 +92,7 @@ def unpack(archives: tuple[str, ...], folder: Path) -> list[str]:
         try:
             parts.unpack(manifest[name], folder, home() / name)
         except parts.PartError as error:
-            if (home() / name / ".unpacked").exists():
+            if parts.is_unpacked(home() / name):
                 continue  # of an earlier call on the same machine
             told.append(f"{name}: {error}")
     if "vllm" in archives and "flash3" in manifest:
@@ -106,7 +106,7 @@ def _overlay(archive: parts.Archive, folder: Path) -> None:
     try:
         parts.unpack(archive, folder, target)
     except parts.PartError:
-        if not (target / ".unpacked").exists():
+        if not parts.is_unpacked(target):
             return
     for path in target.rglob("*.so"):
         place = home() / "vllm" / path.relative_to(target)
@@ -118,7 +118,7 @@ def paths(archives: tuple[str, ...]) -> list[str]:
     """What PYTHONPATH begins with for a stage: its packages, attnhook's entry points, this checkout."""
     own = home() / "self"
     announce(own)
-    found = [home() / name for name in archives if (home() / name / ".unpacked").exists()]
+    found = [home() / name for name in archives if parts.is_unpacked(home() / name)]
     return [*map(str, found), str(own), str(ROOT)]
 
 

@@ -38,11 +38,7 @@ _LEFT_OUT: dict[str, tuple[str, ...]] = {
     "sglang_kernel": ("sgl_kernel/flash_ops*", "sgl_kernel/flashmla_ops*", "sgl_kernel/spatial_ops*"),
     "flashinfer_python": ("flashinfer/data/*",),
     "transformers": ("transformers/kernels/*",),
-    "anthropic": ("anthropic/types/beta/*",),
-    "mistral_common": ("mistral_common/data/*",),
     "openai": ("openai/helpers/*",),
-    "pycountry": ("pycountry/locales/*",),
-    "grpcio": ("grpc/_cython/_credentials/*",),
 }  # fmt: skip
 #: The only paths of a wheel that an archive takes.
 _ONLY = {"flash3": "vllm/vllm_flash_attn/_vllm_fa3_C*"}

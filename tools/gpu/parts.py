@@ -18,6 +18,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 FOLDER = Path(__file__).parents[2] / ".gpu-parts"  # ignored by git
 PART_BYTES = 60 << 20
+_MARK = ".unpacked"
 
 
 class PartError(Exception):
@@ -75,7 +76,7 @@ def unpack(archive: Archive, folder: Path, target: Path) -> bool:
 
     Raises PartError where a file is missing or is not what was packed; ``target`` is then as it was.
     """
-    mark = target / ".unpacked"
+    mark = target / _MARK
     state = json.dumps(archive.files, sort_keys=True)
     if mark.exists() and mark.read_text(encoding="utf-8") == state:
         return False
@@ -95,6 +96,11 @@ def unpack(archive: Archive, folder: Path, target: Path) -> bool:
         tar.extractall(target, filter="data")
     mark.write_text(state, encoding="utf-8")
     return True
+
+
+def is_unpacked(target: Path) -> bool:
+    """Whether an archive, of this call or an earlier one, has been unpacked whole into a folder."""
+    return (target / _MARK).exists()
 
 
 def _sha256(path: Path) -> str:

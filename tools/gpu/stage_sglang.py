@@ -5,36 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tools.gpu import engines
 from tools.gpu.engines import DECODING, EVERY_ROW, SOME_LAYERS, Answer, Ask, Job, mixed, prompts
 from tools.gpu.machine import ROOT
-from tools.gpu.model import REHEARSED, SIZE, make, oracle
+from tools.gpu.model import REHEARSED, SIZE
 from tools.gpu.stage import Context, begin
 
 
 def run(context: Context) -> None:
     """Make the model, run the jobs, judge them, measure."""
-    context.findings.fact("sglang", metadata.version("sglang"))
-    context.findings.fact("transformers", metadata.version("transformers"))
-    model = make(context.scratch / "model", device=context.device, rehearse=context.rehearse)
-    plan = rehearsed(str(model)) if context.rehearse else jobs(str(model))
-    environ = environment(context)
-    done = engines.run_jobs(context, plan, start, 1 if context.rehearse else 3, environ)
-    judge = engines.Judge(context, oracle(model, context.device), context.device)
-    for job in plan:
-        if job.name in done:
-            found = json.loads((done[job.name] / "out.json").read_text(encoding="utf-8"))
-            judge.judge(job, [[answer(one) for one in batch] for batch in found], done[job.name])
-    del judge
-    if not context.rehearse:
-        import torch
-
-        torch.cuda.empty_cache()
-    engines.overhead(context, "sglang", model, {} if context.rehearse else environ)
+    engines.run_stage(
+        context, "sglang", rehearsed if context.rehearse else jobs, start, answers, environment(context), at_once=3
+    )
 
 
 def jobs(model: str) -> list[Job]:
@@ -109,6 +94,11 @@ def sampling(ask: Ask) -> dict[str, Any]:
     """Greedy, of a set length."""
     custom = {"custom_params": ask.fields} if ask.fields else {}
     return {"max_new_tokens": ask.new, "temperature": 0.0, "ignore_eos": True, **custom}
+
+
+def answers(job: Job, found: Any) -> list[list[Answer]]:
+    """What came back for every batch of a job, from what its process wrote."""
+    return [[answer(result) for result in batch] for batch in found]
 
 
 def answer(result: dict[str, Any]) -> Answer:

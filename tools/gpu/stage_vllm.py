@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tools.gpu import engines
 from tools.gpu.engines import DECODING, EVERY_ROW, SOME_LAYERS, Answer, Ask, Job, mixed, prompts
 from tools.gpu.machine import ROOT
-from tools.gpu.model import REHEARSED, SIZE, make, oracle
+from tools.gpu.model import REHEARSED, SIZE
 from tools.gpu.stage import Context, begin
 
 EAGER: dict[str, Any] = {"enforce_eager": True}
@@ -24,23 +23,9 @@ BOTH = {"compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": 
 
 def run(context: Context) -> None:
     """Make the model, run the jobs, judge them, measure."""
-    context.findings.fact("vllm", metadata.version("vllm"))
-    model = make(context.scratch / "model", device=context.device, rehearse=context.rehearse)
-    plan = rehearsed(str(model)) if context.rehearse else jobs(str(model))
-    environ = environment(context)
-    done = engines.run_jobs(context, plan, start, 1 if context.rehearse else 4, environ)
-    judge = engines.Judge(context, oracle(model, context.device), context.device)
-    for job in plan:
-        if job.name in done:
-            found = json.loads((done[job.name] / "out.json").read_text(encoding="utf-8"))["replies"]
-            replies = iter(found)
-            judge.judge(job, [[answer(next(replies)) for _ in batch] for batch in job.batches], done[job.name])
-    del judge
-    if not context.rehearse:
-        import torch
-
-        torch.cuda.empty_cache()
-    engines.overhead(context, "vllm", model, {} if context.rehearse else environ)
+    engines.run_stage(
+        context, "vllm", rehearsed if context.rehearse else jobs, start, answers, environment(context), at_once=4
+    )
 
 
 def jobs(model: str) -> list[Job]:
@@ -111,6 +96,12 @@ def start(job: Job, folder: Path) -> list[str]:
     ]
     (folder / "job.json").write_text(json.dumps({"engine": job.engine, "batches": requests}), encoding="utf-8")
     return [sys.executable, "-m", "tests.backends.vllm.offline", str(folder / "job.json"), str(folder / "out.json")]
+
+
+def answers(job: Job, found: Any) -> list[list[Answer]]:
+    """What came back for every batch of a job, from what its process wrote."""
+    replies = iter(found["replies"])
+    return [[answer(next(replies)) for _ in batch] for batch in job.batches]
 
 
 def answer(reply: dict[str, Any]) -> Answer:

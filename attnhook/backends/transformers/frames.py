@@ -207,12 +207,6 @@ class Frame:
         if self.run is not None:
             self.run.ledger(session).note(row for row, _ in self._rows or ())
 
-    def give_up(self, session: Session) -> None:
-        """This session was told that rows of this pass are refused."""
-        self.accounted.discard(session)
-        if self.run is not None:
-            self.run.ledger(session).refused = True
-
     def note_tokens(self, outer: Sequence[Frame]) -> None:
         """Remember the ids that this pass was given, directly or through the model around it."""
         if self._conversation is not None:

@@ -243,11 +243,11 @@ def _unobserved(original: Original, frame: Frame, args: tuple[Any, ...], kwargs:
         local.aside -= 1
 
 
-def _refuse(session: Session, error: Exception) -> None:
-    """Refuse a pass whose rows are not known; the generation around it then lacks them, and that has been said."""
+def _refuse(session: Session, error: Exception, rows: int = 1) -> None:
+    """Refuse a pass, or rows of it; the generation around it then lacks them, and that has been said."""
     if local.run is not None:
         local.run.ledger(session).refused = True
-    session.refuse(error, 1)
+    session.refuse(error, rows)
 
 
 def _unseen(frame: Frame) -> UnsupportedError:
@@ -289,8 +289,7 @@ def _finish(frame: Frame, output: Any) -> None:
             if session.tokens:
                 records = frame.with_tokens(records, step)
         except Exception as error:
-            frame.give_up(session)
-            session.refuse(error, len(step.rows))
+            _refuse(session, error, len(step.rows))
         else:
             session.deliver(records)
 
@@ -336,8 +335,7 @@ def _attend_observed(
         except Exception as error:
             step = frame.steps.get(session)
             frame.steps[session] = None  # a record without this layer would be a partial one
-            frame.give_up(session)
-            session.refuse(error, len(step.rows) if step else 1)
+            _refuse(session, error, len(step.rows) if step else 1)
     return output
 
 
