@@ -69,23 +69,23 @@ class RowLedger:
         if not self.whole and not steps:
             return None  # its tokens were generated before anybody listened
         if steps != list(range(first, count)):
-            return f"{count} tokens were generated, and rows of the decode steps {_short(steps)} came"
+            return f"{count} tokens were generated, and rows of the decode steps {short(steps)} came"
         offsets = {position - step for step, position in rows}
         if len(offsets) > 1:
-            return f"positions {_short([position for _, position in rows])} of {count} consecutive tokens"
+            return f"positions {short([position for _, position in rows])} of {count} consecutive tokens"
         return None
 
     def _strange_prompt(self, positions: list[int], generated: list[tuple[int, int]]) -> str | None:
         if not positions:
             return None
         if positions != list(range(positions[0], positions[0] + len(positions))):
-            return f"prompt rows at positions {_short(positions)}, which are not each once and without a gap"
+            return f"prompt rows at positions {short(positions)}, which are not each once and without a gap"
         if generated and generated[0][0] == 0 and positions[-1] + 1 != generated[0][1]:
             return f"the prompt's rows end at {positions[-1]}, the first generated one is at {generated[0][1]}"
         return None
 
 
-def _short(numbers: list[int]) -> str:
+def short(numbers: list[int]) -> str:
     """A list that may be long: its ends."""
     if len(numbers) <= 12:
         return str(numbers)
