@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,10 +54,25 @@ class DroppedError(AttnhookError):
         self.count = count
 
 
+def install(extra: str) -> str:
+    """How a person installs what the extra ``attnhook[extra]`` names, from a registry and from a checkout."""
+    return f"pip install 'attnhook[{extra}]', or in a checkout of attnhook pip install '.[{extra}]'"
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Before slow work: PluginError with the remedy where a module that ``what`` comes to need later is missing."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise PluginError(f"{what} needs {name}: {install(extra)}")
+
+
 @contextmanager
 def needs(what: str, extra: str) -> Iterator[None]:
-    """Around an import of an optional library: where it is missing, PluginError with the remedy, attnhook[extra]."""
+    """Around an import of an optional library: where it fails, PluginError with the remedy, attnhook[extra]."""
     try:
         yield
-    except ImportError as error:
-        raise PluginError(f"{what} needs {error.name}: pip install 'attnhook[{extra}]'") from error
+    except ModuleNotFoundError as error:
+        raise PluginError(f"{what} needs {error.name}: {install(extra)}") from error
+    except ImportError as error:  # it is there, and broken or of another release
+        cause = " ".join(str(error).split())
+        raise PluginError(f"{what} cannot import what it needs ({cause}): {install(extra)}") from error

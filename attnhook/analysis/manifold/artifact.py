@@ -21,7 +21,7 @@ import numpy as np
 from attnhook import __version__
 from attnhook import fingerprint as fp
 from attnhook.analysis.manifold.model import Model
-from attnhook.errors import PluginError, RecordError
+from attnhook.errors import PluginError, RecordError, install
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError as error:
-            raise PluginError(f"discovery needs {name}: pip install 'attnhook[analysis]'") from error
+            raise PluginError(f"attnhook discover needs {name}: {install('analysis')}") from error
     return found
 
 
