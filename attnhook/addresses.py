@@ -50,10 +50,11 @@ def same_token(given: str | None, token: str) -> bool:
 
 
 def listener(host: str, port: int, *, user: str) -> socket.socket:
-    """A bound TCP socket that listens. Raises PluginError where the port is taken or the host is not ours."""
+    """A bound TCP socket that listens, for ``::`` also to IPv4. Raises PluginError where the port is taken or the host is not ours."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         code = getattr(error, "errno", None)
         raise PluginError(f"{user} cannot listen on {host}:{port}: {error}; {listen_remedy(code)}") from error

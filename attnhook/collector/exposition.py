@@ -29,6 +29,7 @@ def families(collector: Collector) -> Iterator[Metric]:
     ):
         yield CounterMetricFamily(f"attnhook_collector_{name}", text, value)
     for name, text, counts in (
+        ("closed_connections", "Connections that the collector closed.", stats["connections"]["closed"]),
         ("rejected_messages", "Messages that are no frames.", stats["messages"]["rejected"]),
         ("bad_records", "Records that are damaged.", records["bad"]),
         ("producer_dropped_records", "Records that producers say they dropped.", stats["producers"]["dropped"]),
@@ -50,6 +51,7 @@ def families(collector: Collector) -> Iterator[Metric]:
     yield metrics.gauge("attnhook_store_queued_bytes", "Bytes of records that wait for a store.", "store", queued)
     if "drift" in stats:
         yield from _of_drift(stats["drift"])
+    yield GaugeMetricFamily("attnhook_collector_connections", "Open connections.", stats["connections"]["open"])
     yield GaugeMetricFamily("attnhook_collector_journal_bytes", "Size of the journal.", stats["journal"]["bytes"])
     yield GaugeMetricFamily("attnhook_collector_up_ratio", "1 while all is well.", float(not stats["problems"]))
     yield GaugeMetricFamily("attnhook_collector_uptime_seconds", "Time since the start.", stats["uptime_seconds"])

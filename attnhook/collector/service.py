@@ -134,6 +134,7 @@ class Collector:
                 "strangers": self.receiver.strangers,
                 "failed": self.receiver.failed,
             },
+            "connections": {"open": self.receiver.connected, "closed": dict(self.receiver.closed)},
             "producers": {
                 "seen": ledger["producers_seen"],
                 "known": len(producers),
@@ -151,14 +152,15 @@ class Collector:
 
     # -- on the receiver's thread
 
-    def _handle(self, data: bytes) -> None:
+    def _handle(self, data: bytes) -> bool:
+        """Take a message; whether it was a frame with no more bad records than good ones."""
         try:
             frame = frames.decode(data)
         except frames.FrameError as error:
             with self._lock:
                 self.ledger.rejected[error.reason] += 1
             self._log_once(error.reason, "a message was rejected (%s): %s", error.reason, error)
-            return
+            return False
         block, bad = read_rows(frame.rows)
         if block.tokens.any() and not any(writer.keeps_tokens for writer in self._writers):
             # no store keeps them: the journal is not to either
@@ -189,6 +191,7 @@ class Collector:
         self.tally.add(block.fingerprints, block.zones, block.ids, block.steps)
         if self.drift is not None:
             self.drift.offer(block)
+        return sum(bad.values()) <= len(block)
 
     # -- on the writers' threads
 

@@ -12,7 +12,7 @@ from attnhook.errors import DroppedError, PluginError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks import Sink, config
 
-HIGH_WATER_MARK = 64  # frames that may wait, here and once more in the collector
+HIGH_WATER_MARK = 64  # frames that may wait here; the system's sockets hold some more
 LINGER_SECONDS = 5.0
 _FRAME_BYTES = 8 * 2**20  # of records in a frame: half of what a collector takes
 
@@ -66,7 +66,12 @@ class ZmqSink(Sink):
         self._socket.setsockopt(zmq.SNDHWM, self._hwm)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)  # a collector whose host went away is noticed
+        # a collector whose host went away is noticed by the system: libzmq's own heartbeats can end the process that
+        # receives them, and take one that lags for one that is gone
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 6)
         self._socket.connect(self._address)
         self._pid = os.getpid()
         self._producer = uuid.uuid4().bytes

@@ -189,12 +189,12 @@ def test_a_damaged_store_or_none_at_all_is_refused_and_left_as_it_is(tmp_path):
         with pytest.raises(PluginError):
             Collector(listen, [f"sqlite:{tmp_path}/b.db"])
     shutil.rmtree(tmp_path / "b.db.journal")
-    Collector("tcp://127.0.0.1:*", [f"sqlite:{tmp_path}/b.db"]).receiver._close()  # nothing was left locked
+    Collector("tcp://127.0.0.1:*", [f"sqlite:{tmp_path}/b.db"]).receiver.close()  # nothing was left locked
 
 
 def abandon(collector: Collector) -> None:
     """Leave what a collector that is killed before its writers start leaves."""
-    collector.receiver._close()
+    collector.receiver.close()
     collector.journal.close()
     for lock in collector._locks:
         lock.close()
