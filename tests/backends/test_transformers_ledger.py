@@ -12,7 +12,7 @@ import transformers as tf
 
 import attnhook
 from attnhook import OptionError, UnsupportedError
-from attnhook.backends.transformers import frames
+from attnhook.backends.transformers import frames, layers
 from tests import oracle
 from tests.helpers import tiny_model
 
@@ -258,7 +258,7 @@ def test_one_module_in_several_layers_is_refused() -> None:
     with pytest.raises(
         UnsupportedError, match=r"one attention module in several layers \(layers\.0\.self_attn, layers\.1"
     ):
-        frames._numbered(Twice(tiny_model()))
+        layers._numbered(Twice(tiny_model()))
 
 
 class Around(torch.nn.Module):

@@ -7,13 +7,16 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from attnhook import tokens
+from attnhook.backends.transformers import places
+from attnhook.backends.transformers.caches import cache_among, cache_of, cached_tokens
+from attnhook.backends.transformers.layers import attention_layers
 from attnhook.backends.transformers.tokens import History
 from attnhook.capture import Row, Session, StepCapture, over_limit, wants_row
 from attnhook.errors import UnsupportedError
@@ -47,6 +50,7 @@ class Run:
     next_index: int = 0  # first padded index that no forward pass has computed yet
     sequences: torch.Tensor | None = None  # its token ids so far, int [B, n]: what the next pass goes on from
     given: int = 0  # n of its start; prompts given as embeddings have none
+    starts: list[int] = field(default_factory=list)  # each sequence's padding at its left; empty: none has any
     produced: dict[int, int] = field(default_factory=dict)  # finished sequence -> tokens it got
     ledgers: dict[Session, RowLedger] = field(default_factory=dict)
 
@@ -100,6 +104,7 @@ class _Conversation:
 
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     steps: int = 0
+    starts: list[int] | None = None  # padded index of each sequence's first token
     history: History = field(default_factory=History)
 
 
@@ -115,13 +120,14 @@ class Frame:
         self.model = model
         self.listening = listening
         self.run = local.run
+        self.outer = tuple(local.frames)  # the models that call this one
         arguments = dict(kwargs)
         if args:
             arguments.update(inspect.signature(model.forward).bind_partial(*args).arguments)
         self.attention_mask = arguments.get("attention_mask")
         self.position_ids = arguments.get("position_ids")
         self.input_ids = arguments.get("input_ids")
-        self.cache = _cache_among(arguments)
+        self.cache = cache_among(arguments)
         self.past = cached_tokens(self.cache)
         self.saw_attention = False
         self.saw_other = False  # attention that is not causal: an encoder's, a vision tower's
@@ -130,13 +136,18 @@ class Frame:
         self._conversation: _Conversation | None = None
         self.q_len = 0
         self._rows: list[tuple[Row, int]] | None = None
+        self.layer_mask: Any = None  # what the first layer's attention function got as its mask
         self._starts: list[int] = []  # padded index of each sequence's first token
         self.accounted: set[Session] = set()  # whose rows of this pass are known
 
-    def rows(self, batch: int, q_len: int) -> list[tuple[Row, int]]:
-        """Every real row of this pass as (row, index among its sequence's queries)."""
+    def rows(self, batch: int, q_len: int, mask: Any) -> list[tuple[Row, int]]:
+        """Every real row of this pass as (row, index among its sequence's queries).
+
+        ``mask`` is what a layer's attention function got; see `_extent`.
+        """
         if self._rows is None:
             self.q_len = q_len
+            self.layer_mask = mask
             self._rows = self._find_rows(batch, q_len)
         return self._rows
 
@@ -149,7 +160,11 @@ class Frame:
             elif self.past != behind:
                 raise _evicted(self.past, behind)
         total = self.past + q_len
-        starts, ends = self._extent(batch, q_len)
+        if run is None and self._conversation is None:
+            # an empty cache begins a new sequence, even if it held another one before
+            known = _conversations.get(self.cache) if self.past else None
+            self._conversation = known or _Conversation()
+        starts, ends = self._extent(batch, q_len, self.layer_mask)
         self._starts = starts
         self._compare_positions(starts, ends, total)
         done: list[bool] = [False] * batch
@@ -159,14 +174,15 @@ class Frame:
             if run.finished is not None and len(run.finished) == batch:
                 done = run.finished.tolist()
         conversation = self._conversation
-        if run is None and conversation is None:
-            # an empty cache begins a new sequence, even if it held another one before
-            known = _conversations.get(self.cache) if self.past else None
-            conversation = self._conversation = known or _Conversation()
         rows = []
         for b in range(batch):
             if done[b]:
                 continue
+            if run is not None and starts[b] >= (run.prompt_length or 0) <= total:
+                raise UnsupportedError(
+                    f"sequence {b} of the batch is padding alone (its attention_mask is 0 everywhere), so its first "
+                    "token comes from no row: leave it out of the batch"
+                )
             first = max(starts[b], self.past, run.next_index if run else 0)
             last = min(ends[b], total) - 1
             for index in range(first, last + 1):
@@ -187,19 +203,20 @@ class Frame:
             self.run.next_index = self.past + self.q_len
         elif self._conversation is not None:
             self._conversation.steps += 1
-            cache = self.cache if self.cache is not None else _cache_of(output)
+            self._conversation.starts = self._starts
+            cache = self.cache if self.cache is not None else cache_of(output)
             if cache is not None:
                 _conversations[cache] = self._conversation
 
     def _compare_positions(self, starts: list[int], ends: list[int], total: int) -> None:
         """Refuse where the model is told other positions than the cache's length says: keys were taken out of it."""
-        given = self.position_ids
-        if not self.past or not isinstance(given, torch.Tensor) or given.dim() != 2:
+        given = places.text_positions(self.position_ids)
+        if not self.past or given is None:
             return
         last = given[:, -1].tolist()
         for b, start in enumerate(starts):
             told = last[b % len(last)]
-            if ends[b] >= total and told > total - 1 - start:
+            if start < total <= ends[b] and told > total - 1 - start:
                 raise _evicted(self.past, told + start + self.past + 1 - total)
 
     def account(self, session: Session) -> None:
@@ -228,38 +245,31 @@ class Frame:
             found += tokens.fill([record], history.of(source, self._starts[source]), step.options.mask_prefix)
         return found
 
-    def _extent(self, batch: int, q_len: int) -> tuple[list[int], list[int]]:
+    def _extent(self, batch: int, q_len: int, mask: Any) -> places.Extent:
         """First and one-past-last padded index of each sequence's real tokens."""
-        mask = self.attention_mask
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            real = mask.to(torch.bool)
-            starts = (real.to(torch.int64).cumsum(-1) == 0).sum(-1)
-            ends = starts + real.sum(-1)
-            holes = real.sum(-1) != real.shape[-1] - starts - (real.flip(-1).to(torch.int64).cumsum(-1) == 0).sum(-1)
-            if bool(holes.any()):
-                raise UnsupportedError(
-                    "attention_mask has zeros between ones; only padding on the left or right of a prompt can be "
-                    "captured: tokenize with padding_side='left'"
-                )
-            expand = batch // len(starts) if len(starts) else 1
-            return starts.tolist() * expand, ends.tolist() * expand
         total = self.past + q_len
-        if mask is None or self.position_ids is None or self.position_ids.dim() != 2:
+        masks = [frame.attention_mask for frame in (self, *reversed(self.outer))]
+        told = places.of_masks(masks, batch, total, 0)
+        if told is not None:
+            return told
+        run = self.run
+        if run is not None and len(run.starts) == batch:
+            return run.starts, [total] * batch
+        if run is not None or all(given is None for given in masks) or mask is None:
             return [0] * batch, [total] * batch
-        # a ready-made 4-D mask (static caches): positions tell the padding
-        last = self.position_ids[:, -1].tolist()
-        starts_list = [total - 1 - p for p in last]
-        return starts_list * (batch // len(last)), [total] * batch
+        known = None if self._conversation is None else self._conversation.starts
+        positions = places.text_positions(self.position_ids)
+        return places.of_layer_mask(mask, positions, known, batch, q_len, self.past), [total] * batch
 
-    def step(self, session: Session, batch: int, q_len: int, heads: int) -> StepCapture | None:
-        """This session's capture of this pass, made on first use."""
+    def step(self, session: Session, batch: int, q_len: int, heads: int, mask: Any) -> StepCapture | None:
+        """This session's capture of this pass, made on first use; ``mask`` is the layer's."""
         if session not in self.steps:
             self.steps[session] = None  # stays so if what follows raises
             if concerns(session, self.model):
-                self.steps[session] = self._start(session, batch, q_len, heads)
+                self.steps[session] = self._start(session, batch, q_len, heads, mask)
         return self.steps[session]
 
-    def _start(self, session: Session, batch: int, q_len: int, heads: int) -> StepCapture | None:
+    def _start(self, session: Session, batch: int, q_len: int, heads: int, mask: Any) -> StepCapture | None:
         if local.refused:
             raise UnsupportedError(
                 f"{local.refused} cannot be captured: one forward pass does not yield one token per sequence; "
@@ -267,7 +277,7 @@ class Frame:
             )
         layers = resolve_layers(session.options.layers, attention_layers(self.model))
         check_heads(session.options.heads, heads)
-        rows = self.rows(batch, q_len)
+        rows = self.rows(batch, q_len, mask)
         self.accounted.add(session)
         cut = sum(over_limit(session.options, row.decode_step) for row, _ in rows)
         if cut:
@@ -317,120 +327,7 @@ def _parts(model: Any) -> frozenset[int]:
 _modules: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
-def attention_layers(model: Any) -> list[int]:
-    """Layer numbers of a model's causal self-attention modules. Raises UnsupportedError if it has none."""
-    found = _layers.get(model)
-    if found is None:
-        config = getattr(model, "config", None)
-        name = type(model).__name__
-        if getattr(config, "is_encoder_decoder", False):
-            raise encoder_decoder(model)
-        numbers = _numbered(model)
-        found = sorted(set(numbers.values()))
-        if not found:
-            raise UnsupportedError(
-                f"{name} has no causal attention that goes through Transformers' attention interface, so it cannot be "
-                "captured; models of the Llama, Qwen, Gemma, Mistral, GPT-2, ... families can"
-            )
-        _layers[model], _numbers[model] = found, numbers
-    return found
-
-
-_layers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
-_numbers: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()  # id of a module -> its layer
-
-
-def encoder_decoder(model: Any) -> UnsupportedError:
-    """Why a model of two halves is refused."""
-    return UnsupportedError(
-        f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be captured"
-    )
-
-
-def layer_number(model: Any, module: Any) -> int:
-    """The layer of a model's attention module; -1 for one that is none of its causal ones."""
-    attention_layers(model)
-    return _numbers[model].get(id(module), -1)
-
-
-def _numbered(model: Any) -> dict[int, int]:
-    """Each causal attention module's layer: its own number where these are distinct, else that of its place.
-
-    Raises UnsupportedError where neither tells the layers apart.
-    """
-    places: dict[int, list[str]] = {}
-    modules: dict[int, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_causal_attention(module):
-            modules[id(module)] = module
-            places.setdefault(id(module), []).append(name)
-    own = {key: int(module.layer_idx) for key, module in modules.items()}
-    shared = [names for names in places.values() if len(names) > 1]
-    if len(set(own.values())) == len(own) and min(own.values(), default=0) >= 0:
-        return own
-    if shared:
-        raise UnsupportedError(
-            f"{type(model).__name__} uses one attention module in several layers ({', '.join(shared[0][:3])}), whose "
-            "records could not be told apart, so it cannot be captured"
-        )
-    by_place = {key: _first_number(names[0]) for key, names in places.items()}
-    if None in by_place.values() or len(set(by_place.values())) < len(by_place):
-        raise UnsupportedError(
-            f"{type(model).__name__} gives several attention modules the same layer number "
-            f"({sorted(own.values())[:6]}), and their places in the model do not tell them apart either, so it cannot "
-            "be captured"
-        )
-    return {key: number for key, number in by_place.items() if number is not None}
-
-
-def _first_number(name: str) -> int | None:
-    """The 2 of "model.layers.2.shared_transformer.self_attn"."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def is_causal_attention(module: Any) -> bool:
-    """Whether a module is a decoder layer's self-attention."""
-    return (
-        isinstance(getattr(module, "layer_idx", None), int)
-        and bool(getattr(module, "is_causal", False))
-        and not getattr(module, "is_cross_attention", False)
-    )
-
-
 def model_name(model: Any) -> str:
     """The model's name for records: a hub id as it is, a local path's last part only."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
-
-
-#: Names of a model's argument that holds the keys of earlier passes: up to Transformers 5.23, from 5.24, of old.
-_CACHES = ("past_key_values", "cache", "cache_params")
-
-
-def _cache_among(arguments: Mapping[str, Any]) -> Any:
-    """The cache that a pass was given, under whatever name: known by its type, else by a known name."""
-    from transformers.cache_utils import Cache
-
-    for value in arguments.values():
-        if isinstance(value, Cache):
-            return value
-    return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache that a pass has made, in its output: a ModelOutput, a dict or a tuple."""
-    from transformers.cache_utils import Cache
-
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-    return next((value for value in values if isinstance(value, Cache)), None)
-
-
-def cached_tokens(cache: Any) -> int:
-    """Tokens that earlier passes left in the cache."""
-    if cache is None:
-        return 0
-    if not hasattr(cache, "get_seq_length"):
-        raise UnsupportedError(
-            f"past_key_values is a {type(cache).__name__}, which does not tell its length; pass a Transformers Cache"
-        )
-    return int(cache.get_seq_length())

@@ -14,17 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnhook.backends.transformers.caches import cached_tokens
 from attnhook.backends.transformers.formula import check_layer
-from attnhook.backends.transformers.frames import (
-    Frame,
-    Run,
-    cached_tokens,
-    concerns,
-    encoder_decoder,
-    is_causal_attention,
-    layer_number,
-    local,
-)
+from attnhook.backends.transformers.frames import Frame, Run, concerns, local
+from attnhook.backends.transformers.layers import encoder_decoder, is_causal_attention, layer_number
 from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
 from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
@@ -80,6 +73,7 @@ def observing_sample(original: Original) -> Original:
             prompt_length=input_ids.shape[1] if chunked else None,
             sequences=input_ids,
             given=input_ids.shape[1],
+            starts=_padding(kwargs.get("attention_mask")),
             # who listens from here on must get every row
             ledgers={session: RowLedger() for session in sessions()},
         )
@@ -93,6 +87,15 @@ def observing_sample(original: Original) -> Original:
         return result
 
     return _sample
+
+
+def _padding(mask: Any) -> list[int]:
+    """Padding at the left of each sequence by ``generate``'s own mask; its passes may get another kind of mask."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return []
+    real = mask.to(torch.bool)
+    starts: list[int] = torch.where(real.any(-1), real.to(torch.uint8).argmax(-1), real.shape[1]).tolist()
+    return starts
 
 
 def observing_generate(original: Original) -> Original:
@@ -354,7 +357,7 @@ def _observe(
     if session in frame.steps and frame.steps[session] is None:
         return  # refused already, or no rows to capture
     batch, heads, q_len, head_dim = query.shape
-    step = frame.step(session, batch, q_len, heads)
+    step = frame.step(session, batch, q_len, heads, mask)
     if step is None:
         return
     number = layer_number(frame.model, module)

@@ -91,6 +91,27 @@ def _from_dense(mask: Any, kind: str, batch: torch.Tensor, row: torch.Tensor, kv
     return Visible(last, count)
 
 
+def leading_padding(mask: Any, batch: int, q_len: int) -> list[int]:
+    """Slots of padding at the left of each sequence, by the mask [*, 1, q_len, >= q_len] of a pass without cached keys.
+
+    A real token sees itself and no later one, and no padding. A row of padding sees nothing, or everything. Where no
+    slot fits, which is so in bidirectional attention, there is no padding. Raises UnsupportedError.
+    """
+    kind = FLEX if hasattr(mask, "mask_mod") else SDPA
+    device = mask.device if isinstance(mask, torch.Tensor) else torch.device("cpu")
+    if kind == FLEX:
+        device = mask.kv_num_blocks.device
+    rows = torch.arange(q_len, device=device)
+    starts = []
+    for b in range(batch):
+        seen = _rows_of(mask, kind, torch.full_like(rows, b), rows, q_len)
+        later = torch.zeros_like(rows, dtype=torch.bool)
+        later[:-1] = seen.diagonal(1)
+        first = int((seen.diagonal() & ~later).to(torch.uint8).argmax())
+        starts.append(0 if bool(seen[first:, :first].any()) else first)
+    return starts
+
+
 def _rows_of(mask: Any, kind: str, batch: torch.Tensor, row: torch.Tensor, kv_len: int) -> torch.Tensor:
     """Bool [T, kv_len]: the mask's rows."""
     if kind == FLEX and hasattr(mask, "mask_mod"):
