@@ -1,23 +1,24 @@
 """attnhook shows what a served language model attends to: exactly, per token, on the engine that serves it.
 
 ``install()`` hooks every engine found here, ``capture()`` collects records around a call; importing this
-package imports no engine.
+package imports no engine, and nothing else either before a name is asked for: with ``ATTNHOOK=1`` every Python
+process imports it.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import sys
 
-from attnhook.capture import Captured, capture
-from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError, UnsupportedError
-from attnhook.hookspecs import hookimpl
-from attnhook.lifecycle import install, uninstall
-from attnhook.records import TokenRecord
+TYPE_CHECKING = False  # type checkers take it for true; importing typing takes longer than all of this
 
-try:
-    __version__ = version("attnhook")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0.0.0"
+if TYPE_CHECKING:
+    from attnhook.capture import Captured, capture
+    from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError, UnsupportedError
+    from attnhook.hookspecs import hookimpl
+    from attnhook.lifecycle import install, uninstall
+    from attnhook.records import TokenRecord
+
+    __version__: str
 
 __all__ = [
     "AttnhookError",
@@ -33,3 +34,51 @@ __all__ = [
     "install",
     "uninstall",
 ]
+
+_HOMES = {
+    "capture": ("Captured", "capture"),
+    "errors": ("AttnhookError", "OptionError", "PluginError", "RecordError", "UnsupportedError"),
+    "hookspecs": ("hookimpl",),
+    "lifecycle": ("install", "uninstall"),
+    "records": ("TokenRecord",),
+}
+# as attributes of the package, for who writes attnhook.lifecycle.dropped() after `import attnhook`
+_MODULES = frozenset({"delivery", "errors", "hookspecs", "lifecycle", "options", "plugins", "records", "sinks"})
+
+
+_Module = type(sys)
+
+
+class _Package(_Module):  # type: ignore[valid-type,misc] # types.ModuleType
+    def __setattr__(self, name: str, value: object) -> None:
+        # importing the submodule of that name would put it in the place of the function
+        if not (name == "capture" and isinstance(value, _Module)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__, *_MODULES})
+
+
+if not TYPE_CHECKING:  # a type checker is to know each name, and that there are no others
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name == "__version__":
+            from importlib.metadata import PackageNotFoundError, version
+
+            try:
+                value = version("attnhook")
+            except PackageNotFoundError:  # run from a source tree that is not installed
+                value = "0.0.0"
+        elif home := next((home for home, names in _HOMES.items() if name in names), None):
+            value = getattr(import_module(f"attnhook.{home}"), name)
+        elif name in _MODULES:
+            return import_module(f"attnhook.{name}")
+        else:
+            raise AttributeError(f"module 'attnhook' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+sys.modules[__name__].__class__ = _Package

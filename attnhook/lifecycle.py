@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from attnhook import plugins
+from attnhook import plugins, switch
 from attnhook.backends import Installation
 from attnhook.capture import Session
 from attnhook.delivery import Delivery
-from attnhook.errors import PluginError
-from attnhook.options import CaptureOptions
+from attnhook.errors import AttnhookError, PluginError
+from attnhook.errors import install as how_to_install
+from attnhook.options import CaptureOptions, enabled
 from attnhook.records import TokenRecord
 
 _lock = threading.RLock()
@@ -38,7 +41,7 @@ class _Process:
         if self.session is not None:
             self.session.__exit__()
         if self.delivery is not None:
-            self.delivery.close()
+            self.delivery.close()  # interrupted, it goes on when the process ends
 
 
 def open_delivery(options: CaptureOptions, *, process: bool = False) -> Delivery | None:
@@ -79,7 +82,13 @@ def install(**options: Any) -> dict[str, Installation]:
             if _process is None:
                 _acquire(resolved)
             else:
-                _process.close()
+                _switch(_process.options, resolved)
+                _users += 1  # the hooks stay while the old sinks close
+                try:
+                    _turn_off()
+                except BaseException:
+                    _release()
+                    raise
         except BaseException:
             new.close()
             raise
@@ -93,12 +102,23 @@ def uninstall() -> None:
 
     Engines stay hooked while a `capture` block is open. Harmless when nothing is installed.
     """
-    global _process
     with _lock:
-        if _process is not None:
-            _process.close()
-            _process = None
-            _release()
+        _turn_off()
+
+
+def start() -> None:
+    """`install` as ``ATTNHOOK=1`` asks for it, where an engine is installed here at all.
+
+    Raises as `install` does. What an engine lacks when it is imported later goes to `switch.refuse`, since nobody is
+    there to catch it.
+    """
+    if enabled() and any_engine():
+        with _lock:
+            switch.starting = True
+            try:
+                install()
+            finally:
+                switch.starting = False
 
 
 def any_engine() -> bool:
@@ -163,15 +183,29 @@ def hooks(options: CaptureOptions) -> Iterator[None]:
             _release()
 
 
+def _turn_off() -> None:
+    global _process
+    # first forgotten, then closed: where Ctrl-C ends the wait for a sink, nobody is to take it for one that listens
+    process, _process = _process, None
+    if process is not None:
+        try:
+            process.close()
+        finally:
+            _release()
+
+
 def _acquire(options: CaptureOptions) -> None:
     global _users
+    for installation in _installations.values():
+        if isinstance(refused := getattr(installation, "refused", None), AttnhookError):
+            raise refused
     if _users == 0:
         found = plugins.backends()
         usable = {name: backend for name, backend in found.items() if backend.available()}
         if not usable:
             raise PluginError(
-                f"none of the engines {', '.join(found)} is installed here: pip install 'attnhook[transformers]', "
-                "or the engine that you want to watch"
+                f"none of the engines {', '.join(found)} is installed here: {how_to_install('transformers')}; or "
+                "install the engine that you want to watch"
             )
         try:
             for name, backend in usable.items():
@@ -192,3 +226,34 @@ def _release() -> None:
 def _remove() -> None:
     for name in list(_installations):
         _installations.pop(name).uninstall()
+
+
+def _switch(before: CaptureOptions, options: CaptureOptions) -> None:
+    """Tell the backends about other options; where one refuses them, all have the old ones again."""
+    found = plugins.backends()
+    told: list[str] = []
+    try:
+        for name, installation in list(_installations.items()):
+            if getattr(installation, "any_options", False):
+                continue
+            told.append(name)
+            installation.uninstall()
+            _installations[name] = found[name].install(options)
+    except BaseException:
+        for name in told:
+            _installations[name].uninstall()
+            _installations[name] = found[name].install(before)
+        raise
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+# at interpreter start `ATTNHOOK=1` only made a note; who comes by here is to find it done
+if (_startup := sys.modules.get("attnhook._startup")) is not None:
+    _startup.watch.complete(wait=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from attnhook import switch
 from attnhook.errors import OptionError
 from attnhook.records import MODES, Mode
 
@@ -130,10 +131,9 @@ def graph_layers(environ: Mapping[str, str] | None = None) -> LayerSpec | None:
 
 def enabled(environ: Mapping[str, str] | None = None) -> bool:
     """Whether ``ATTNHOOK`` asks for capture. Raises OptionError unless it is unset, empty, 0 or 1."""
-    value = (os.environ if environ is None else environ).get("ATTNHOOK", "")
-    if value not in ("", "0", "1"):
-        raise OptionError("ATTNHOOK", f"ATTNHOOK={value!r}: set it to 1 to turn attnhook on, or unset it")
-    return value == "1"
+    if (fault := switch.fault(environ)) is not None:
+        raise OptionError("ATTNHOOK", fault)
+    return (os.environ if environ is None else environ).get("ATTNHOOK") == "1"
 
 
 def resolve_layers(spec: LayerSpec, available: Sequence[int], name: str = "layers") -> tuple[int, ...]:

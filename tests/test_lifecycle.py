@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ import attnhook
 from attnhook import OptionError, PluginError, UnsupportedError, lifecycle, plugins
 from attnhook.capture import sessions
 from attnhook.kernels import topk
+from attnhook.sinks.memory import MemorySink
 from tests.helpers import LAYERS, NEW, PROMPT, generate, python, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,6 +291,81 @@ def test_an_engine_that_fails_to_hook_unhooks_the_others(monkeypatch, error):
         for installation in lifecycle._installations.values():
             installation.uninstall()
         lifecycle._installations.clear()
+
+
+class Choosy(Backend):
+    """An engine whose hooks depend on the options."""
+
+    name = "choosy"
+
+    def __init__(self) -> None:
+        self.on: list[int] = []  # top_k of each installation that is in place
+        self.seen: list[int] = []
+
+    def available(self) -> bool:
+        return True
+
+    def install(self, options: Any) -> Any:
+        top_k = options.request.top_k
+        if top_k == 13:
+            raise UnsupportedError("not with top_k=13")
+        self.on.append(top_k)
+        self.seen.append(top_k)
+        return ChoosyInstallation(self, top_k)
+
+
+class ChoosyInstallation:
+    active = True
+
+    def __init__(self, backend: Choosy, top_k: int) -> None:
+        self.backend, self.top_k = backend, top_k
+
+    def uninstall(self) -> None:
+        if self.top_k in self.backend.on:
+            self.backend.on.remove(self.top_k)
+
+
+def test_other_options_reach_the_backends_and_the_same_do_not_again(monkeypatch):
+    choosy = Choosy()
+    backends = {**plugins.backends(), "choosy": choosy}
+    monkeypatch.setattr(plugins, "backends", lambda: backends)
+    kept = attnhook.install(top_k=3)["transformers"]
+    attnhook.install(top_k=3)
+    assert (choosy.on, choosy.seen) == ([3], [3])
+    assert attnhook.install(top_k=5)["transformers"] is kept  # its hooks are the same for all options
+    assert (choosy.on, choosy.seen) == ([5], [3, 5])
+    with pytest.raises(UnsupportedError, match="not with top_k=13"):
+        attnhook.install(top_k=13)
+    assert choosy.on == [5]  # what was on stays on
+    assert attnhook.install(top_k=5)["choosy"].top_k == 5
+    attnhook.uninstall()
+    assert choosy.on == []
+
+
+class Interrupted(MemorySink):
+    """Ctrl-C comes while it closes, in the thread that waits for it."""
+
+    def close(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        super().close()
+
+
+@pytest.mark.parametrize("how", ["switch", "uninstall"])
+def test_after_ctrl_c_while_a_sink_closes_installing_again_really_does(model, monkeypatch, tmp_path, how):
+    path = tmp_path / "records.jsonl"
+    real = plugins.sink_classes()
+    monkeypatch.setattr(plugins, "sink_classes", lambda: {**real, "interrupted": Interrupted})
+    attnhook.install(sinks=["interrupted:", f"jsonl:{path}"])
+    generate(model)
+    with pytest.raises(KeyboardInterrupt):
+        attnhook.install() if how == "switch" else attnhook.uninstall()
+    assert lifecycle.sink_stats() == {} and lifecycle.installed() == {} and patched() == []
+    attnhook.install(sinks=f"jsonl:{path}")
+    generate(model)
+    assert lifecycle.flush(60)
+    assert lifecycle.sink_stats()[f"jsonl:{path}"] == {"queued": 0, "written": NEW, "dropped": {}}
+    assert len(lines(path)) == 2 * NEW
 
 
 @contextmanager

@@ -114,6 +114,20 @@ def test_its_backend_patches_once_and_takes_it_back(thirdparty):
     ok(python(code, thirdparty))
 
 
+@pytest.mark.slow
+def test_its_engine_is_hooked_by_the_environment_alone(thirdparty, tmp_path):
+    out = tmp_path / "records.csv"
+    code = """
+        import json, sys
+        assert "attnhook.lifecycle" not in sys.modules
+        from attnhook_thirdparty_example import echoengine
+        echoengine.generate([3, 1, 4, 1, 5, 9, 2, 6], 5)
+        print(json.dumps(sorted(sys.modules["attnhook.lifecycle"].installed())))
+    """
+    assert "echo" in ok(python(code, thirdparty, ATTNHOOK="1", ATTNHOOK_SINKS=f"csvfile:{out}"))
+    assert len(out.read_text().splitlines()) == 5
+
+
 def test_its_sink_and_observer_work_through_delivery(thirdparty, tmp_path):
     out = tmp_path / "records.csv"
     code = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +11,8 @@ from typing import Any
 
 import wrapt
 
-from attnhook.errors import UnsupportedError
+from attnhook import switch
+from attnhook.errors import AttnhookError, UnsupportedError
 
 _ABSENT = object()
 
@@ -48,6 +50,9 @@ class EngineInstallation:
     ``patchers`` maps a module's name to a function that takes this installation and the module.
     """
 
+    #: Built-in backends read options per request: others than at installing change nothing here.
+    any_options = True
+
     def __init__(
         self,
         engine: str,
@@ -59,6 +64,9 @@ class EngineInstallation:
         self.patches = Patches()
         self._patchers, self._wanted = patchers, wanted
         self._patched: set[str] = set()
+        self._by_switch = switch.starting
+        #: Why a later import could not be patched, where nobody could be told by an exception.
+        self.refused: AttnhookError | None = None
 
     def start(self) -> None:
         """Patch what is imported and watch for the rest; undone again where something is missing.
@@ -104,6 +112,17 @@ class EngineInstallation:
             self._patchers[name](self, module)
             self._patched.add(name)
 
+    def imported(self, module: ModuleType) -> None:
+        """`patch` at the module's import, out of which a fault is raised unless ``ATTNHOOK=1`` alone asked for us."""
+        try:
+            self.patch(module)
+        except AttnhookError as error:
+            if not self._by_switch:
+                raise
+            self.uninstall()
+            self.refused = error
+            switch.refuse(error)
+
     def need(self, owner: Any, name: str) -> Any:
         """``owner.name``; raises UnsupportedError naming the engine and its version where it is missing."""
         if not hasattr(owner, name):
@@ -129,4 +148,13 @@ _watched: set[str] = set()  # modules whose import wrapt reports to us
 def _imported(module: ModuleType) -> None:
     with _lock:
         for installation in list(_live):
-            installation.patch(module)
+            installation.imported(module)
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -10,11 +10,11 @@ through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, wh
 from __future__ import annotations
 
 import importlib.util
-import sys
 from functools import partial, reduce
 from importlib import import_module, metadata
 from types import ModuleType
 
+from attnhook import switch
 from attnhook.backends.patching import EngineInstallation
 from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
@@ -114,16 +114,16 @@ class SglangBackend:
 def load() -> None:
     """Entry point of ``sglang.srt.plugins``: does nothing unless ``ATTNHOOK=1``.
 
-    SGLang logs a plugin's exception and goes on without it; an engine that was asked to capture must not.
+    SGLang logs a plugin's exception and goes on without it; a server that was asked to capture must not. A script that
+    runs SGLang itself goes on, and its log tells.
     """
     try:
         if enabled():
-            from attnhook.lifecycle import install
+            from attnhook import lifecycle
 
-            install()
+            lifecycle.start()
     except AttnhookError as error:
-        print(f"attnhook: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        switch.refuse(error)
 
 
 #: Attribute of what we put in place, so that `check_hooks` knows it.

@@ -12,8 +12,9 @@ import importlib.util
 from importlib import import_module, metadata
 from types import ModuleType
 
+from attnhook import switch
 from attnhook.backends.patching import EngineInstallation
-from attnhook.errors import UnsupportedError
+from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
 from attnhook.serving.policy import Policy
 
@@ -54,11 +55,17 @@ class VllmBackend:
 
 
 def load() -> None:
-    """Entry point of ``vllm.general_plugins``: does nothing unless ``ATTNHOOK=1``."""
-    if enabled():
-        from attnhook.lifecycle import install
+    """Entry point of ``vllm.general_plugins``: does nothing unless ``ATTNHOOK=1``.
 
-        install()
+    What cannot be done ends a server; a script that runs vLLM itself goes on, and its log tells.
+    """
+    try:
+        if enabled():
+            from attnhook import lifecycle
+
+            lifecycle.start()
+    except AttnhookError as error:
+        switch.refuse(error)
 
 
 def _patch(installation: EngineInstallation, module: ModuleType) -> None:
