@@ -28,6 +28,18 @@ _SPAN_NAME_MAX = 255
 _SPAN_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
+_SHOWN = 400  # characters
+
+
+def shown(value: object) -> str:
+    """A value as an error repeats it: whole where it is short, else its ends, however much a client has sent."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits, which Python does not write out
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[:300]}...{text[-60:]} ({len(text)} characters)"
+
+
 @dataclass(frozen=True)
 class RequestOptions:
     """What one request wants captured."""
@@ -61,14 +73,14 @@ class RequestOptions:
                 values[name] = spec.check(spec.env, spec.parse(spec.env, environ[spec.env]))
         for name, value in (arguments or {}).items():
             if name not in _FIELDS:
-                raise OptionError(name, f"unknown option {name!r}{_hint(name, _FIELDS)}")
+                raise OptionError(name, f"unknown option {shown(name)}{_hint(name, _FIELDS)}")
             values[name] = _FIELDS[name].check(name, value)
         by_json = {spec.json: name for name, spec in _FIELDS.items()}
         for key, value in (request or {}).items():
             if key in by_json:
                 values[by_json[key]] = _FIELDS[by_json[key]].check(key, value)
             elif key.startswith("attention_"):
-                raise OptionError(key, f"unknown field {key!r}{_hint(key, by_json)}")
+                raise OptionError(key[:80], f"unknown field {shown(key)}{_hint(key[:80], by_json)}")
         return cls(**values)
 
 
@@ -193,7 +205,7 @@ def _parse_ints(name: str, text: str, wanted: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise OptionError(name, f"{name}={text!r} must be {wanted}") from None
+        raise OptionError(name, f"{name}={shown(text)} must be {wanted}") from None
 
 
 def _parse_int(name: str, text: str) -> int | str:
@@ -205,7 +217,7 @@ def _parse_int(name: str, text: str) -> int | str:
 
 def _parse_bool(name: str, text: str) -> bool:
     if text not in ("0", "1"):
-        raise OptionError(name, f"{name}={text!r} must be 0 or 1")
+        raise OptionError(name, f"{name}={shown(text)} must be 0 or 1")
     return text == "1"
 
 
@@ -213,13 +225,13 @@ def _parse_spans(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise OptionError(name, f'{name}={text!r} must be JSON such as {{"system": [0, 40]}}') from None
+        raise OptionError(name, f'{name}={shown(text)} must be JSON such as {{"system": [0, 40]}}') from None
 
 
 def _between(low: int, high: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise OptionError(name, f"{name}={value!r} must be a whole number from {low} to {high}")
+            raise OptionError(name, f"{name}={shown(value)} must be a whole number from {low} to {high}")
         return value
 
     return check
@@ -227,14 +239,14 @@ def _between(low: int, high: int) -> Callable[[str, Any], int]:
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(name, f"{name}={value!r} must be true or false")
+        raise OptionError(name, f"{name}={shown(value)} must be true or false")
     return value
 
 
 def _check_ints(name: str, value: Any, low: int | None = None) -> tuple[int, ...]:
     if not _is_ints(value) or not value or (low is not None and min(value) < low):
         wanted = "whole numbers" if low is None else f"whole numbers from {low} up"
-        raise OptionError(name, f"{name}={value!r} must be a non-empty list of {wanted}")
+        raise OptionError(name, f"{name}={shown(value)} must be a non-empty list of {wanted}")
     return tuple(dict.fromkeys(value))
 
 
@@ -253,7 +265,7 @@ def _check_layers(name: str, value: Any) -> LayerSpec:
         return _check_ints(name, value)
     except OptionError:
         raise OptionError(
-            name, f'{name}={value!r} must be "last", "auto", "all" or a list of layer numbers such as [0, 14, -1]'
+            name, f'{name}={shown(value)} must be "last", "auto", "all" or a list of layer numbers such as [0, 14, -1]'
         ) from None
 
 
@@ -263,26 +275,28 @@ def _check_heads(name: str, value: Any) -> tuple[int, ...] | None:
 
 def _check_mode(name: str, value: Any) -> Mode:
     if value not in MODES:
-        raise OptionError(name, f"{name}={value!r} must be one of {', '.join(MODES)}")
+        raise OptionError(name, f"{name}={shown(value)} must be one of {', '.join(MODES)}")
     return value  # type: ignore[no-any-return]
 
 
 def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
     if not isinstance(value, Mapping):
-        raise OptionError(name, f"{name}={value!r} must map names to [start, end] position ranges")
+        raise OptionError(name, f"{name}={shown(value)} must map names to [start, end] position ranges")
     if len(value) > _SPANS_MAX:
         raise OptionError(name, f"{name} has {len(value)} spans; at most {_SPANS_MAX} are allowed")
     spans = {}
     for label, bounds in value.items():
         if not _is_ints(bounds) or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] < 2**31:
             raise OptionError(
-                name, f"{name}: {label!r}: {bounds!r} must be [start, end] positions, 0 <= start < end < 2**31"
+                name,
+                f"{name}: {shown(label)}: {shown(bounds)} must be [start, end] positions, 0 <= start < end < 2**31",
             )
         # what the records' binary row can hold
         if not isinstance(label, str) or not _SPAN_NAME.fullmatch(label) or len(label.encode()) > _SPAN_NAME_MAX:
             raise OptionError(
                 name,
-                f"{name}: {label!r} must be a name of 1 to {_SPAN_NAME_MAX} bytes of UTF-8 without control characters",
+                f"{name}: {shown(label)} must be a name of 1 to {_SPAN_NAME_MAX} bytes of UTF-8 without control "
+                "characters",
             )
         spans[label] = (bounds[0], bounds[1])
     return spans
@@ -297,7 +311,7 @@ def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "
         if start >= tokens:
             raise OptionError(
                 name,
-                f"{name}: {label!r}: [{start}, {end}] begins beyond the request's positions 0..{tokens - 1}: its "
+                f"{name}: {shown(label)}: [{start}, {end}] begins beyond the request's positions 0..{tokens - 1}: its "
                 "prompt and the most tokens of its answer",
             )
 
@@ -305,7 +319,7 @@ def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "
 def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
     urls = (value,) if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):
-        raise OptionError(name, f"{name}={value!r} must be sink URLs such as jsonl:records.jsonl")
+        raise OptionError(name, f"{name}={shown(value)} must be sink URLs such as jsonl:records.jsonl")
     return tuple(urls)
 
 
@@ -346,4 +360,7 @@ _PROCESS_VARIABLES = {
     "ATTNHOOK_API_KEY",
     "ATTNHOOK_CAPTURE_ALL",
     "ATTNHOOK_GRAPH_LAYERS",
+    "ATTNHOOK_SPAN_WIDTH",
+    "ATTNHOOK_MAX_BYTES",
+    "ATTNHOOK_MAX_BYTES_IN_FLIGHT",
 }

@@ -22,6 +22,7 @@ from attnhook.options import (
     parse_heads,
     parse_layers,
     resolve_layers,
+    shown,
 )
 
 # field: (JSON name, value), argument, (variable, text, value)
@@ -254,7 +255,7 @@ BAD_PARSED: list[tuple[str, str, str, str]] = [
 
 @pytest.mark.parametrize(
     ("variable", "text", "shown", "allowed"),
-    [(name, text, repr(text), allowed) for name, allowed, texts in BAD_VARIABLES for text in texts] + BAD_PARSED,
+    [(name, text, shown(text), allowed) for name, allowed, texts in BAD_VARIABLES for text in texts] + BAD_PARSED,
     ids=lambda value: value[:30],
 )
 def test_a_bad_variable_is_refused_by_name(variable, text, shown, allowed):

@@ -32,9 +32,11 @@ def capabilities(
     *,
     dtype: str | None = None,
     device: str | None = None,
+    generates: bool = True,
 ) -> dict[str, Any]:
     """The answer, with plain JSON values; ``layers``, ``heads``, ``dtype`` (of the model, such as "bfloat16")
-    and ``device`` ("cpu", "cuda") are None where the front end can't tell."""
+    and ``device`` ("cpu", "cuda") are None where the front end can't tell. A model that ``generates`` no tokens has no
+    rows to capture, and one without attention no layers."""
     import attnhook
 
     defaults = RequestOptions.resolve()
@@ -44,8 +46,9 @@ def capabilities(
         "model": model,
         "schema_version": SCHEMA_VERSION,
         "fingerprint": {"schema_version": FINGERPRINT_VERSION, "names": list(NAMES), "bin_starts": list(BIN_STARTS)},
+        "generates": generates,
         "modes": ["fingerprint"] if policy.fingerprint_only else list(MODES),
-        "layers": layers,
+        "layers": layers if generates else [],
         "query_heads": heads,
         "dtype": dtype,
         "device": device,

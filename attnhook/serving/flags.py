@@ -23,7 +23,18 @@ class _SetVariable(argparse.Action):
             Policy.from_environ()
         except OptionError as error:
             parser.error(f"{self.option_strings[0]}: {error}")
-        setattr(namespace, self.dest, values)
+        self.keep(namespace, values)
+
+    def keep(self, namespace: Any, value: Any) -> None:
+        """Among the arguments too, as any flag."""
+        setattr(namespace, self.dest, value)
+
+
+class _SetSecret(_SetVariable):
+    """As a secret stays out of the arguments, which engines log."""
+
+    def keep(self, namespace: Any, value: Any) -> None:
+        """The default stays."""
 
 
 def add_flags(parser: Any) -> None:
@@ -31,7 +42,8 @@ def add_flags(parser: Any) -> None:
     group = parser.add_argument_group(title="attnhook", description="Exact attention in replies (ATTNHOOK=1).")
     for flag in FLAGS:
         names = [flag.flag]
-        settings: dict[str, Any] = {"action": _SetVariable, "const": flag.variable, "help": flag.help}
+        action = _SetSecret if flag.secret else _SetVariable
+        settings: dict[str, Any] = {"action": action, "const": flag.variable, "help": flag.help}
         if flag.kind is bool:
             names.append("--no-" + flag.flag[2:])
             settings["nargs"] = 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hmac
 import os
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions, graph_layers
+from attnhook.options import REQUEST_FIELDS, RequestOptions, graph_layers
+from attnhook.serving.refusal import Refusal
 from attnhook.serving.wire import ASK
 
 
@@ -22,6 +22,7 @@ class Flag:
     variable: str
     kind: type
     help: str
+    secret: bool = False  # kept out of what an engine logs of its arguments
 
 
 FLAGS = (
@@ -45,6 +46,30 @@ FLAGS = (
         "Refuse modes that tell positions: only fingerprints leave the server.",
     ),
     Flag(
+        "--attention-tokens-span-width",
+        "ATTNHOOK_SPAN_WIDTH",
+        int,
+        "With fingerprints only, spans begin and end at multiples of so many positions. Default: 16.",
+    ),
+    Flag(
+        "--attention-tokens-mask-prefix",
+        "ATTNHOOK_MASK_PREFIX",
+        int,
+        "So many first positions are never reported, whatever a request asks for. Default: 0.",
+    ),
+    Flag(
+        "--attention-tokens-max-bytes",
+        "ATTNHOOK_MAX_BYTES",
+        int,
+        "Most bytes of attention that one request may be answered with; more is HTTP 400. Default: 16777216.",
+    ),
+    Flag(
+        "--attention-tokens-max-bytes-in-flight",
+        "ATTNHOOK_MAX_BYTES_IN_FLIGHT",
+        int,
+        "The same of all requests that an API server process answers now; more get HTTP 429. Default: 134217728.",
+    ),
+    Flag(
         "--attention-tokens-graph-layers",
         "ATTNHOOK_GRAPH_LAYERS",
         str,
@@ -54,19 +79,17 @@ FLAGS = (
         "--attention-tokens-api-key",
         "ATTNHOOK_API_KEY",
         str,
-        "Key that a capturing request must bring in the header X-Attention-Key. Default: none is needed.",
+        "Key that a capturing request must bring in the header X-Attention-Key. Default: none is needed. Other users "
+        "of the machine can read a command line; they cannot read the variable ATTNHOOK_API_KEY.",
+        secret=True,
     ),
 )
 
 KEY_HEADER = "x-attention-key"
 
-
-class Refusal(Exception):
-    """A request that this server does not serve; ``status`` is the HTTP status."""
-
-    def __init__(self, status: int, field: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.field = status, field
+SPAN_WIDTH = 16  # positions
+MAX_BYTES = 16 * 2**20  # of one reply
+MAX_BYTES_IN_FLIGHT = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,16 +101,15 @@ class Policy:
     fingerprint_only: bool = False
     api_key: str | None = None
     capture_all: bool = False  # every request, fingerprints only, to the sinks
+    mask_prefix: int = 0  # positions that are reported to nobody
+    span_width: int = SPAN_WIDTH  # of which bounds of spans are multiples, with fingerprint_only
+    max_bytes: int = MAX_BYTES  # JSON of one request's attention
+    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT  # of all requests that are answered now
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Policy:
         """Read the variables. Raises OptionError naming a bad one."""
         environ = os.environ if environ is None else environ
-        limit = environ.get("ATTNHOOK_MAX_CONCURRENT", "")
-        if limit and not (limit.isdecimal() and 1 <= int(limit) <= 10**6):
-            raise OptionError(
-                "ATTNHOOK_MAX_CONCURRENT", f"ATTNHOOK_MAX_CONCURRENT={limit!r} must be a whole number from 1 to 1000000"
-            )
         everything = environ.get("ATTNHOOK_CAPTURE_ALL", "")
         if everything not in ("", "0", "fingerprint"):
             raise OptionError(
@@ -96,26 +118,73 @@ class Policy:
         graph_layers(environ)
         return cls(
             allowed=_switch(environ, "ATTNHOOK_RETURN_ATTENTION_TOKENS", True),
-            max_concurrent=int(limit) if limit else None,
+            max_concurrent=_count(environ, "ATTNHOOK_MAX_CONCURRENT", 10**6, None),
             fingerprint_only=_switch(environ, "ATTNHOOK_FINGERPRINT_ONLY", False),
             api_key=environ.get("ATTNHOOK_API_KEY") or None,
             capture_all=everything == "fingerprint",
+            mask_prefix=RequestOptions.resolve(environ=environ).mask_prefix,
+            span_width=_count(environ, "ATTNHOOK_SPAN_WIDTH", 2**20, SPAN_WIDTH),
+            max_bytes=_count(environ, "ATTNHOOK_MAX_BYTES", 2**40, MAX_BYTES),
+            max_bytes_in_flight=_count(environ, "ATTNHOOK_MAX_BYTES_IN_FLIGHT", 2**44, MAX_BYTES_IN_FLIGHT),
         )
 
-    def check(self, options: RequestOptions, headers: Mapping[str, str]) -> None:
-        """Raise Refusal (403) where this server does not serve these options to this client."""
+    def admit(self, headers: Mapping[str, str]) -> None:
+        """Raise Refusal (403) for a client that may not capture; nothing that it sent is looked at before."""
         if not self.allowed:
             raise Refusal(403, ASK, f"{ASK}=true: this server forbids capture (--no-return-attention-tokens)")
         # compared in constant time, as bytes: a header may hold any character
         key = headers.get(KEY_HEADER, "")
         if self.api_key is not None and not hmac.compare_digest(key.encode(), self.api_key.encode()):
             raise Refusal(403, ASK, f"{ASK}=true: this server wants its capture key in the header X-Attention-Key")
+
+    def apply(self, options: RequestOptions) -> RequestOptions:
+        """These options as this server serves them: no position and no span lies below its prefix.
+
+        Raises Refusal (403) for what it does not serve.
+        """
         if self.fingerprint_only and options.mode != "fingerprint":
             raise Refusal(
                 403,
-                "attention_mode",
+                REQUEST_FIELDS["mode"],
                 f"attention_mode={options.mode!r}: this server gives fingerprints only; ask for 'fingerprint'",
             )
+        name, low = REQUEST_FIELDS["spans"], self._lowest
+        spans = {}
+        for label, (start, end) in options.spans.items():
+            if end <= low:
+                raise Refusal(
+                    403,
+                    name,
+                    f"{name}: {label!r}: [{start}, {end}] lies below position {low}, where this server allows no span "
+                    "(--attention-tokens-mask-prefix): drop it",
+                )
+            spans[label] = (max(start, low), end)
+        return replace(options, spans=spans, mask_prefix=max(options.mask_prefix, low))
+
+    def check_spans(self, options: RequestOptions, tokens: int | None) -> None:
+        """Raise OptionError where only fingerprints may leave and spans would tell more than ``span_width`` allows.
+
+        Bounds are multiples of it, so that neither one span nor sums of many, of one request or of several, tell the
+        mass of fewer positions; the last one may be any that lies behind the request's ``tokens`` (None: not known).
+        """
+        width, name = self.span_width, REQUEST_FIELDS["spans"]
+        if not self.fingerprint_only:
+            return
+        for label, (start, end) in options.spans.items():
+            behind = tokens is not None and end >= tokens
+            if start % width or (end % width and not behind):
+                raise OptionError(
+                    name,
+                    f"{name}: {label!r}: [{start}, {end}]: this server gives fingerprints only: a span begins and ends "
+                    f"at multiples of {width} positions (--attention-tokens-span-width), or ends behind the request's "
+                    "last token",
+                )
+
+    @property
+    def _lowest(self) -> int:
+        """Where spans may begin: at the prefix, or where a bound that is allowed follows it."""
+        width = self.span_width if self.fingerprint_only else 1
+        return -(-self.mask_prefix // width) * width
 
     def capabilities(self) -> dict[str, Any]:
         """The guard rails as ``GET /v1/attention/capabilities`` tells them."""
@@ -124,50 +193,11 @@ class Policy:
             "max_concurrent": self.max_concurrent,
             "fingerprint_only": self.fingerprint_only,
             "api_key_required": self.api_key is not None,
+            "mask_prefix": self.mask_prefix,
+            "span_width": self.span_width if self.fingerprint_only else 1,
+            "max_bytes": self.max_bytes,
+            "max_bytes_in_flight": self.max_bytes_in_flight,
         }
-
-
-class Gate:
-    """Counts the requests that are capturing now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    def enter(self, limit: int | None) -> None:
-        """Take a place. Raises Refusal (429) where ``limit`` are taken."""
-        with self._lock:
-            if limit is not None and self.count >= limit:
-                raise Refusal(
-                    429, ASK, f"{ASK}=true: {limit} requests are capturing already, which is the limit; try again later"
-                )
-            self.count += 1
-
-    def leave(self) -> None:
-        """Give the place back."""
-        with self._lock:
-            self.count -= 1
-
-    def place(self, limit: int | None) -> Place:
-        """`enter`, as an object that leaves once however often it is told to, and when it is dropped."""
-        self.enter(limit)
-        return Place(self)
-
-
-class Place:
-    """A place in a `Gate`: a reply that is abandoned before it begins runs no code of ours, but is dropped."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate: Gate | None = gate
-
-    def leave(self) -> None:
-        """Give the place back, if that has not been done."""
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.leave()
-
-    def __del__(self) -> None:
-        self.leave()
 
 
 def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
@@ -175,3 +205,10 @@ def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
     if value not in ("", "0", "1"):
         raise OptionError(name, f"{name}={value!r} must be 0 or 1")
     return default if value == "" else value == "1"
+
+
+def _count(environ: Mapping[str, str], name: str, most: int, default: Any) -> Any:
+    value = environ.get(name, "")
+    if value and not (value.isascii() and value.isdecimal() and len(value) < 20 and 1 <= int(value) <= most):
+        raise OptionError(name, f"{name}={value!r} must be a whole number from 1 to {most}")
+    return int(value) if value else default

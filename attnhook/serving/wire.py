@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.options import REQUEST_FIELDS, RequestOptions
+from attnhook.options import REQUEST_FIELDS, RequestOptions, shown
 
 #: The request field that asks for capture.
 ASK = "return_attention_tokens"
@@ -19,6 +19,15 @@ ASK = "return_attention_tokens"
 FIELDS = frozenset({ASK, *REQUEST_FIELDS.values()})
 #: Where an engine's own dictionaries keep what is ours.
 KEY = "attnhook"
+
+
+class Packed(str):
+    """Options that this process has packed. A client sends plain text, which is never taken for it.
+
+    Engines know no such text: the front end turns it into plain text where the request leaves for the workers.
+    """
+
+    __slots__ = ()
 
 
 def asked(fields: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> RequestOptions | None:
@@ -30,13 +39,21 @@ def asked(fields: Mapping[str, Any], environ: Mapping[str, str] | None = None) -
     options = RequestOptions.resolve(request={k: v for k, v in fields.items() if k != ASK}, environ=environ)
     wanted = fields.get(ASK, False)
     if not isinstance(wanted, bool):
-        raise OptionError(ASK, f"{ASK}={wanted!r} must be true or false")
+        raise OptionError(ASK, f"{ASK}={shown(wanted)} must be true or false")
     return options if wanted else None
 
 
-def pack_options(options: RequestOptions, *, reply: bool = True) -> str:
+def pack_options(options: RequestOptions, *, reply: bool = True) -> Packed:
     """Options as text, the same for equal options; without ``reply`` the records go to the sinks only."""
-    return json.dumps({**asdict(options), "reply": reply}, sort_keys=True)
+    return Packed(json.dumps({**asdict(options), "reply": reply}, sort_keys=True))
+
+
+def foreign(fields: Mapping[str, Any]) -> str | None:
+    """The first of a client's own names for the engine that is ours, at a place where it may not be; None: none is."""
+    for name, value in fields.items():
+        if name in FIELDS or (name == KEY and not isinstance(value, Packed)):
+            return name
+    return None
 
 
 def unpack_options(text: str) -> tuple[RequestOptions, bool]:

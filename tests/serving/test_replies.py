@@ -13,7 +13,6 @@ import pytest
 
 from attnhook import OptionError, TokenRecord
 from attnhook.options import RequestOptions
-from attnhook.serving.policy import Gate, Policy, Refusal
 from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
 from attnhook.serving.wire import Share, asked, pack_options, unpack_options, worse
 
@@ -119,36 +118,3 @@ def test_asking() -> None:
         asked({"return_attention_tokens": 1}, {})
     with pytest.raises(OptionError, match="from 1 to 256"):
         asked({"return_attention_tokens": False, "top_k_attention": 0}, {})
-
-
-def test_guard_rails() -> None:
-    policy = Policy.from_environ({"ATTNHOOK_API_KEY": "s\u00e9same", "ATTNHOOK_FINGERPRINT_ONLY": "1"})
-    fingerprint = RequestOptions(mode="fingerprint")
-    policy.check(fingerprint, {"x-attention-key": "s\u00e9same"})
-    for options, headers in ((fingerprint, {}), (RequestOptions(), {"x-attention-key": "s\u00e9same"})):
-        with pytest.raises(Refusal) as caught:
-            policy.check(options, headers)
-        assert caught.value.status == 403
-    with pytest.raises(Refusal, match="forbids capture"):
-        Policy.from_environ({"ATTNHOOK_RETURN_ATTENTION_TOKENS": "0"}).check(RequestOptions(), {})
-    gate = Gate()
-    gate.enter(1)
-    with pytest.raises(Refusal) as caught:
-        gate.enter(1)
-    assert caught.value.status == 429
-    gate.leave()
-    gate.enter(1)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ATTNHOOK_MAX_CONCURRENT", "0"),
-        ("ATTNHOOK_MAX_CONCURRENT", "many"),
-        ("ATTNHOOK_FINGERPRINT_ONLY", "yes"),
-        ("ATTNHOOK_CAPTURE_ALL", "raw"),
-    ],
-)
-def test_bad_guard_rails_are_named(name: str, value: str) -> None:
-    with pytest.raises(OptionError, match=f"{name}='{value}'"):
-        Policy.from_environ({name: value})

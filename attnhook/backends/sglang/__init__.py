@@ -1,10 +1,10 @@
 """SGLang: exact attention from an unmodified server or `sglang.Engine`, per request.
 
 `worker` captures rows in the scheduler processes, `pool` reads the engine's keys, `results` sends records along
-with the tokens that they belong to, `stages` from one pipeline stage to another, `frontend` takes requests and
-fills replies, `server` is the HTTP surface, `older` does what versions before 0.5.15 lack. SGLang loads `load`
-through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, which load no plugins, are reached by
-``attnhook.pth``.
+with the tokens that they belong to, `stages` from one pipeline stage to another, `frontend` takes requests,
+`reading` takes records out of results, `server` is the HTTP surface, `older` does what versions before 0.5.15 lack.
+SGLang loads `load` through the entry point group ``sglang.srt.plugins``; its extra HTTP workers, which load no
+plugins, are reached by ``attnhook.pth``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _HOOKS: dict[str, tuple[str, ...]] = {
     "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
     "server.with_flags": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
     "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
+    "server.with_guard": (f"{_SRT}.entrypoints.http_server:app.user_middleware",),
 }
 # what only older versions need: the place, and a name in the same module by which a newer one shows that it does not
 _OLDER: tuple[tuple[str, str, str], ...] = (

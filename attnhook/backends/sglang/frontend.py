@@ -1,30 +1,38 @@
 """In SGLang's front end: requests that ask, and records on their way out of its results.
 
 Every way in, HTTP or `Engine`, passes `TokenizerManager.generate_request`. The OpenAI routes leave their options in
-the request's scope (`server`); everybody else asks with the same fields, at the top of a ``/generate`` body or in
-``sampling_params["custom_params"]``.
+the request's scope (`server`); ``/generate`` and `Engine` ask with the same fields, at the top of a body or in
+``sampling_params["custom_params"]``. What any other route or a client's own parameters ask for is refused.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
+from attnhook.backends.sglang.reading import Reader
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
+from attnhook.serving.budget import check_reply
 from attnhook.serving.capabilities import attention_layers
-from attnhook.serving.policy import Gate, Policy, Refusal
-from attnhook.serving.replies import NOTHING_CAME, Attention, Stream
-from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options, unpack_options
+from attnhook.serving.gate import Gate, Place
+from attnhook.serving.policy import Policy
+from attnhook.serving.refusal import Refusal
+from attnhook.serving.replies import Stream
+from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options, unpack_options
+
+logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 
 gate = Gate()
-_GENERATE = "/generate"
+GENERATE = "/generate"
 _HEALTH_CHECK = "HEALTH_CHECK"
 _manager: Any = None  # the TokenizerManager of this process
 
@@ -74,58 +82,30 @@ def model_device() -> str | None:
     return None if device is None else str(device)
 
 
+def generates() -> bool:
+    """Whether the model generates tokens: one that makes embeddings has no rows that could be asked for."""
+    return bool(getattr(_manager, "is_generation", True))
+
+
 def options_of(fields: Mapping[str, Any]) -> RequestOptions | None:
     """What a body's fields ask for, checked against the model; None where it does not ask. Raises OptionError."""
     options = asked(fields)
     if options is not None:
-        _, layers, heads = model_shape()
+        name, layers, heads = model_shape()
+        if not generates():
+            raise OptionError(ASK, f"{ASK}=true: {name} generates no tokens, so there is nothing to capture: drop it")
         if layers:
-            resolve_layers(options.layers, layers, "attention_layers")
+            resolve_layers(options.layers, layers, REQUEST_FIELDS["layers"])
         if heads:
-            check_heads(options.heads, heads, "attention_heads")
+            check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
     return options
 
 
-@dataclass
-class Reader:
-    """Takes our elements out of the results of one request, whose choices it tells apart by their ids."""
-
-    incremental: bool
-    stream: Stream | None = None  # of an OpenAI reply, which gets what is new
-    choices: dict[int, Attention] = field(default_factory=dict)  # all so far
-    _seen: dict[str, int] = field(default_factory=dict)  # elements per id
-    _entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON so far, of native replies
-
-    def read(self, result: dict[str, Any], index: int, *, native: bool) -> None:
-        """One result: its records go to ``choices`` and ``stream``, in native replies into ``meta_info``."""
-        meta = result.get("meta_info") or {}
-        elements = meta.pop(KEY, None) or []
-        request = str(meta.get("id", ""))
-        if not self.incremental:
-            done, self._seen[request] = self._seen.get(request, 0), len(elements)
-            elements = elements[done:]
-        new = Attention()
-        for element in elements:
-            if element is not None:
-                new.extend(Attention.of(Share.unpack(element), request, index))
-        whole = self.choices.setdefault(index, Attention())
-        whole.extend(new)
-        if not whole and meta.get("finish_reason") is not None and result.get("output_ids"):
-            new.error = whole.error = NOTHING_CAME
-        if self.stream is not None:
-            self.stream.add(index, new)
-        elif native:
-            meta.update(self._native(request, new))
-
-    def _native(self, request: str, new: Attention) -> dict[str, Any]:
-        """Fields for ``meta_info``: what is new, or all so far, as the engine does with its own lists."""
-        fields = new.fields()
-        if self.incremental:
-            return fields
-        sofar = self._entries.setdefault(request, {})
-        for name, value in fields.items():
-            sofar[name] = sofar.get(name, []) + value if isinstance(value, list) else sofar.get(name, value)
-        return dict(sofar)
+def _layer_count(options: RequestOptions) -> int:
+    """How many layers the options name, as far as this front end can tell."""
+    config = getattr(getattr(_manager, "model_config", None), "hf_text_config", None)
+    layers = model_shape()[1] or range(getattr(config, "num_hidden_layers", None) or 128)
+    return len(resolve_layers(options.layers, list(layers)))
 
 
 @dataclass
@@ -133,17 +113,32 @@ class Ticket:
     """What an OpenAI route leaves in the request's scope under `KEY`."""
 
     options: RequestOptions
+    place: Place
     stream: Stream | None
     reader: Reader | None = None
-    error: OptionError | None = None  # what only the tokenized prompt showed
+    error: OptionError | Refusal | None = None  # what only the tokenized prompt showed
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """A `Refusal` as SGLang's own routes understand it: they read ``status_code``."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(str(refusal))
-        self.status_code = refusal.status
+        self.refusal, self.status_code = refusal, refusal.status
+
+
+class _Asked(NamedTuple):
+    """What a request asks for: once for all of its prompts, or per prompt."""
+
+    options: list[RequestOptions | None]
+    place: Place | None  # None for who calls the engine in Python
+
+    def of(self, prompt: int) -> RequestOptions | None:
+        return self.options[prompt if len(self.options) > 1 else 0]
+
+
+# what this task serves, for `counting`
+_serving: ContextVar[_Asked | None] = ContextVar("attnhook_serving", default=None)
 
 
 def serving(original: Original) -> Original:
@@ -152,46 +147,45 @@ def serving(original: Original) -> Original:
     @wraps(original)
     async def generate_request(self: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any) -> Any:
         ticket: Ticket | None = _scope(request).get(KEY)
-        place = None
-        if ticket is None:
-            native = _native_options(obj, request)
-            if any(native) and request is not None:
-                place = _admit([options for options in native if options is not None], request.headers)
-        else:
-            native = [ticket.options]
-        asks = any(native)
+        wanted = _wanted(obj, request) if ticket is None else _Asked([ticket.options], ticket.place)
+        if ticket is not None:
+            _refuse_foreign(obj, fields_too=True)
+        asks = any(wanted.options)
         if asks:
-            mark(obj, native)
-        elif policy().capture_all and hasattr(obj, "sampling_params") and _is_traffic(obj):
+            mark(obj, wanted.options)
+        elif policy().capture_all and hasattr(obj, "sampling_params") and generates() and _is_traffic(obj):
             mark(obj, [RequestOptions.resolve(arguments={"mode": "fingerprint"})], reply=False)
         reader = Reader(bool(getattr(obj, "stream", False) and _streams_what_is_new(self)))
         if ticket is not None:
             reader.stream, ticket.reader = ticket.stream, reader
+        token = _serving.set(wanted if asks else None)
         try:
             async with aclosing(original(self, obj, request, *args, **kwargs)) as results:
                 async for result in results:
                     for n, item in enumerate(result if isinstance(result, list) else [result]):
                         index = item.get("index", n) if isinstance(item, dict) else n
                         # several samples of a prompt lie together
-                        prompt = index // (getattr(obj, "parallel_sample_num", None) or 1)
-                        if asks and native[prompt if len(native) > 1 else 0] is not None:
-                            reader.read(item, index, native=ticket is None)
+                        options = wanted.of(index // (getattr(obj, "parallel_sample_num", None) or 1)) if asks else None
+                        if options is not None:
+                            reader.read(item, index, options, native=ticket is None)
                         elif isinstance(item, dict) and "meta_info" in item:
                             item["meta_info"].pop(KEY, None)  # of others in the same batch
                     yield result
-        except OptionError as error:
+        except (OptionError, Refused) as error:
             if ticket is not None:
-                ticket.error = error
+                ticket.error = error.refusal if isinstance(error, Refused) else error
             raise
         finally:
-            if place is not None:
-                place.leave()
+            with suppress(ValueError):  # closed by another task than the one that began it, whose context ends with it
+                _serving.reset(token)
+            if ticket is None and wanted.place is not None:
+                wanted.place.leave()
 
     return generate_request
 
 
 def counting(original: Original) -> Original:
-    """``TokenizerManager._validate_one_request``: a span that begins where the request never comes to is an error."""
+    """``TokenizerManager._validate_one_request``: what only the tokenized prompt shows is refused before any work."""
 
     @wraps(original)
     def _validate_one_request(self: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,13 +193,34 @@ def counting(original: Original) -> Original:
         params = getattr(obj, "sampling_params", None)
         packed = _custom_params(params).get(KEY)
         if packed is not None and input_ids is not None and isinstance(params, dict):
-            options, _ = unpack_options(packed)
+            options, reply = unpack_options(packed)
             new = params.get("max_new_tokens")  # the context is the end of what has none
             tokens = self.context_len if new is None else min(len(input_ids) + new, self.context_len)
             check_reach(options.spans, tokens, REQUEST_FIELDS["spans"])
+            known = _serving.get()
+            if reply and known is not None and known.place is not None:
+                _measure(known.place, options, len(input_ids), tokens, params.get("n") or 1)
         return result
 
     return _validate_one_request
+
+
+def _measure(place: Place, options: RequestOptions, prompt: int, tokens: int, choices: int) -> None:
+    """Refuse what tells more than this server allows, or comes to more bytes."""
+    policy().check_spans(options, tokens)
+    size = check_reply(
+        options,
+        _layer_count(options),
+        prompt,
+        max(0, tokens - prompt),
+        choices,
+        policy().max_bytes,
+        already=place.bytes,
+    )
+    try:
+        place.reserve(size, policy().max_bytes_in_flight)
+    except Refusal as refusal:
+        raise Refused(refusal) from refusal
 
 
 def _streams_what_is_new(manager: Any) -> bool:
@@ -224,35 +239,58 @@ def _custom_params(params: Any) -> dict[str, Any]:
     return custom if isinstance(custom, dict) else {}
 
 
-def _native_options(obj: Any, request: Any) -> list[RequestOptions | None]:
-    """What a request that came by no OpenAI route asks for, per prompt or once for all. Raises OptionError."""
+def _each(params: Any) -> list[dict[str, Any]]:
+    """The ``custom_params`` of each of a request's sampling parameters."""
+    return [_custom_params(one) for one in (params if isinstance(params, list) else [params])]
+
+
+def _refuse_foreign(obj: Any, *, fields_too: bool) -> None:
+    """Raise OptionError for a name of ours among a client's own parameters, with ``fields_too`` for any of them."""
+    for custom in _each(getattr(obj, "sampling_params", None)):
+        name = foreign(custom)
+        if name is not None and (fields_too or KEY in custom):
+            raise OptionError(
+                KEY if KEY in custom else name,
+                f"custom_params: the name {KEY if KEY in custom else name!r} is attnhook's own; ask with {ASK}=true at "
+                f"the top of a request to /v1/chat/completions, /v1/completions or {GENERATE}",
+            )
+
+
+def _wanted(obj: Any, request: Any) -> _Asked:
+    """What a request that came by no OpenAI route asks for, admitted. Raises OptionError and `Refused`."""
+    native = _is_native(request)
+    _refuse_foreign(obj, fields_too=not native)
+    if not native:
+        return _Asked([None], None)
     body = getattr(request, "_json", None) if request is not None else None
-    path = str(_scope(request).get("path", "")) if request is not None else _GENERATE
-    if isinstance(body, dict) and ASK in body and path.endswith(_GENERATE):
-        return [options_of(body)]
-    params = getattr(obj, "sampling_params", None)
-    each = params if isinstance(params, list) else [params]
-    found = [_custom_params(one) for one in each]
-    if any(KEY in custom for custom in found):
-        raise OptionError(KEY, f"custom_params: the name {KEY!r} is attnhook's own; ask with {ASK}=true")
-    if not path.endswith(_GENERATE) and (
-        (isinstance(body, dict) and body.get(ASK)) or any(custom.get(ASK) for custom in found)
-    ):
-        raise OptionError(
-            ASK,
-            f"{ASK}=true: {path} cannot carry attention asked for so; put the fields at the top of a request to "
-            "/v1/chat/completions, /v1/completions or /generate",
-        )
-    return [options_of(custom) if ASK in custom else None for custom in found]
-
-
-def _admit(options: list[RequestOptions], headers: Mapping[str, str]) -> Any:
+    each = [body] if isinstance(body, dict) and ASK in body else _each(getattr(obj, "sampling_params", None))
+    if not any(ASK in fields for fields in each):
+        return _Asked([None], None)
+    if request is None:  # in Python
+        return _Asked([options_of(fields) if ASK in fields else None for fields in each], None)
     try:
-        for one in options:
-            policy().check(one, headers)
-        return gate.place(policy().max_concurrent)
+        if any(fields.get(ASK) for fields in each):  # who may not ask learns nothing from how the fields are checked
+            policy().admit(request.headers)
+        found = [options_of(fields) if ASK in fields else None for fields in each]
+        options = [None if one is None else policy().apply(one) for one in found]
+        return _Asked(options, gate.place(policy().max_concurrent) if any(options) else None)
     except Refusal as refusal:
-        raise _Refused(refusal) from refusal
+        raise Refused(refusal) from refusal
+
+
+def _is_native(request: Any) -> bool:
+    """Whether a request came by ``/generate``, or from Python; not whether its path looks like that."""
+    if request is None:
+        return not _serves()
+    scope = _scope(request)
+    route = getattr(scope.get("route"), "path", None)
+    path = str(scope.get("path", "")).removeprefix(str(scope.get("root_path", "")))
+    return (path if route is None else route) == GENERATE
+
+
+def _serves() -> bool:
+    """Whether this process is SGLang's HTTP server, to which other people's requests come."""
+    return getattr(sys.modules.get("sglang.srt.entrypoints.http_server"), "_global_state", None) is not None
 
 
 def mark(obj: Any, options: list[RequestOptions | None], *, reply: bool = True) -> None:
@@ -260,7 +298,7 @@ def mark(obj: Any, options: list[RequestOptions | None], *, reply: bool = True) 
 
     Raises OptionError for a request that no record can come of.
     """
-    if not hasattr(obj, "sampling_params"):
+    if not hasattr(obj, "sampling_params") or not generates():
         raise OptionError(ASK, f"{ASK}=true: {type(obj).__name__} generates no tokens; drop it")
     several = isinstance(obj.sampling_params, list)
     each = obj.sampling_params if several else [obj.sampling_params]
@@ -282,7 +320,8 @@ def _marked(params: dict[str, Any], options: RequestOptions | None, reply: bool)
             ASK, f"{ASK}=true with max_new_tokens=0: there is no token to give attention of; use 1 or more"
         )
     kept = {name: value for name, value in custom.items() if name not in FIELDS}
-    return {**params, "custom_params": {**kept, KEY: pack_options(options, reply=reply)}}
+    # plain text: SGLang sends it to its schedulers, and nothing of a client's gets here under this name
+    return {**params, "custom_params": {**kept, KEY: str(pack_options(options, reply=reply))}}
 
 
 def _is_traffic(obj: Any) -> bool:

@@ -14,6 +14,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "attn_cp_size": ("context parallelism", lambda size: size > 1, "--attn-cp-size 1"),
     "dcp_size": ("context parallelism in decoding", lambda size: size > 1, "--dcp-size 1"),
     "enable_dp_attention": ("data-parallel attention", bool, "no --enable-dp-attention (plain --dp-size works)"),
+    "attn_dp_size": ("data-parallel attention", lambda size: size > 1, "--attn-dp-size 1 (plain --dp-size works)"),
     "speculative_algorithm": (
         "speculative decoding",
         lambda name: name not in (None, "", "NONE"),

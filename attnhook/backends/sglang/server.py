@@ -12,8 +12,9 @@ from attnhook.backends.sglang import frontend
 from attnhook.errors import OptionError
 from attnhook.serving.capabilities import capabilities
 from attnhook.serving.flags import add_flags
-from attnhook.serving.policy import Refusal
+from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Attention, Stream
+from attnhook.serving.routes import RouteGuard
 from attnhook.serving.wire import ASK, KEY
 
 Original = Callable[..., Any]
@@ -39,24 +40,24 @@ def guarding(original: Original) -> Original:
         body = getattr(raw_request, "_json", None)
         if not isinstance(body, dict) or ASK not in body or not _carries(self):
             return await original(self, request, raw_request, *args, **kwargs)
+        policy = frontend.policy()
         try:
+            if body[ASK]:  # who may not ask learns nothing from how the fields are checked
+                policy.admit(raw_request.headers)
             options = frontend.options_of(body)
             if options is None:
                 return await original(self, request, raw_request, *args, **kwargs)
-            frontend.policy().check(options, raw_request.headers)
-            place = frontend.gate.place(frontend.policy().max_concurrent)
-        except OptionError as error:
-            return self.create_error_response(str(error), param=error.field)
-        except Refusal as refusal:
-            status = HTTPStatus(refusal.status)
-            return self.create_error_response(str(refusal), status.phrase, status.value, refusal.field)
-        ticket = frontend.Ticket(options, Stream() if getattr(request, "stream", False) else None)
+            options = policy.apply(options)
+            place = frontend.gate.place(policy.max_concurrent)
+        except (OptionError, Refusal) as error:
+            return _answer(self, error)
+        ticket = frontend.Ticket(options, place, Stream() if getattr(request, "stream", False) else None)
         raw_request.scope[KEY] = ticket
         streaming = False
         try:
             reply = await original(self, request, raw_request, *args, **kwargs)
             if ticket.error is not None:
-                return self.create_error_response(str(ticket.error), param=ticket.error.field)
+                return _answer(self, ticket.error)
             streaming = hasattr(reply, "body_iterator")
             if streaming:
                 reply.body_iterator = frontend.lines(reply.body_iterator, ticket, place)
@@ -66,6 +67,14 @@ def guarding(original: Original) -> Original:
                 place.leave()
 
     return handle_request
+
+
+def _answer(serving: Any, error: OptionError | Refusal) -> Any:
+    """The HTTP reply to a request that is refused."""
+    if isinstance(error, OptionError):
+        return serving.create_error_response(str(error), param=error.field)
+    status = HTTPStatus(error.status)
+    return serving.create_error_response(str(error), status.phrase, status.value, error.field)
 
 
 def _carries(serving: Any) -> bool:
@@ -102,3 +111,21 @@ def with_capabilities(original: list[Any]) -> _Routes:
         )  # fmt: skip
 
     return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])
+
+
+class _Middleware(list[Any]):
+    """SGLang's middleware and ours; a list of its own, so that it can be told apart and taken back."""
+
+
+_CARRYING = frozenset({"/v1/chat/completions", "/v1/completions", frontend.GENERATE, "/invocations"})
+
+
+def with_guard(original: list[Any]) -> _Middleware:
+    """``app.user_middleware``: the routes that can't carry records say so; the last one in the list runs first."""
+    from starlette.middleware import Middleware
+
+    return _Middleware([*original, Middleware(RouteGuard, carrying=_carrying)])
+
+
+def _carrying() -> frozenset[str]:
+    return _CARRYING if frontend.generates() else frozenset()

@@ -2,8 +2,8 @@
 
 `worker` captures rows in the model runner, `cache` reads the engine's keys, `reasoning` marks the records of
 tokens inside a reasoning block, `scheduler` sends records along with the accepted tokens, `frontend` takes
-requests and fills replies. vLLM loads `load` in every process it starts, through the entry point group
-``vllm.general_plugins``.
+requests, `outputs` fills replies, `server` is the HTTP surface. vLLM loads `load` in every process it starts,
+through the entry point group ``vllm.general_plugins``.
 """
 
 from __future__ import annotations
@@ -99,14 +99,15 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "vllm.v1.engine.core": (("EngineCore", "shutdown", "scheduler.flushing"),),
     "vllm.v1.engine.output_processor": (
-        ("OutputProcessor", "process_outputs", "frontend.receiving"),
-        ("RequestState", "_new_completion_output", "frontend.completing"),
+        ("OutputProcessor", "add_request", "outputs.expecting"),
+        ("OutputProcessor", "process_outputs", "outputs.receiving"),
+        ("RequestState", "_new_completion_output", "outputs.completing"),
     ),
     "vllm.v1.engine.input_processor": (
         ("InputProcessor", "__init__", "frontend.knowing_the_model"),
         ("InputProcessor", "process_inputs", "frontend.admitting"),
     ),
-    "vllm.outputs": (("RequestOutput", "add", "frontend.merging"),),
+    "vllm.outputs": (("RequestOutput", "add", "outputs.merging"),),
     "vllm.entrypoints.openai.chat_completion.protocol": (
         ("ChatCompletionRequest", "to_sampling_params", "frontend.asking"),
     ),
@@ -119,14 +120,14 @@ _HOOKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "vllm.entrypoints.openai.chat_completion.serving": (
         ("OpenAIServingChat", "create_chat_completion", "server.guarded"),
         ("OpenAIServingChat", "_extract_prompt_len", "frontend.counting"),
-        ("OpenAIServingChat", "chat_completion_full_generator", "frontend.chat_reply"),
-        ("OpenAIServingChat", "chat_completion_stream_generator", "frontend.chat_stream"),
+        ("OpenAIServingChat", "chat_completion_full_generator", "outputs.chat_reply"),
+        ("OpenAIServingChat", "chat_completion_stream_generator", "outputs.chat_stream"),
     ),
     "vllm.entrypoints.openai.completion.serving": (
         ("OpenAIServingCompletion", "create_completion", "server.guarded"),
         ("OpenAIServingCompletion", "_extract_prompt_len", "frontend.counting"),
-        ("OpenAIServingCompletion", "request_output_to_completion_response", "frontend.completion_reply"),
-        ("OpenAIServingCompletion", "completion_stream_generator", "frontend.completion_stream"),
+        ("OpenAIServingCompletion", "request_output_to_completion_response", "outputs.completion_reply"),
+        ("OpenAIServingCompletion", "completion_stream_generator", "outputs.completion_stream"),
     ),
 }
 _PATCHERS = dict.fromkeys(_HOOKS, _patch)

@@ -1,19 +1,25 @@
-"""In vLLM's front end: requests that ask, and records on their way into outputs and replies."""
+"""In vLLM's front end: requests that ask, on their way to the engine.
+
+A request of a server is admitted by its route (`server.guarded`), which alone can ask for capture: what any other
+route, or a client's own parameters for the engine, ask for is refused where every request passes, `admitting`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
+from attnhook.backends.vllm.refusing import client_error
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
+from attnhook.serving.budget import check_reply
 from attnhook.serving.capabilities import attention_layers
+from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
-from attnhook.serving.replies import Attention, Stream
-from attnhook.serving.wire import ASK, FIELDS, KEY, Share, asked, pack_options
+from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options
 
 Original = Callable[..., Any]
 
@@ -51,9 +57,15 @@ def served_name(model: Any) -> str:
 
 
 def model_shape() -> tuple[str, list[int] | None, int | None]:
-    """Name, layers and query heads of the model; None where only the workers know."""
+    """Name, layers and query heads of the model; None where only the workers know, no layers where it has none."""
     config = getattr(_model, "hf_text_config", None)
-    return served_name(_model), attention_layers(config), getattr(config, "num_attention_heads", None)
+    layers = [] if getattr(_model, "is_attention_free", False) else attention_layers(config)
+    return served_name(_model), layers, getattr(config, "num_attention_heads", None)
+
+
+def generates() -> bool:
+    """Whether the model generates tokens: one that makes embeddings has no rows that could be asked for."""
+    return getattr(_model, "runner_type", "generate") != "pooling"
 
 
 def model_dtype() -> str | None:
@@ -68,33 +80,50 @@ def model_device() -> str | None:
 
 
 def check_model(options: RequestOptions) -> None:
-    """Raise OptionError for a layer or head that the model does not have."""
-    _, layers, heads = model_shape()
-    if layers:
-        resolve_layers(options.layers, layers, "attention_layers")
+    """Raise OptionError for a layer or head that the model does not have, and for a model that has no attention."""
+    name, layers, heads = model_shape()
+    if layers is not None:
+        if not layers:
+            raise OptionError(
+                ASK, f"{ASK}=true: {name} has no attention layer, so there is nothing to capture: drop it"
+            )
+        resolve_layers(options.layers, layers, REQUEST_FIELDS["layers"])
     if heads:
-        check_heads(options.heads, heads, "attention_heads")
+        check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
 
 
-# the request that this task serves, with its options
-_checked: ContextVar[tuple[Any, RequestOptions] | None] = ContextVar("attnhook_checked", default=None)
+def layer_count(options: RequestOptions) -> int:
+    """How many layers the options name, as far as this front end can tell."""
+    layers = model_shape()[1] or range(
+        getattr(getattr(_model, "hf_text_config", None), "num_hidden_layers", None) or 128
+    )
+    return len(resolve_layers(options.layers, list(layers)))
+
+
+class Admitted(NamedTuple):
+    """A request of a route that may ask, with its options as this server serves them."""
+
+    request: Any
+    options: RequestOptions
+    place: Place
+
+
+# what this task serves
+_admitted: ContextVar[Admitted | None] = ContextVar("attnhook_admitted", default=None)
 
 
 @contextmanager
-def checked(request: Any, options: RequestOptions) -> Iterator[None]:
-    """Inside the block, `options_of` need not check this request again."""
-    token = _checked.set((request, options))
+def admitted(request: Any, options: RequestOptions, place: Place) -> Iterator[None]:
+    """Inside the block this request may ask for capture."""
+    token = _admitted.set(Admitted(request, options, place))
     try:
         yield
     finally:
-        _checked.reset(token)
+        _admitted.reset(token)
 
 
 def options_of(request: Any) -> RequestOptions | None:
     """What an OpenAI request asks for; None where it does not ask. Raises OptionError."""
-    known = _checked.get()
-    if known is not None and known[0] is request:
-        return known[1]
     options = _options(request.model_extra)
     if options is not None and getattr(request, "use_beam_search", False):
         raise OptionError(ASK, f"{ASK}=true with use_beam_search=true: beam search cannot be captured; drop one")
@@ -116,24 +145,38 @@ def counting(original: Original) -> Original:
     return _extract_prompt_len
 
 
-def _check_spans(options: RequestOptions, prompt: int | None, new: int | None) -> None:
-    if prompt is not None and new is not None:
-        check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
-
-
 def asking(original: Original) -> Original:
-    """``to_sampling_params`` of a chat or completion request: its fields become ours, or a clean HTTP 400."""
+    """``to_sampling_params`` of a chat or completion request: its fields become ours, or a clean HTTP 400.
+
+    Raises Refusal where a reply of this size is too much now.
+    """
 
     @wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        options = options_of(self)
+        known = _admitted.get()
+        if known is None or known.request is not self:
+            _refuse_to_ask(self)
+            return original(self, *args, **kwargs)
         params = original(self, *args, **kwargs)
-        if options is not None:
-            _check_spans(options, _prompt_tokens.get(), params.max_tokens)
-            mark(params, options)
+        _measure(known, _prompt_tokens.get(), params)
+        mark(params, known.options)
         return params
 
     return to_sampling_params
+
+
+def _measure(known: Admitted, prompt: int | None, params: Any) -> None:
+    """Refuse what reaches beyond this request, or comes to more bytes than this server allows."""
+    options, place, new = known.options, known.place, params.max_tokens
+    if prompt is None or new is None:
+        policy().check_spans(options, None)
+        return
+    check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
+    policy().check_spans(options, prompt + new)
+    size = check_reply(
+        options, layer_count(options), prompt, new, params.n or 1, policy().max_bytes, already=place.bytes
+    )
+    place.reserve(size, policy().max_bytes_in_flight)
 
 
 def refusing_capture(original: Original) -> Original:
@@ -141,13 +184,20 @@ def refusing_capture(original: Original) -> Original:
 
     @wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (self.model_extra or {}).get(ASK):
-            raise OptionError(
-                ASK, f"{ASK}=true: {type(self).__name__} cannot carry attention; use /v1/chat/completions"
-            )
+        _refuse_to_ask(self)
         return original(self, *args, **kwargs)
 
     return to_sampling_params
+
+
+def _refuse_to_ask(request: Any) -> None:
+    extra = request.model_extra or {}
+    if extra.get(ASK):
+        raise client_error(
+            ASK,
+            f"{ASK}=true: {type(request).__name__} cannot carry attention on this route; use /v1/chat/completions or "
+            "/v1/completions",
+        )
 
 
 def _options(extra: dict[str, Any] | None) -> RequestOptions | None:
@@ -166,181 +216,57 @@ def mark(params: Any, options: RequestOptions, *, reply: bool = True) -> None:
         params.skip_reading_prefix_cache = True  # a cached row is not computed, so it could not be captured
 
 
+_serves = False  # whether other people's requests come to this process
+
+
+def serving() -> None:
+    """From now on requests come from clients, who ask by the fields of their routes and by nothing else."""
+    global _serves
+    _serves = True
+
+
 def admitting(original: Original) -> Original:
-    """``InputProcessor.process_inputs``: offline requests ask through ``SamplingParams.extra_args``."""
+    """``InputProcessor.process_inputs``, which every request passes.
+
+    Who calls vLLM in Python asks through ``SamplingParams.extra_args``; of a server's client nothing is taken there.
+    """
 
     @wraps(original)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(params, "extra_args", None) or {}
-        if ASK in extra:
-            options = _options(extra)
+        name = foreign(extra)
+        if name is not None and (_serves or name == KEY):
+            raise client_error(
+                name,
+                f"vllm_xargs or extra_args: the name {name!r} is attnhook's own; ask with {ASK}=true at the top of a "
+                "request to /v1/chat/completions or /v1/completions",
+            )
+        options = None
+        if name is not None:
+            options = _options_offline(extra)
             params = params.clone()
-            params.extra_args = {name: value for name, value in extra.items() if name not in FIELDS}
+            params.extra_args = {key: value for key, value in extra.items() if key not in FIELDS}
             if options is not None:
                 mark(params, options)
-                request = original(self, request_id, prompt, params, *args, **kwargs)
-                _check_spans(options, len(request.prompt_token_ids or ()) or None, request.sampling_params.max_tokens)
-                return request
-        elif KEY not in extra and hasattr(params, "extra_args") and policy().capture_all:
+        elif KEY not in extra and hasattr(params, "extra_args") and policy().capture_all and model_shape()[1] != []:
             params = params.clone()
             mark(params, RequestOptions.resolve(arguments={"mode": "fingerprint"}), reply=False)
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        sent: Any = getattr(request, "sampling_params", None)
+        if options is not None:
+            prompt_tokens = len(request.prompt_token_ids or ()) or None
+            if prompt_tokens is not None and sent.max_tokens is not None:
+                check_reach(options.spans, prompt_tokens + sent.max_tokens, REQUEST_FIELDS["spans"])
+        packed = (getattr(sent, "extra_args", None) or {}).get(KEY)
+        if packed is not None:  # plain text, which goes to the workers
+            sent.extra_args = {**sent.extra_args, KEY: str(packed)}
+        return request
 
     return process_inputs
 
 
-def receiving(original: Original) -> Original:
-    """``OutputProcessor.process_outputs``: take the records out of the engine's outputs."""
-
-    @wraps(original)
-    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        for output in engine_core_outputs:
-            transfer = output.kv_transfer_params
-            if transfer and KEY in transfer:
-                share = Share.unpack(transfer[KEY])
-                output.kv_transfer_params = {k: v for k, v in transfer.items() if k != KEY} or None
-                state = self.request_states.get(output.request_id)
-                if state is not None:
-                    parent = state.parent_req
-                    request = state.external_req_id if parent is None else parent.external_req_id
-                    _attention_of(state).extend(Attention.of(share, request, state.request_index))
-        return original(self, engine_core_outputs, *args, **kwargs)
-
-    return process_outputs
-
-
-def _attention_of(state: Any) -> Attention:
-    return state.__dict__.setdefault("_attnhook", Attention())  # type: ignore[no-any-return]
-
-
-def completing(original: Original) -> Original:
-    """``RequestState._new_completion_output``: an output brings the records of its tokens."""
-
-    @wraps(original)
-    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        attention = self.__dict__.get("_attnhook")
-        if attention is not None:
-            delta = self.output_kind.name == "DELTA"
-            _put(output, attention.take() if delta else attention.copy())
-        return output
-
-    return _new_completion_output
-
-
-def _put(output: Any, attention: Attention) -> None:
-    output.attention_tokens = attention.generated
-    output.prompt_attention_tokens = attention.prompt
-    output.attention_error = attention.error
-    output.attention_self_check = attention.check
-
-
-def _of(output: Any) -> Attention:
-    return Attention(
-        getattr(output, "attention_tokens", []),
-        getattr(output, "prompt_attention_tokens", []),
-        getattr(output, "attention_error", None),
-        getattr(output, "attention_self_check", None),
-    )
-
-
-def merging(original: Original) -> Original:
-    """``RequestOutput.add``: outputs that a slow reader gets in one piece bring all their records."""
-
-    @wraps(original)
-    def add(self: Any, next_output: Any, aggregate: bool) -> Any:
-        if aggregate:
-            later = {output.index: _of(output) for output in next_output.outputs}
-            for output in self.outputs:
-                if later.get(output.index):
-                    whole = _of(output).copy()
-                    whole.extend(later[output.index])
-                    _put(output, whole)
-        return original(self, next_output, aggregate)
-
-    return add
-
-
-def chat_reply(original: Original) -> Original:
-    """``OpenAIServingChat.chat_completion_full_generator``."""
-
-    @wraps(original)
-    async def chat_completion_full_generator(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _asks(request):
-            return await original(self, request, results, *args, **kwargs)
-        last: list[Any] = []
-
-        async def watched() -> AsyncIterator[Any]:
-            async for result in results:
-                last[:] = [result]
-                yield result
-
-        response = await original(self, request, watched(), *args, **kwargs)
-        if last and hasattr(response, "choices"):
-            found = {output.index: _of(output).checked(len(output.token_ids)) for output in last[0].outputs}
-            for choice in response.choices:
-                _fill(choice, found.get(choice.index, Attention()))
-        return response
-
-    return chat_completion_full_generator
-
-
-def completion_reply(original: Original) -> Original:
-    """``OpenAIServingCompletion.request_output_to_completion_response``."""
-
-    @wraps(original)
-    def request_output_to_completion_response(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        response = original(self, results, request, *args, **kwargs)
-        if _asks(request):
-            outputs = [output for result in results for output in result.outputs]
-            for choice, output in zip(response.choices, outputs, strict=True):
-                _fill(choice, _of(output).checked(len(output.token_ids)))
-        return response
-
-    return request_output_to_completion_response
-
-
-def _fill(choice: Any, attention: Attention) -> None:
-    for name, value in attention.fields().items():
-        setattr(choice, name, value)
-
-
-def chat_stream(original: Original) -> Original:
-    """``OpenAIServingChat.chat_completion_stream_generator``."""
-
-    @wraps(original)
-    async def chat_completion_stream_generator(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _asks(request):
-            async for line in original(self, request, results, *args, **kwargs):
-                yield line
-            return
-        stream = Stream(lambda result: [(output.index, _of(output)) for output in result.outputs])
-        async for line in original(self, request, stream.watch(results), *args, **kwargs):
-            yield stream.line(line)
-
-    return chat_completion_stream_generator
-
-
-def completion_stream(original: Original) -> Original:
-    """``OpenAIServingCompletion.completion_stream_generator``."""
-
-    @wraps(original)
-    async def completion_stream_generator(
-        self: Any, request: Any, engine_inputs: Any, results: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _asks(request):
-            async for line in original(self, request, engine_inputs, results, *args, **kwargs):
-                yield line
-            return
-        choices = request.n or 1
-        stream = Stream(
-            lambda result: [(output.index + result[0] * choices, _of(output)) for output in result[1].outputs]
-        )
-        async for line in original(self, request, engine_inputs, stream.watch(results), *args, **kwargs):
-            yield stream.line(line)
-
-    return completion_stream_generator
-
-
-def _asks(request: Any) -> bool:
-    return bool((request.model_extra or {}).get(ASK))
+def _options_offline(extra: dict[str, Any]) -> RequestOptions | None:
+    try:
+        return _options(extra)
+    except OptionError as error:
+        raise client_error(error.field, str(error)) from error

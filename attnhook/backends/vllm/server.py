@@ -11,7 +11,9 @@ from attnhook.backends.vllm import frontend
 from attnhook.errors import OptionError
 from attnhook.serving.capabilities import capabilities
 from attnhook.serving.flags import add_flags
-from attnhook.serving.policy import Gate, Place, Refusal
+from attnhook.serving.gate import Gate, Place
+from attnhook.serving.refusal import Refusal
+from attnhook.serving.routes import RouteGuard
 from attnhook.serving.wire import ASK
 
 Original = Callable[..., Any]
@@ -38,27 +40,26 @@ def guarded(original: Original) -> Original:
     async def create(self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
         if ASK not in (request.model_extra or {}):
             return await original(self, request, raw_request, *args, **kwargs)
+        policy, place, streaming = frontend.policy(), None, False
         try:
+            if request.model_extra[ASK]:  # who may not ask learns nothing from how the fields are checked
+                policy.admit(raw_request.headers if raw_request is not None else {})
             options = frontend.options_of(request)
             if options is None:
                 return await original(self, request, raw_request, *args, **kwargs)
-            frontend.policy().check(options, raw_request.headers if raw_request is not None else {})
-            place = _gate.place(frontend.policy().max_concurrent)
+            options = policy.apply(options)
+            place = _gate.place(policy.max_concurrent)
+            with frontend.admitted(request, options, place):
+                reply = await original(self, request, raw_request, *args, **kwargs)
+            streaming = hasattr(reply, "__aiter__")
+            return _Leaving(reply, place) if streaming else reply
         except OptionError as error:
             return self.create_error_response(str(error), param=error.field)
         except Refusal as refusal:
             status = HTTPStatus(refusal.status)
             return self.create_error_response(str(refusal), status.phrase, status, refusal.field)
-        streaming = False
-        try:
-            with frontend.checked(request, options):
-                reply = await original(self, request, raw_request, *args, **kwargs)
-            streaming = hasattr(reply, "__aiter__")
-            return _Leaving(reply, place) if streaming else reply
-        except OptionError as error:  # what only the prompt's length shows
-            return self.create_error_response(str(error), param=error.field)
         finally:
-            if not streaming:
+            if place is not None and not streaming:
                 place.leave()
 
     return create
@@ -89,8 +90,15 @@ class _Leaving:
         await self._stream.aclose()
 
 
+_CARRYING = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+
+
+def _carrying() -> frozenset[str]:
+    return _CARRYING if frontend.generates() else frozenset()
+
+
 def with_capabilities(original: Original) -> Original:
-    """``register_vllm_serve_api_routers``: add ``GET /v1/attention/capabilities``."""
+    """``register_vllm_serve_api_routers``: add ``GET /v1/attention/capabilities``, and guard the other routes."""
 
     @wraps(original)
     def register_vllm_serve_api_routers(app: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,10 +110,12 @@ def with_capabilities(original: Original) -> Original:
             name, layers, heads = frontend.model_shape()
             return capabilities(
                 "vllm", VllmBackend().version(), name, layers, heads, frontend.policy(),
-                dtype=frontend.model_dtype(), device=frontend.model_device(),
+                dtype=frontend.model_dtype(), device=frontend.model_device(), generates=frontend.generates(),
             )  # fmt: skip
 
         app.add_api_route("/v1/attention/capabilities", tell, methods=["GET"])
+        app.add_middleware(RouteGuard, carrying=_carrying)
+        frontend.serving()
         return result
 
     return register_vllm_serve_api_routers

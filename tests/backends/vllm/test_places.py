@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 from starlette.responses import StreamingResponse
 
 from attnhook.backends.vllm import server
-from attnhook.serving.policy import Gate
+from attnhook.serving.gate import Gate
 from tests.backends.vllm.engine import needs_vllm
 
 pytestmark = needs_vllm

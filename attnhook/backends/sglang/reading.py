@@ -1,0 +1,66 @@
+"""Our elements in SGLang's results, as the records of each choice."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnhook.options import RequestOptions
+from attnhook.serving.account import ChoiceAccount
+from attnhook.serving.replies import Attention, Stream
+from attnhook.serving.wire import KEY, Share, reason
+
+logger = logging.getLogger("attnhook")
+
+
+@dataclass
+class Reader:
+    """Takes our elements out of the results of one request, whose choices it tells apart by their ids."""
+
+    incremental: bool
+    stream: Stream | None = None  # of an OpenAI reply, which gets what is new
+    choices: dict[int, Attention] = field(default_factory=dict)  # all so far
+    _accounts: dict[int, ChoiceAccount] = field(default_factory=dict)
+    _seen: dict[str, int] = field(default_factory=dict)  # elements per id
+    _entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON so far, of native replies
+
+    def read(self, result: dict[str, Any], index: int, options: RequestOptions, *, native: bool) -> None:
+        """One result: its records go to ``choices`` and ``stream``, in native replies into ``meta_info``."""
+        meta = result.get("meta_info") or {}
+        elements = meta.pop(KEY, None) or []
+        request = str(meta.get("id", ""))
+        try:
+            new = self._new(elements, request, index)
+            if "completion_tokens" in meta:
+                account = self._accounts.setdefault(index, ChoiceAccount(options))
+                finished = meta.get("finish_reason") is not None
+                new = account.settle(new, int(meta["completion_tokens"]), finished=finished)
+        except Exception as error:
+            logger.exception("attention of one request is lost")
+            new = Attention(error=reason(error))
+        self.choices.setdefault(index, Attention()).extend(new)
+        if self.stream is not None:
+            self.stream.add(index, new)
+        elif native:
+            meta.update(self._native(request, new))
+
+    def _new(self, elements: list[Any], request: str, index: int) -> Attention:
+        if not self.incremental:
+            done, self._seen[request] = self._seen.get(request, 0), len(elements)
+            elements = elements[done:]
+        new = Attention()
+        for element in elements:
+            if element is not None:
+                new.extend(Attention.of(Share.unpack(element), request, index))
+        return new
+
+    def _native(self, request: str, new: Attention) -> dict[str, Any]:
+        """Fields for ``meta_info``: what is new, or all so far, as the engine does with its own lists."""
+        fields = new.fields()
+        if self.incremental:
+            return fields
+        sofar = self._entries.setdefault(request, {})
+        for name, value in fields.items():
+            sofar[name] = sofar.get(name, []) + value if isinstance(value, list) else sofar.get(name, value)
+        return dict(sofar)

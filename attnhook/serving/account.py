@@ -1,0 +1,66 @@
+"""The account of one choice of a reply: what it brings must be what its tokens were asked to bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attnhook.capture import wants_row
+from attnhook.options import RequestOptions
+from attnhook.records import TokenRecord
+from attnhook.rowledger import short
+from attnhook.serving.replies import NOTHING_CAME, Attention
+
+
+class ChoiceAccount:
+    """Follows one choice from its first token on; `settle` what comes with each of its outputs."""
+
+    def __init__(self, options: RequestOptions) -> None:
+        self.options = options
+        self._tokens = 0  # that are settled
+        self._offset: int | None = None  # position of the row that gives token 0
+        self._told = False
+
+    def settle(self, new: Attention, tokens: int, *, finished: bool) -> Attention:
+        """``new`` without the rows of tokens that were not kept, and with an error where rows do not match.
+
+        ``tokens`` is how many tokens the choice has now. An engine that accepts several at once computes rows beyond
+        the one at which it then stops: those go.
+        """
+        before, self._tokens = self._tokens, max(self._tokens, tokens)
+        kept = [record for record in new.generated if record.decode_step is None or record.decode_step < tokens]
+        error = new.error
+        if error is not None:
+            self._told = True  # what is missing then is known
+        elif not self._told:
+            error = self._strange(kept, before, tokens) or self._strange_prompt(new.prompt, kept, before, finished)
+            self._told = error is not None
+        return Attention(kept, new.prompt, error, new.check)
+
+    def _strange(self, rows: Sequence[TokenRecord], before: int, tokens: int) -> str | None:
+        wanted = [step for step in range(before, tokens) if wants_row(self.options, step)]
+        steps = [-1 if row.decode_step is None else row.decode_step for row in rows]
+        if steps != wanted:
+            if not steps and not before:
+                return NOTHING_CAME
+            return (
+                f"tokens {before} to {tokens - 1} need rows of the decode steps {short(wanted)}, and rows of "
+                f"{short(steps)} came; the server's log may say why"
+            )
+        for row in rows:
+            offset = row.query_position - (row.decode_step or 0)
+            if self._offset not in (None, offset):
+                return f"the row of decode step {row.decode_step} has position {row.query_position}, which cannot be"
+            self._offset = offset
+        return None
+
+    def _strange_prompt(
+        self, prompt: Sequence[TokenRecord], rows: Sequence[TokenRecord], before: int, finished: bool
+    ) -> str | None:
+        if not self.options.prompt or before or not (rows or finished) or self._offset is None:
+            return None
+        positions = [row.query_position for row in prompt]
+        if positions != list(range(self._offset)):
+            return (
+                f"attention_prompt: {self._offset} rows come before the prompt's last, and {short(positions)} are here"
+            )
+        return None

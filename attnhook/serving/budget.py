@@ -1,0 +1,65 @@
+"""How many bytes of JSON a request may be answered with, estimated before any work is done."""
+
+from __future__ import annotations
+
+import json
+
+from attnhook.errors import OptionError
+from attnhook.fingerprint import BINS, SIZE
+from attnhook.options import RequestOptions
+from attnhook.serving.wire import ASK
+
+# JSON of a reply, with 7 decimals and no spaces: a number with its comma, and the names around the numbers
+_NUMBER = 10
+_POSITION = 7
+_ENTRY = 160
+_LAYER = 90
+
+
+def generated_rows(options: RequestOptions, new: int) -> int:
+    """Rows of ``new`` generated tokens that these options want."""
+    return min(-(-new // options.stride), options.max_tokens)
+
+
+def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
+    """The most JSON bytes of attention that one answer to a prompt of ``prompt`` tokens may hold, to about a quarter.
+
+    ``layers`` are those that the options name in this model, ``new`` the most tokens of the answer.
+    """
+    before = max(prompt - 1, 0) if options.prompt else 0
+    rows = generated_rows(options, new)
+    spans = sum(len(json.dumps(name)) + _NUMBER + 2 for name in options.spans)
+    entry = _ENTRY + SIZE * _NUMBER + spans
+    if options.mode == "fingerprint":
+        return (rows + before) * entry
+    entry += layers * (_LAYER + (SIZE if options.mode == "raw" else BINS + 4) * _NUMBER + spans)
+    full = max(before - options.top_k, 0)  # prompt rows with more keys than are kept
+    kept = rows * min(options.top_k, prompt + new)
+    kept += full * options.top_k + (before - full) * (before - full + 1) // 2
+    return (rows + before) * entry + layers * kept * (_POSITION + _NUMBER)
+
+
+def check_reply(
+    options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int, *, already: int = 0
+) -> int:
+    """`reply_bytes` of all choices of a prompt.
+
+    Raises OptionError where they pass ``limit`` together with what other prompts of the request come to
+    (``already``), with the numbers and the remedy.
+    """
+    size = reply_bytes(options, layers, prompt, new) * choices
+    if already + size > limit:
+        rows = generated_rows(options, new) * choices
+        asked = f"{rows} generated rows" + (f" and {choices * (prompt - 1)} of the prompt" if options.prompt else "")
+        more = f", and {already} of the request's other prompts" if already else ""
+        remedies = [f"a smaller max_tokens (now {new})", "fewer attention_layers", "a smaller top_k_attention"]
+        remedies += ["no attention_prompt"] * options.prompt + ["fewer or shorter attention_spans"] * bool(
+            options.spans
+        )
+        raise OptionError(
+            ASK,
+            f"{ASK}=true: {asked} of {layers} layers may come to {size} bytes of attention{more}; this server answers "
+            f"with at most {limit} a request (--attention-tokens-max-bytes): ask for {', '.join(remedies)}, or "
+            "attention_mode 'fingerprint'",
+        )
+    return size

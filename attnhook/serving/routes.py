@@ -1,0 +1,84 @@
+"""On a server's other routes: a request that asks for attention where no reply can carry it is told so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from attnhook.serving.wire import ASK
+
+_Scope = dict[str, Any]
+_Receive = Callable[[], Awaitable[dict[str, Any]]]
+_Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class RouteGuard:
+    """ASGI middleware: HTTP 400 for `ASK` in the JSON or the form of a request to a route that cannot carry records.
+
+    Parameters
+    ----------
+    app
+        The application behind it.
+    carrying
+        Tells the paths of the routes whose replies carry records now; none where the model generates no tokens.
+    """
+
+    def __init__(self, app: Any, carrying: Callable[[], Collection[str]]) -> None:
+        self.app, self.carrying = app, carrying
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Look at the body of a request to another route before the route does."""
+        if (
+            scope["type"] != "http"
+            or scope["method"] not in ("POST", "PUT", "PATCH")
+            or _path(scope) in self.carrying()
+        ):
+            await self.app(scope, receive, send)
+            return
+        messages = []
+        while True:  # a route reads its body whole, too
+            message = await receive()
+            messages.append(message)
+            if message["type"] != "http.request" or not message.get("more_body"):
+                break
+        body = b"".join(message.get("body", b"") for message in messages)
+        if asks(body):
+            await _refuse(_path(scope), sorted(self.carrying()), send)
+            return
+        left = iter(messages)
+
+        async def again() -> dict[str, Any]:
+            message = next(left, None)
+            return await receive() if message is None else message
+
+        await self.app(scope, again, send)
+
+
+def asks(body: bytes) -> bool:
+    """Whether a body has `ASK` among its fields, and not as false."""
+    if ASK.encode() not in body and b"\\u" not in body and b"\0" not in body:  # escaped, or two bytes a letter
+        return False
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        # a form, whose fields are named in quotes; anything else the route refuses by itself
+        return f'name="{ASK}"'.encode() in body
+    return isinstance(fields, dict) and fields.get(ASK) not in (None, False)
+
+
+def _path(scope: _Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return (path.removeprefix(root) if root else path).rstrip("/")
+
+
+async def _refuse(path: str, carrying: list[str], send: _Send) -> None:
+    remedy = (
+        f"ask on {', '.join(carrying)}, or drop the field" if carrying else "the model generates no tokens: drop it"
+    )
+    message = f"{ASK}: {path[:200]} cannot carry attention; {remedy}"
+    error = {"message": message, "type": "BadRequestError", "param": ASK, "code": 400}
+    data = json.dumps({"object": "error", "message": message, "error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

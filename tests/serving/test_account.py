@@ -1,0 +1,112 @@
+"""What a choice's reply brings is what its tokens were asked to bring, or it says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnhook import TokenRecord
+from attnhook.capture import wants_row
+from attnhook.options import RequestOptions
+from attnhook.serving.account import ChoiceAccount
+from attnhook.serving.replies import NOTHING_CAME, Attention
+
+PROMPT = 7  # tokens
+
+
+def row(step: int | None, position: int) -> TokenRecord:
+    fingerprint = np.zeros((1, 20), np.float32)
+    fingerprint[0, [0, 4]] = 1
+    one = TokenRecord("r", position, (0,), np.array([[0]], np.int32), np.array([[1.0]], np.float32), fingerprint)
+    return replace(one, decode_step=step)
+
+
+def generated(*steps: int) -> list[TokenRecord]:
+    return [row(step, PROMPT - 1 + step) for step in steps]
+
+
+def prompt(*positions: int) -> list[TokenRecord]:
+    return [row(None, position) for position in positions]
+
+
+def test_rows_beyond_the_tokens_that_are_kept_go() -> None:
+    """Three of five tokens that were accepted together are left before a stop string."""
+    account = ChoiceAccount(RequestOptions())
+    first = account.settle(Attention(generated(0)), 1, finished=False)
+    last = account.settle(Attention(generated(1, 2, 3, 4)), 3, finished=True)
+    assert [record.decode_step for record in first.generated + last.generated] == [0, 1, 2]
+    assert first.error is None and last.error is None
+
+
+CASES: list[tuple[str, RequestOptions, Attention, int, str]] = [
+    ("missing", RequestOptions(), Attention(generated(0, 1, 3)), 4, "need rows of the decode steps [0, 1, 2, 3]"),
+    ("twice", RequestOptions(), Attention(generated(0, 1, 1)), 2, "[0, 1, 1] came"),
+    ("out of order", RequestOptions(), Attention(generated(1, 0)), 2, "[1, 0] came"),
+    ("not wanted", RequestOptions(stride=2), Attention(generated(0, 1)), 2, "[0, 1] came"),
+    ("elsewhere", RequestOptions(), Attention([*generated(0), row(1, 90)]), 2, "position 90"),
+    ("no rows", RequestOptions(), Attention(), 2, NOTHING_CAME),
+    (
+        "prompt missing",
+        RequestOptions(prompt=True),
+        Attention(generated(0), prompt(0, 1, 3, 4, 5)),
+        1,
+        "6 rows come before the prompt's last",
+    ),
+    ("no prompt", RequestOptions(prompt=True), Attention(generated(0)), 1, "and [] are here"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "came", "tokens", "part"), CASES, ids=[case[0] for case in CASES])
+def test_what_does_not_match_is_told(name: str, options: Any, came: Attention, tokens: int, part: str) -> None:
+    settled = ChoiceAccount(options).settle(came, tokens, finished=True)
+    assert settled.error is not None and part in settled.error
+    assert settled.generated == came.generated
+
+
+def test_what_is_told_already_is_told_once() -> None:
+    account = ChoiceAccount(RequestOptions())
+    assert account.settle(Attention(error="a key is NaN"), 1, finished=False).error == "a key is NaN"
+    assert account.settle(Attention(generated(1)), 2, finished=True).error is None
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.booleans(),
+    st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    st.data(),
+)
+def test_every_loss_is_found(stride: int, most: int, whole: bool, pieces: list[int], data: st.DataObject) -> None:
+    """However the tokens come: with every row it is silent, without any one of them it is not."""
+    options = RequestOptions(stride=stride, max_tokens=most, prompt=whole)
+    total = sum(pieces)
+    rows = [*generated(*(step for step in range(total) if wants_row(options, step)))]
+    before = prompt(*range(PROMPT - 1)) if whole else []
+
+    def errors(rows: list[TokenRecord], before: list[TokenRecord]) -> list[str]:
+        account, at, found = ChoiceAccount(options), 0, []
+        for piece in pieces:
+            now = [record for record in rows if at <= (record.decode_step or 0) < at + piece]
+            new = Attention(now, before if not at else [])
+            at += piece
+            settled = account.settle(new, at, finished=at == total)
+            assert settled.generated == now
+            found += [settled.error] if settled.error else []
+        return found
+
+    assert errors(rows, before) == []
+    lost = data.draw(st.sampled_from(rows))
+    assert len(errors([record for record in rows if record is not lost], before)) == 1
+    moved = data.draw(st.sampled_from(rows))
+    others = [record for record in rows if record is not moved]
+    if others:
+        changed = replace(moved, query_position=moved.query_position + 1)
+        assert errors([changed if record is moved else record for record in rows], []) != [] or whole
+    if whole:
+        gone = data.draw(st.sampled_from(before))
+        assert errors(rows, [record for record in before if record is not gone])

@@ -1,0 +1,69 @@
+"""The size of a reply, estimated before any work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnhook import OptionError, TokenRecord
+from attnhook.options import RequestOptions
+from attnhook.serving.budget import check_reply, reply_bytes
+from attnhook.serving.replies import Attention
+
+
+def reply(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
+    """Bytes of JSON of random records."""
+    random = np.random.default_rng(0)
+
+    def record(step: int | None, position: int) -> TokenRecord:
+        k = min(options.top_k, position + 1)
+        scores = np.sort(random.dirichlet(np.ones(k), layers).astype(np.float32))[:, ::-1]
+        positions = np.stack([random.permutation(position + 1)[:k] for _ in range(layers)]).astype(np.int32)
+        numbers = np.concatenate([random.random((layers, 4)), random.dirichlet(np.ones(16), layers)], axis=1).astype(
+            np.float32
+        )
+        numbers[:, :3] = np.stack([numbers[:, 4:7].sum(1), numbers[:, 7:12].sum(1), numbers[:, 12:].sum(1)], 1)
+        names = tuple(options.spans)
+        one = TokenRecord("r", position, tuple(range(layers)), positions, scores, numbers, mode=options.mode)
+        mass = random.random((layers, len(names))).astype(np.float32)
+        return replace(one, decode_step=step, span_names=names, span_mass=mass)
+
+    rows = Attention(
+        [record(step, prompt - 1 + step) for step in range(0, new, options.stride)][: options.max_tokens],
+        [record(None, position) for position in range(prompt - 1)] if options.prompt else [],
+    )
+    return len(json.dumps(rows.fields(), ensure_ascii=False, separators=(",", ":")))
+
+
+SPANS = {"x" * 200: (0, 9), "\u00e9" * 100: (9, 20)}
+CASES: list[tuple[dict[str, Any], int, int, int]] = [
+    ({}, 1, 300, 20),
+    ({"top_k": 256, "prompt": True}, 6, 300, 4),
+    ({"top_k": 8, "mode": "sketch"}, 30, 50, 12),
+    ({"mode": "fingerprint", "spans": SPANS}, 30, 50, 12),
+    ({"spans": SPANS, "stride": 3, "max_tokens": 4}, 5, 90, 30),
+    ({"top_k": 1}, 1, 2, 1),
+]
+
+
+@pytest.mark.parametrize(("options", "layers", "prompt", "new"), CASES)
+def test_it_is_never_too_small_and_not_far_too_large(options: Any, layers: int, prompt: int, new: int) -> None:
+    asked = RequestOptions(**options)
+    true, estimate = reply(asked, layers, prompt, new), reply_bytes(asked, layers, prompt, new)
+    assert true <= estimate <= 2 * true + 400, (true, estimate)
+
+
+def test_too_much_is_refused_with_the_numbers_and_the_remedies() -> None:
+    options = RequestOptions(top_k=256, prompt=True)
+    size = reply_bytes(options, 30, 500, 4)
+    assert check_reply(options, 30, 500, 4, 2, 2 * size) == 2 * size
+    with pytest.raises(OptionError) as caught:
+        check_reply(options, 30, 500, 4, 2, 2 * size - 1)
+    for part in (str(2 * size), str(2 * size - 1), "8 generated rows and 998 of the prompt", "no attention_prompt"):
+        assert part in str(caught.value)
+    with pytest.raises(OptionError, match=f"and {size} of the request's other prompts"):
+        check_reply(options, 30, 500, 4, 1, 2 * size - 1, already=size)
