@@ -34,6 +34,7 @@ class Local(threading.local):
         self.generating: Any = None  # the model whose generate() runs
         self.aside = 0  # inside code that generate() calls between its passes: their passes are not its own
         self.refused: str | None = None  # a decoding mode that cannot be captured
+        self.refusal: Exception | None = None  # what a strict session has raised out of the generate() that runs
 
 
 local = Local()

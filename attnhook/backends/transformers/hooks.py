@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnhook.backends.transformers import streams
 from attnhook.backends.transformers.caches import cached_tokens
 from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import Frame, Run, concerns, local
@@ -99,15 +100,23 @@ def _padding(mask: Any) -> list[int]:
 
 
 def observing_generate(original: Original) -> Original:
-    """``GenerationMixin.generate`` that tells whose answer the models inside it serve."""
+    """``GenerationMixin.generate`` that tells whose answer the models inside it serve, and ends a refused stream."""
 
     @wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer, local.generating = local.generating, self
         try:
             return original(self, *args, **kwargs)
+        except BaseException as error:
+            streamer = None if error is not local.refusal else streams.streamer_of(original, self, args, kwargs)
+            if streamer is not None:
+                local.refusal = None  # a generate() around this one may have the same streamer
+                streams.fail(streamer, error)
+            raise
         finally:
             local.generating = outer
+            if outer is None:
+                local.refusal = None
 
     return generate
 
@@ -238,6 +247,7 @@ def _unobserved(original: Original, frame: Frame, args: tuple[Any, ...], kwargs:
         if session.active and concerns(session, frame.model):
             _refuse(session, refused)
     if cached_tokens(frame.cache) != frame.past:
+        local.refusal = refused
         raise refused  # part of the pass has run: it cannot be run again
     local.aside += 1
     try:
@@ -250,6 +260,7 @@ def _refuse(session: Session, error: Exception, rows: int = 1) -> None:
     """Refuse a pass, or rows of it; the generation around it then lacks them, and that has been said."""
     if local.run is not None:
         local.run.ledger(session).refused = True
+    local.refusal = error if session.strict else local.refusal
     session.refuse(error, rows)
 
 
