@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -109,6 +110,15 @@ class Session:
         with _lock:
             _sessions = tuple(s for s in _sessions if s is not self)
             self.active = False
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock, spent._lock = threading.Lock(), threading.Lock()  # another thread of the parent may have held them
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def sessions() -> tuple[Session, ...]:

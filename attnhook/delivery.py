@@ -2,7 +2,7 @@
 
 Each sink has its own bounded queue and writer thread, so that a slow or dead one holds up neither the
 engine nor another sink. What does not fit is dropped and counted; what is queued is written before the
-process exits, also after Ctrl-C, an uncaught exception or the end of a multiprocessing child.
+process exits, also after Ctrl-C, SIGTERM, an uncaught exception or the end of a multiprocessing child.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -21,7 +22,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, cast
 
-from attnhook import plugins
+from attnhook import plugins, termination
 from attnhook.errors import DroppedError, OptionError, PluginError
 from attnhook.records import TokenRecord, without_tokens
 from attnhook.sinks import Sink
@@ -80,16 +81,20 @@ class Delivery:
         self._writers += [_ObserverWriter(name, observer) for name, observer in observers.items()]
         for writer in self._writers:
             writer.lock = self._lock
-        self._closing = self._reported = False
+        self._closing = self._stopped = self._reported = False
         _open.add(self)
         # last registered, first run: what the sinks have imported by now, such as pyarrow's S3, is put down after them
         atexit.unregister(_close_all)
         atexit.register(_close_all)
+        termination.watch(_stop_all, _close_soon)
 
     @classmethod
-    def from_urls(cls, urls: Sequence[str], *, queue_size: int = 65536, observe: bool = True) -> Delivery:
+    def from_urls(
+        cls, urls: Sequence[str], *, queue_size: int = 65536, observe: bool = True, listen_later: bool = False
+    ) -> Delivery:
         """A delivery to the sinks that ``urls`` name and, with ``observe``, to the plugins' observers.
 
+        With ``listen_later`` sinks that listen do so at their first record, in the process that has it.
         Raises PluginError where a sink cannot be opened or is named twice (those opened before are closed
         again), OptionError where ``queue_size`` is below 1.
         """
@@ -99,7 +104,7 @@ class Delivery:
             for url in urls:
                 if url in sinks:
                     raise PluginError(f"sink {url!r} is named twice: every record would be there twice; name it once")
-                sinks[url] = plugins.open_sink(url)
+                sinks[url] = plugins.open_sink(url, listen_later=True) if listen_later else plugins.open_sink(url)
                 opened.callback(sinks[url].close)
             delivery = cls(sinks, queue_size=queue_size, observers=observers)
             opened.pop_all()
@@ -156,17 +161,29 @@ class Delivery:
         dropped over the delivery's life is logged.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            self._closing = True
-            for writer in self._writers:
-                writer.stop()
+        if not self._stopped:
+            self._stop(deadline)
         for writer in self._writers:
             writer.join(deadline)
         _open.discard(self)
+        if not _open:
+            termination.unwatch()
         dropped = {writer.name: dict(writer.dropped) for writer in self._writers if writer.dropped}
         if dropped and not self._reported:
             self._reported = True
             logger.warning("attention records were dropped, by sink and reason: %s", dropped)
+
+    def _stop(self, deadline: float | None) -> None:
+        """Take no more records and tell the writers to finish."""
+        held = self._lock.acquire(timeout=-1 if deadline is None else max(deadline - time.monotonic(), 0.0))
+        try:
+            self._closing = True
+            for writer in self._writers:
+                writer.stop()
+            self._stopped = True
+        finally:
+            if held:
+                self._lock.release()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Records per sink: ``queued`` (waiting or being written), ``written``, ``dropped`` by reason.
@@ -342,7 +359,10 @@ class _Writer:
                     self._hurry.clear()
                     if self._stopping:  # since just now
                         self.awake = False  # type: ignore[unreachable] # stop() sets it
-                self._drain()
+                try:
+                    self._drain()
+                except BaseException as error:
+                    self._survive(error)
             if not self._done.is_set():
                 self._finish()
                 self._done.set()
@@ -355,17 +375,19 @@ class _Writer:
     def _drain(self) -> None:
         while self.queue:
             barrier = self._take()
-            if self.batch:
-                self._unflushed = True
-                self.deliver()
-                self.batch = []
-                self._progress = time.monotonic()
-            if "queue_full" in self.dropped:
-                self._log_once("%s is too slow and its full queue drops records; a larger queue_size may help")
-            if barrier is not None or not self.queue or time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self._flush()
-            if barrier is not None:
-                barrier.set()
+            try:
+                if self.batch:
+                    self._unflushed = True
+                    self.deliver()
+                    self.batch = []
+                    self._progress = time.monotonic()
+                if "queue_full" in self.dropped:
+                    self._log_once("%s is too slow and its full queue drops records; a larger queue_size may help")
+                if barrier is not None or not self.queue or time.monotonic() - self._flushed > FLUSH_SECONDS:
+                    self._flush()
+            finally:
+                if barrier is not None:
+                    barrier.set()
 
     def _take(self) -> threading.Event | None:
         """Fill ``batch``, at most up to the next barrier, which is returned."""
@@ -385,21 +407,43 @@ class _Writer:
             self._unflushed = False
             try:
                 self.flush()
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 # not counted as dropped: the sink may still hold them and succeed later
-                self._log_once("%s failed to flush", error)
+                self._failed("%s failed to flush", error)
 
     def _finish(self) -> None:
         try:
             self.finish()
-        except (Exception, SystemExit) as error:
-            self._log_once("%s failed to close", error)
+        except BaseException as error:
+            self._failed("%s failed to close", error)
+
+    def _failed(self, message: str, error: BaseException) -> None:
+        """Log what a plugin raised: whatever it is, the thread goes on; Ctrl-C is the plugin's nowhere but there."""
+        if isinstance(error, KeyboardInterrupt) and self._thread is not threading.current_thread():
+            raise error
+        self._log_once(message, error)
+
+    def _survive(self, error: BaseException) -> None:
+        """What went wrong outside of the plugin (no memory, say): the batch is lost for it, and the thread goes on."""
+        if self._thread is not threading.current_thread():
+            raise error
+        lost, self.batch = len(self.batch), []
+        if lost:
+            self.dropped["write_failed"] += lost
+        self._log_once("%s failed to write", error)
 
     def _log_once(self, message: str, error: BaseException | None = None) -> None:
         key = message, type(error).__name__
         if key not in self._logged:
             self._logged.add(key)
-            logger.warning(message + (": %s: %s" if error else ""), self.name, *((key[1], error) if error else ()))
+            try:
+                logger.warning(
+                    message + (": %s: %s" if error is not None else ""),
+                    self.name,
+                    *(() if error is None else (key[1], error)),
+                )
+            except Exception:  # a filter of the process's own: no record is to be lost for it
+                traceback.print_exc()
 
     # -- what a sink and an observer do differently
 
@@ -427,9 +471,9 @@ class _SinkWriter(_Writer):
             self.dropped[error.reason] += error.count
             self.written += count - error.count
             self._log_once("%s drops records", error)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            self._failed("%s failed to write", error)
             self.dropped["write_failed"] += count
-            self._log_once("%s failed to write", error)
         else:
             self.written += count
 
@@ -450,9 +494,9 @@ class _ObserverWriter(_Writer):
         for record in self.batch:
             try:
                 self._observer(without_tokens(record))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                self._failed("%s failed", error)
                 failed += 1
-                self._log_once("%s failed", error)
             self._progress = time.monotonic()
         self.written += len(self.batch) - failed
         if failed:
@@ -487,6 +531,19 @@ def _slice(deadline: float | None) -> float:
 def _close_all() -> None:
     for delivery in list(_open):
         delivery.close()
+
+
+def _stop_all(seconds: float) -> None:
+    """Have all writers finish at once, so that a sink that hangs takes no time from the others."""
+    deadline = time.monotonic() + seconds
+    for delivery in list(_open):
+        delivery._stop(deadline)
+
+
+def _close_soon(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for delivery in list(_open):
+        delivery.close(max(deadline - time.monotonic(), 0.0))
 
 
 def _after_fork_in_child() -> None:

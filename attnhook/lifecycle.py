@@ -51,7 +51,7 @@ def open_delivery(options: CaptureOptions, *, process: bool = False) -> Delivery
     """
     observe = plugins.has_observers() and (process or _process is None or _process.session is None)
     if options.sinks or observe:
-        return Delivery.from_urls(options.sinks, queue_size=options.queue_size, observe=observe)
+        return Delivery.from_urls(options.sinks, queue_size=options.queue_size, observe=observe, listen_later=process)
     return None
 
 

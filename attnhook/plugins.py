@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Callable
 from importlib import metadata
@@ -19,6 +20,15 @@ BUILT_INS = ("attnhook.backends", "attnhook.sinks")
 
 _lock = threading.RLock()  # a plugin may ask for the manager while it is imported
 _manager: pluggy.PluginManager | None = None
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def manager() -> pluggy.PluginManager:
@@ -125,14 +135,15 @@ def _call_each(hook: str, register: Callable[..., None]) -> None:
             ) from error
 
 
-def open_sink(url: str) -> Sink:
-    """Open the sink that ``scheme:config`` names.
+def open_sink(url: str, *, listen_later: bool = False) -> Sink:
+    """Open the sink that ``scheme:config`` names; with ``listen_later`` a `ListeningSink` waits for its first record.
 
     The options ``fingerprints=1``, ``hash_ids=1`` and ``tokens=1`` work with every sink: `attnhook.sinks.privacy` sees
     to them, and to it that no sink gets token ids unasked. Raises PluginError where the scheme is unknown (listing the
     known ones), the sink cannot open, or it has no use for token ids and is asked for them.
     """
     from attnhook.sinks import privacy
+    from attnhook.sinks.listening import ListeningSink
 
     scheme, colon, config = url.partition(":")
     classes = sink_classes()
@@ -143,5 +154,7 @@ def open_sink(url: str) -> Sink:
     sink = privacy.PrivateSink(classes[scheme](), rules)
     if rules.tokens and not sink.inner.keeps_tokens:
         raise PluginError(f"sink {url}: tokens=1 has nothing to add: {scheme}: keeps no token ids; drop it")
+    if listen_later and isinstance(sink.inner, ListeningSink):
+        sink.inner.later = True
     sink.open(config)
     return sink

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -332,7 +333,14 @@ def test_a_hung_sink_holds_up_neither_the_others_nor_the_producer():
     assert hung.positions == list(range(1000))
 
 
-@pytest.mark.parametrize("error", [OSError, ValueError, SystemExit])
+class Odd(BaseException):
+    """No Exception, as libraries have some."""
+
+
+ERRORS = [OSError, ValueError, SystemExit, CancelledError, GeneratorExit, KeyboardInterrupt, Odd]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_failed_write_is_counted_logged_once_and_not_the_end(caplog, error):
     sink = Probe(fail=[error, error, KeyError])
     delivery = Delivery({"probe": sink})
@@ -366,6 +374,59 @@ def test_a_sink_that_fails_to_flush_and_close_is_logged(caplog):
         "probe failed to flush: OSError: no flush",
         "probe failed to close: OSError: no close",
     ]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_sink_or_an_observer_raises_its_thread_lives_on(caplog, error):
+    class Broken(Probe):
+        def flush(self) -> None:
+            super().flush()
+            raise error("no flush")
+
+        def close(self) -> None:
+            super().close()
+            raise error("no close")
+
+    def observe(one: TokenRecord) -> None:
+        if one.query_position % 2:
+            raise error("no odd ones")
+
+    sink = Broken()
+    with Delivery({"probe": sink}, queue_size=4, observers=observe) as delivery:
+        for start in range(0, 40, 4):
+            delivery.put(records(start, start + 4))
+            assert delivery.flush(PATIENCE)
+        stats = delivery.stats()
+    assert stats["probe"] == {"queued": 0, "written": 40, "dropped": {}}
+    assert stats["observers"] == {"queued": 0, "written": 20, "dropped": {"observer_failed": 20}}
+    assert sink.positions == list(range(40)) and sink.calls[-1] == "close"
+    assert sorted(r.message for r in caplog.records) == [
+        "attention records were dropped, by sink and reason: {'observers': {'observer_failed': 20}}",
+        f"observers failed: {error.__name__}: no odd ones",
+        f"probe failed to close: {error.__name__}: no close",
+        f"probe failed to flush: {error.__name__}: no flush",
+    ]
+
+
+def test_a_logging_filter_that_raises_loses_no_record(capsys):
+    class Raising(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise LookupError("a filter of the script's own")
+
+    raising = Raising()
+    module.logger.addFilter(raising)
+    sink = Probe(fail=[OSError])
+    try:
+        delivery = Delivery({"probe": sink})
+        for start in range(0, 30, 10):
+            delivery.put(records(start, start + 10))
+            assert delivery.flush(PATIENCE)
+        assert sink.positions == list(range(10, 30))
+        assert delivery.stats()["probe"] == {"queued": 0, "written": 20, "dropped": {"write_failed": 10}}
+    finally:
+        module.logger.removeFilter(raising)
+    delivery.close()
+    assert "a filter of the script's own" in capsys.readouterr().err
 
 
 # -- flush

@@ -514,6 +514,43 @@ def test_one_sessions_failure_is_not_anothers(model, tmp_path):
 # -- fresh processes
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_another_thread_is_inside_leaves_no_lock_taken():
+    code = """
+        import os, sys, threading
+        import attnhook
+        from attnhook import lifecycle, plugins
+        from attnhook.backends import patching
+        core = sys.modules["attnhook.capture"]
+        attnhook.install(sinks="memory:")
+        taken = threading.Event()
+
+        def inside():
+            with lifecycle._lock, plugins._lock, patching._lock, core._lock, core.spent._lock:
+                taken.set()
+                threading.Event().wait()
+
+        threading.Thread(target=inside, daemon=True).start()
+        taken.wait()
+        pid = os.fork()
+        if pid == 0:
+            import signal
+            signal.alarm(20)  # waits for ever otherwise
+            lifecycle.sink_stats()
+            with attnhook.capture():
+                core.spent.add(0.0)
+            attnhook.install()
+            attnhook.uninstall()
+            import transformers.modeling_utils
+            print("went on", flush=True)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        os._exit(0)
+    """
+    run = python("-c", code)
+    assert (run.returncode, run.stdout) == (0, "went on\n"), run.stderr
+
+
 def test_importing_attnhook_imports_no_engine():
     code = """
         import json, sys

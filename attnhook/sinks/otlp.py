@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -50,6 +51,7 @@ class OtlpSink(Sink):
         self._closed = threading.Event()
         self._idle = IDLE_SECONDS
         self._thread: threading.Thread | None = None
+        self._pid = 0
 
     def open(self, config_text: str) -> None:
         """Start the exporter; the receiver may come later.
@@ -75,9 +77,16 @@ class OtlpSink(Sink):
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self.dropped = Counter()
         self._counting = _Counting(exporter, self.dropped)
-        self._ended = 0
         self._provider.add_span_processor(BatchSpanProcessor(cast(Any, self._counting)))
         self._tracer = self._provider.get_tracer("attnhook")
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open.clear()
+        self.dropped.clear()
+        self._ended = self._counting.seen = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._expire, name="attnhook otlp", daemon=True)
         self._thread.start()
@@ -88,6 +97,8 @@ class OtlpSink(Sink):
             raise ValueError("sink otlp: is closed")
         from attnhook.analysis.zones import classify_many
 
+        if self._pid != os.getpid():  # forked: the requests so far are the parent's, and its thread is not here
+            self._start()
         fingerprints = mean_fingerprints(batch)
         zones, _ = classify_many(fingerprints)
         values = fingerprints[:, list(MEASURES.values())].astype(np.float64)
@@ -107,7 +118,7 @@ class OtlpSink(Sink):
     def close(self) -> None:
         """End the open spans, and wait up to 10 seconds for the receiver."""
         provider, self._provider = self._provider, None
-        if provider is None:
+        if provider is None or self._pid != os.getpid():  # the latter: a parent's, and nothing was written here
             return
         self._closed.set()
         if self._thread is not None:

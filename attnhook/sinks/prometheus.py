@@ -10,20 +10,22 @@ import numpy as np
 from attnhook.addresses import host_port, listen_remedy
 from attnhook.errors import PluginError, needs
 from attnhook.records import TokenRecord
-from attnhook.sinks import Sink
 from attnhook.sinks.columns import mean_fingerprints
+from attnhook.sinks.listening import ListeningSink
 from attnhook.tally import Tally
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 
-class PrometheusSink(Sink):
+class PrometheusSink(ListeningSink):
     """``prometheus::9464`` serves ``http://127.0.0.1:9464/metrics``; ``prometheus:0.0.0.0:9464`` to other machines.
 
     Records by row and zone, zone shares of the last minute, histograms of entropy and mass by band, and of this
     process: rows that capture dropped, what its sinks wrote and dropped, by reason, and the seconds that capture
     took. No metric names a request.
+
+    Of ``ATTNHOOK_SINKS`` and `install` it listens from the first captured record on, in the process that has it.
 
     Delivery guarantee: a record is counted once `write` returned; counts begin at 0 with the process.
     """
@@ -31,42 +33,60 @@ class PrometheusSink(Sink):
     keeps_tokens = False
 
     def __init__(self) -> None:
-        self.port = 0  #: where it listens
+        super().__init__()
         self._tally = Tally()
+        self._address = ("", 0)
+        self._user = ""
         self._server: Any = None
         self._thread: Any = None
 
-    def open(self, config: str) -> None:
-        """Listen. Raises PluginError where the port is taken, or without prometheus-client."""
-        host, port = host_port(config, user=f"sink prometheus:{config}")
+    def prepare(self, config: str) -> None:
+        """Raises PluginError for a bad address, or without prometheus-client."""
+        self._user = f"sink prometheus:{config}"
+        self._address = host_port(config, user=self._user)
         with needs("the sink prometheus:", "sinks"):
-            from prometheus_client import start_http_server
+            import prometheus_client  # noqa: F401
 
-            from attnhook.metrics import registry
+    def listen(self) -> None:
+        """Raises PluginError where the port is taken."""
+        from prometheus_client import start_http_server
+
+        from attnhook.metrics import registry
+
+        host, port = self._address
         self._tally = Tally()
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry(self._families))
         except (OSError, OverflowError) as error:
             remedy = listen_remedy(getattr(error, "errno", None))
-            raise PluginError(f"sink prometheus:{config} cannot listen: {error}; {remedy}") from error
+            raise PluginError(f"{self._user} cannot listen: {error}; {remedy}") from error
         self.port = self._server.server_port
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
-        """Count the records. Raises RecordError where one has no valid fingerprint; none is then counted."""
+        """Count the records.
+
+        Raises RecordError where one has no valid fingerprint (none is then counted), DroppedError where it cannot
+        listen.
+        """
         from attnhook.analysis.zones import classify_many
 
+        self.ready(len(batch))
         fingerprints = mean_fingerprints(batch)
         zones, _ = classify_many(fingerprints)
         steps = np.array([-1 if record.is_prompt else 0 for record in batch], np.int32)
         self._tally.add(fingerprints, zones, [record.request_id for record in batch], steps)
 
-    def close(self) -> None:
-        """Stop listening."""
+    def stop(self) -> None:
+        """Shut the server down."""
         server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-            self._thread.join()
+        server.shutdown()
+        server.server_close()
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """Close the socket alone: the server's own shutdown waits for its thread."""
+        server, self._server = self._server, None
+        server.socket.close()
 
     def _families(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 from attnhook.addresses import host_port, listener, require_token, same_token
 from attnhook.errors import DroppedError, PluginError, needs
 from attnhook.records import SCHEMA_VERSION, TokenRecord, fill_zones
-from attnhook.sinks import Sink, config
+from attnhook.sinks import config
+from attnhook.sinks.listening import ListeningSink
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -25,19 +27,24 @@ _WAITING = 64  # messages that may wait for one client, and for the server itsel
 _ORIGINS = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 
-class WebsocketSink(Sink):
+_inherited: list[Any] = []  # a parent's event loop: thrown away, it would be closed, for the parent too
+
+
+class WebsocketSink(ListeningSink):
     """``websocket:127.0.0.1:9003``: a text message per batch to every client; ``?token=...``, ``?origin=https://...``.
 
     The first message is ``{"type": "hello", "schema_version": 1}``, then ``{"type": "records", "records": [...]}``
     follow, with the objects of the jsonl sink; each tells its own version, 2 where it has token ids. A client gives
     the token as ``?token=`` or as bearer token.
 
+    Of ``ATTNHOOK_SINKS`` and `install` it listens from the first captured record on, in the process that has it.
+
     Delivery guarantee: none. A client sees what comes while it is connected; one that does not keep up (64 messages
     wait for it) is disconnected and counted in `dropped` as ``slow_client``, with no effect on the others.
     """
 
     def __init__(self) -> None:
-        self.port = 0  #: where it listens
+        super().__init__()
         self.dropped: Counter[str] = Counter()  #: clients (``slow_client``) and records (``busy``), by reason
         self._clients: dict[Any, asyncio.Queue[str]] = {}
         self._waiting = 0
@@ -45,39 +52,46 @@ class WebsocketSink(Sink):
         self._origin: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._stop: asyncio.Event | None = None
+        self._ended: asyncio.Event | None = None
+        self._socket: socket.socket | None = None
+        self._user = ""
+        self._address = ("", 0)
 
-    def open(self, config_text: str) -> None:
-        """Listen.
+    def prepare(self, config_text: str) -> None:
+        """Raises PluginError.
 
-        Raises PluginError where the port is taken, the address can be reached from other machines and there is no
-        token, or without the library websockets.
+        That is for a bad address, one that can be reached from other machines without a token, or without the library
+        websockets.
         """
         address, options = config.parse("websocket", config_text, {"token": str, "origin": str})
-        user = f"sink websocket:{address}"
-        host, port = host_port(address, user=user)
-        self._token = options.get("token")
-        require_token(host, self._token, user=f"{user} (?token=...)")
+        self._user = f"sink websocket:{address}"
+        self._address = host_port(address, user=self._user)
+        self._token, self._origin = options.get("token"), options.get("origin")
+        require_token(self._address[0], self._token, user=f"{self._user} (?token=...)")
         with needs("the sink websocket:", "sinks"):
-            from websockets.asyncio.server import serve
+            import websockets.asyncio.server  # noqa: F401
+
+    def listen(self) -> None:
+        """Raises PluginError where the port is taken."""
+        from websockets.asyncio.server import serve
+
         self._clients, self._waiting, self.dropped = {}, 0, Counter()
-        sock = listener(host, port, user=user)
+        sock = self._socket = listener(*self._address, user=self._user)
         self.port = sock.getsockname()[1]
-        self._origin = options.get("origin")
         ready = threading.Event()
 
         async def run() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
             async with serve(self._serve, sock=sock, process_request=self._check, max_size=4096, close_timeout=1):
                 ready.set()
-                await self._stop.wait()
+                await self._ended.wait()
 
         self._thread = threading.Thread(target=lambda: asyncio.run(run()), name="attnhook websocket", daemon=True)
         self._thread.start()
         while not ready.wait(0.2):
             if not self._thread.is_alive():
                 sock.close()
-                raise PluginError(f"{user}: the server did not start; the log tells why")
+                raise PluginError(f"{self._user}: the server did not start; the log tells why")
 
     @property
     def clients(self) -> int:
@@ -87,10 +101,11 @@ class WebsocketSink(Sink):
     def write(self, batch: Sequence[TokenRecord]) -> None:
         """Send the records to the clients that are there; without any, nothing is computed.
 
-        Raises RecordError where a record has no valid fingerprint, DroppedError where the server is behind.
+        Raises RecordError where a record has no valid fingerprint, DroppedError where the server is behind or cannot
+        listen.
         """
-        if self._loop is None:
-            raise ValueError("sink websocket: is closed")
+        self.ready(len(batch))
+        assert self._loop is not None
         if not self._clients or not batch:
             return
         if self._waiting >= _WAITING:
@@ -105,12 +120,20 @@ class WebsocketSink(Sink):
         self._waiting += 1
         self._loop.call_soon_threadsafe(self._broadcast, text)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Disconnect the clients and stop listening."""
         loop, self._loop = self._loop, None
-        if loop is not None and self._stop is not None and self._thread is not None:
-            loop.call_soon_threadsafe(self._stop.set)
+        if loop is not None and self._ended is not None and self._thread is not None:
+            loop.call_soon_threadsafe(self._ended.set)
             self._thread.join()
+
+    def abandon(self) -> None:
+        """Close the listening socket alone."""
+        _inherited.append((self._loop, self._thread, self._clients, self._ended))
+        self._loop = self._thread = self._ended = None
+        self._clients = {}
+        if self._socket is not None:
+            self._socket.close()
 
     def _broadcast(self, text: str) -> None:
         self._waiting -= 1

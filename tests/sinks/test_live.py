@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -202,6 +204,30 @@ def test_no_receiver_does_not_hold_up_the_close():
     sink.close()
     assert sum(sink.dropped.values()) == 1
     assert time.monotonic() - began < 45
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_sends_its_own_requests_only(receiver):
+    sink = OtlpSink()
+    sink.open(f"http://127.0.0.1:{receiver.server_port}?idle=60s")
+    sink.write([record(0, request_id="of the parent")])
+    with sink._lock:  # as its thread has it now and then
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            sink.write([record(0, request_id="of the child")])
+            sink.close()
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    sink.close()
+    spans = [
+        {attribute.key: attribute.value.string_value for attribute in span.attributes}["attnhook.request.id"]
+        for request in receiver.requests
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    assert sorted(spans) == ["of the child", "of the parent"]
 
 
 def test_otlp_wants_an_http_address():
