@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from attnhook import cli_stores
+from attnhook.cli_progress import progress
 from attnhook.errors import AttnhookError, OptionError, PluginError
 
 app = typer.Typer(no_args_is_help=True, help="List the sinks, try one out, convert stores, remove what is too old.")
 
-_Url = Annotated[str, typer.Argument(help="A sink, such as sqlite:records.db or parquet:records.")]
+_Url = Annotated[
+    str, typer.Argument(metavar="SINK", help="A sink: x.jsonl, x.db, a Parquet folder, or scheme:config such as zmq:….")
+]
 
 
 @app.command("list")
@@ -42,6 +44,7 @@ def test_sink(url: _Url) -> None:
     """Write a probe record, read it back and delete it again."""
     from attnhook import plugins, store
 
+    url = cli_stores.writable(url, "SINK")
     scheme = url.partition(":")[0]
     probe = _probe()
     sink: Any = plugins.open_sink(url)
@@ -79,8 +82,12 @@ def test_sink(url: _Url) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="The store to read: sqlite:…, parquet:… or jsonl:….")],
-    target: Annotated[str, typer.Argument(help="The sink to write to, with its options.")],
+    source: Annotated[
+        str, typer.Argument(metavar="STORE", help="The store to read: x.jsonl, x.db, a Parquet folder, or sqlite:x.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="SINK", help="The sink to write to, likewise; options go behind a ?.")
+    ],
     append: Annotated[bool, typer.Option("--append", help="Write to a store that exists already.")] = False,
 ) -> None:
     """Copy every record of a store into another; times are kept where both stores have them.
@@ -90,6 +97,7 @@ def convert(
     from attnhook import plugins, store
     from attnhook.sinks.columns import NAMES, Columns, to_records
 
+    source, target = cli_stores.readable(source, "STORE"), cli_stores.writable(target, "SINK")
     if _place(source) == _place(target):
         raise OptionError("target", f"{source} and {target} are the same store: name two")
     with store.open_store(source) as reader:
@@ -101,14 +109,14 @@ def convert(
         whole = not hasattr(getattr(sink, "inner", sink), "write_columns")
         done = 0
         try:
-            with closing(sink), _progress(total) as (bar, task):
+            with closing(sink), progress("copying", total) as work:
                 for batch in reader.fingerprints(columns=NAMES, batch_size=1024 if whole else store.BATCH):
                     if whole:
                         sink.write(list(to_records(batch)))
                     else:
                         sink.write_columns(Columns.from_arrow(batch))
                     done += batch.num_rows
-                    bar.update(task, completed=done)
+                    work.tell(done)
                 sink.flush()
                 duplicates, left_out = getattr(sink, "duplicates", 0), sink.tokens_left_out
         except AttnhookError as error:
@@ -127,7 +135,9 @@ def convert(
 @app.command()
 def prune(
     url: _Url,
-    keep_days: Annotated[float, typer.Option("--keep-days", help="Days to keep; what is older goes for good.")],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", metavar="NUMBER", help="Days to keep; what is older goes for good.")
+    ],
 ) -> None:
     """Remove records stored longer ago than --keep-days; parquet and jsonl remove whole files."""
     from attnhook import plugins, store
@@ -137,6 +147,7 @@ def prune(
         days = config.days(str(keep_days))
     except ValueError as error:
         raise OptionError("keep_days", f"--keep-days {keep_days} must be {error}") from None
+    url = cli_stores.readable(url, "SINK")
     store.open_store(url).close()  # a store that is not there must not be made
     sink: Any = plugins.open_sink(url)
     try:
@@ -196,10 +207,3 @@ def _exists(url: str) -> bool:
             return target.count() > 0
     except AttnhookError:
         return False  # what is wrong with it, opening the sink tells
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Progress, Any]]:
-    columns = (TextColumn("copying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield progress, progress.add_task("copying", total=total)

@@ -18,20 +18,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from transformers import BloomConfig, LlamaConfig
 
 import attnhook
-from attnhook import UnsupportedError, cli, lifecycle, terminal
+from attnhook import UnsupportedError, cli, cli_help, lifecycle, terminal
 from attnhook import fingerprint as fp
 from attnhook.analysis import zones
-from attnhook.backends.transformers import default_model, runner, selfcheck
+from attnhook.backends.transformers import default_model, model_files, runner, selfcheck
+from attnhook.backends.transformers.model_files import Limits, of_config
 from attnhook.errors import OptionError, PluginError
 from attnhook.kernels import topk
 from attnhook.records import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
+from tests.backends import tiny_gguf
 from tests.helpers import LAYERS, byte_tokenizer, environment, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,8 +51,14 @@ class Ran:
         self.code, self.out, self.err = code, out, err
 
     @property
+    def complaints(self) -> str:
+        """Standard error without the lines that tell how far a slow command is."""
+        lines = [line for line in self.err.splitlines() if not re.search(r": .*\bso far(, about .* left)?$", line)]
+        return "\n".join(lines).strip()
+
+    @property
     def json(self) -> Any:
-        assert (self.code, self.err.strip()) == (0, ""), self.err
+        assert (self.code, self.complaints) == (0, ""), self.err
         return json.loads(self.out)
 
 
@@ -66,6 +76,21 @@ def command(*arguments: str, stdin: str = "", **environ: str) -> Ran:
 
 
 Cli = Callable[..., Ran]
+
+
+def commands() -> dict[str, Any]:
+    """Every command of the command line with its Click object, by its words: ``drift fit``."""
+    found: dict[str, Any] = {}
+
+    def walk(group: Any, path: str) -> None:
+        for name, one in group.commands.items():
+            if getattr(one, "commands", None):
+                walk(one, f"{path}{name} ")
+            else:
+                found[path + name] = one
+
+    walk(cli_help.dress(typer.main.get_command(cli.app)), "")
+    return found
 
 
 @pytest.fixture
@@ -162,12 +187,14 @@ def test_the_prompt_from_a_file_from_stdin_and_as_an_argument_is_the_same(run_ti
     file = tmp_path / "prompt.txt"
     file.write_text(text, encoding="utf-8")
     ran = [
+        run_tiny(text, "--json").json,
         run_tiny("--prompt", text, "--json").json,
+        run_tiny("-", "--json", stdin=text).json,
         run_tiny("--file", file, "--json").json,
         run_tiny("--file", "-", "--json", stdin=text).json,
     ]
     assert "".join(ran[0]["tokens"][: ran[0]["prompt_length"]]) == text
-    assert ran[0] == ran[1] == ran[2]
+    assert all(one == ran[0] for one in ran)
 
 
 def test_out_and_html_are_written_whole_and_named(run_tiny, tmp_path):
@@ -175,7 +202,7 @@ def test_out_and_html_are_written_whole_and_named(run_tiny, tmp_path):
     out.write_text("old")
     html.write_text("old")
     ran = run_tiny("--prompt", "hello", "--prompt-rows", "--out", out, "--html", html)
-    assert (ran.code, ran.err.strip()) == (0, "")
+    assert (ran.code, ran.complaints) == (0, "")
     assert ran.out.splitlines()[-2:] == [f"wrote {out}", f"wrote {html}"]
     lines = list(read_jsonl(out))
     assert [line["query_position"] for line in lines] == list(range(4 + 4))
@@ -194,7 +221,7 @@ def test_with_json_nothing_else_is_on_standard_output(run_tiny, tmp_path):
 def test_text_fits_the_terminal(run_tiny, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     ran = run_tiny("--prompt", "a\tb\nc <|x|> [bold]d[/bold] 文文文文", "--layers", "all")
-    assert (ran.code, ran.err.strip()) == (0, "")
+    assert (ran.code, ran.complaints) == (0, "")
     assert [line for line in ran.out.split("\n") if cell_len(line) > int(columns)] == []
     rows = [line for line in ran.out.splitlines() if re.match(r" *\d+  ", line)]
     assert len(rows) == 4
@@ -236,7 +263,7 @@ def test_version_and_help():
 def refused(ran: Ran, *named: str, folder: Path | None = None) -> None:
     assert ran.code == 2
     assert ran.out == ""
-    (line,) = ran.err.strip().splitlines()
+    (line,) = ran.complaints.splitlines()
     assert line.startswith("error: ")
     for text in named:
         assert text in line
@@ -257,9 +284,14 @@ EARLY: dict[str, tuple[list[str], list[str]]] = {
     "heads last": (["--heads", "last"], ["heads='last'", "numbers"]),
     "heads -1": (["--heads", "-1"], ["heads", "from 0 up"]),
     "no new tokens": (["--max-new-tokens", "0"], ["--max-new-tokens 0", "at least 1"]),
-    "empty prompt": (["--prompt", ""], ["the prompt is empty"]),
+    "empty prompt": (["--prompt", ""], ["the prompt is empty: give some text in quotes, or a file of it with --file"]),
+    "empty words": ([""], ["the prompt is empty"]),
+    "dtype": (["--dtype", "int8"], ["dtype='int8'", "auto, float32"]),
+    "words and --prompt": (["a", "--prompt", "b"], ["a prompt and --prompt", "choose one"]),
+    "words and --file": (["a", "--file", "-"], ["a prompt and --file", "choose one"]),
     "white prompt": (["--prompt", " \n\t"], ["the prompt is empty"]),
-    "empty stdin": (["--file", "-"], ["the prompt is empty"]),
+    "empty stdin": (["--file", "-"], ['the prompt is empty: give some text there, or as attnhook run "PROMPT"']),
+    "empty stdin as -": (["-"], ["the prompt is empty: give some text there"]),
     "prompt and file": (["--prompt", "a", "--file", "-"], ["--prompt and --file", "choose one"]),
     "file missing": (["--file", "nosuch.txt"], ["--file nosuch.txt", "No such file"]),
     "file is a folder": (["--file", "."], ["--file .", "directory"]),
@@ -268,7 +300,8 @@ EARLY: dict[str, tuple[list[str], list[str]]] = {
     "out is a folder": (["--out", "."], ["cannot write .", "folder"]),
     "html in no folder": (["--html", "no/r.html"], ["no/r.html", "does not exist"]),
     "html is a folder": (["--html", ".."], ["cannot write ..", "folder"]),
-    "out and html are one": (["--out", "same", "--html", "same"], ["same"]),
+    "out and html are one": (["--out", "same.jsonl", "--html", "same.jsonl"], ["--out and --html both name same"]),
+    "out of no kind": (["--out", "same"], ["same: its name does not tell what kind of store it is"]),
 }
 EARLY_VARIABLES: dict[str, tuple[dict[str, str], list[str]]] = {
     "bad variable": ({"ATTNHOOK_TOP_K": "0"}, ["ATTNHOOK_TOP_K=0", "1 to 256"]),
@@ -400,16 +433,52 @@ def test_a_model_that_is_nowhere_is_refused(attnhook_cli, tmp_path, name):
         (["--heads", "40"], ["head 40 does not exist", "0..3"]),
         (["--prompt", "x" * (CONTEXT - 3)], [f"{CONTEXT - 3} tokens", f"context of {CONTEXT}", "--max-new-tokens"]),
         (["--max-new-tokens", str(CONTEXT)], [f"context of {CONTEXT}"]),
-        (["--dtype", "int8"], ["'int8'", "float32"]),
         (["--device", "nosuch"], ["'nosuch'", "--device cpu"]),
         (["--device", "cuda:99"], ["'cuda:99'", "--device cpu"]),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(run_tiny, tmp_path, arguments, named):
+def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(
+    attnhook_cli, models, tmp_path, arguments, named
+):
     outputs = ("--out", tmp_path / "r.jsonl", "--html", tmp_path / "r.html")
-    ran = run_tiny("--prompt", "hi", *arguments, *outputs)
+    model = ("--model", models / "no-weights")  # where loading was tried, the error would be another
+    ran = attnhook_cli("run", *model, "--prompt", "hi", "--max-new-tokens", "4", *arguments, *outputs)
     refused(ran, *named, folder=tmp_path)
     assert lifecycle.installed() == {}
+    if arguments[0] in ("--layers", "--device"):
+        probed = attnhook_cli("probe", *model, *arguments, "--out", tmp_path / "p.jsonl")
+        refused(probed, *named, folder=tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--layers", "30"], ["--heads", "9"], ["--max-new-tokens", "999999"]])
+@pytest.mark.model
+def test_the_default_model_is_not_converted_to_refuse_an_option(attnhook_cli, tmp_path, monkeypatch, arguments):
+    monkeypatch.setenv("ATTNHOOK_CACHE", str(tmp_path / "cache"))
+    ran = attnhook_cli("run", "hi", *arguments)
+    refused(ran, {"--layers": "0..29", "--heads": "0..8", "--max-new-tokens": "context of 8192"}[arguments[0]])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        ({"num_hidden_layers": 7, "num_attention_heads": 6}, Limits(7, 6, 256)),
+        ({"num_attention_heads": 4, "attention_heads_per_layer": [4, 12, 4]}, Limits(LAYERS, 12, 256)),
+    ],
+)
+def test_the_limits_of_a_config(config, limits):
+    settings = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 256, **config}
+    assert of_config(LlamaConfig(hidden_size=48, **settings)) == limits
+
+
+def test_a_config_that_tells_no_context():
+    assert of_config(BloomConfig(n_layer=2, n_head=4)) == Limits(2, 4, None)
+
+
+def test_a_gguf_file_tells_its_limits_in_its_header(attnhook_cli, tmp_path):
+    path = tiny_gguf.write(tmp_path / "tiny.gguf")
+    refused(attnhook_cli("run", "hi", "--model", path, "--layers", "99"), "layer 99 does not exist")
+    assert model_files.limits(str(path)) == of_config(runner.load(str(path), "float32", "cpu").model.config)
 
 
 def test_a_prompt_that_just_fits(run_tiny):
@@ -498,7 +567,7 @@ def test_run_answers_and_shows_where_it_looked(smol, tokenizer, tmp_path):
         "run", "--prompt", QUESTION, "--max-new-tokens", "12", "--layers", "0,-1", "--heads", "0,3", "--top-k", "5",
         "--out", str(out), "--html", str(html),
     )  # fmt: skip
-    assert (ran.code, ran.err.strip()) == (0, "")
+    assert (ran.code, ran.complaints) == (0, "")
     answer, _, rest = ran.out.partition("where each token looked (layer 29)")
     assert answer.strip().removesuffix("<|im_end|>") == "The capital of France is Paris."
 
@@ -560,7 +629,7 @@ def test_run_json_of_plain_text_from_stdin(smol, tokenizer):
 @pytest.mark.model
 def test_verify_says_ok():
     ran = command("verify")
-    assert (ran.code, ran.err.strip()) == (0, "")
+    assert (ran.code, ran.complaints) == (0, "")
     sections = re.split(r"^(?=\S)", ran.out, flags=re.MULTILINE)
     assert [section.splitlines()[0] for section in sections if section] == [
         "versions", "engines", "sinks", "plugins", "hooks", "self-check against eager attention", "verdict"
@@ -664,7 +733,7 @@ def test_verify_reports_what_raises(attnhook_cli, tiny, monkeypatch, error, prob
     assert ran.code == 1
     assert f"FAILED: {problem}" in ran.out or f"FAILED: the check {problem}" in ran.out
     assert re.search(r"^  torch +\d", ran.out, re.MULTILINE)  # the versions are there all the same
-    assert ran.err.strip() == ""
+    assert ran.complaints == ""
     assert lifecycle.installed() == {}
 
 

@@ -101,7 +101,7 @@ def test_a_good_server() -> None:
     with server(answers()) as (url, asked):
         ran = command("verify", "--url", url, "--api-key", "k", "--attention-key", "a")
         headers = {name.lower(): value for name, value in asked[0][2].items()}
-    assert ran.code == 0 and ran.err.strip() == "", ran.out
+    assert ran.code == 0 and ran.complaints == "", ran.out
     assert headers["authorization"] == "Bearer k" and headers["x-attention-key"] == "a"
     assert ran.out.endswith("verdict\n  OK\n") and "FAILED" not in ran.out
     for part in ("vllm 1", "float32", "2.0e-06 (allowed 1e-03)", "12 tokens x 2 layers", "stream - whole"):

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from attnhook import cli_options, cli_stores
 from attnhook.analysis import zones
 from attnhook.analysis.session import Session, measure
 from attnhook.errors import OptionError
@@ -27,13 +28,14 @@ def register(app: typer.Typer) -> None:
 
 
 def session(
-    store: Annotated[str, typer.Argument(help="Where the records are: sqlite:records.db, parquet:dir, jsonl:path.")],
-    request_id: Annotated[str, typer.Argument(help="The request, as the records name it.")],
-    choice: Annotated[int, typer.Option(help="Which of the request's answers.")] = 0,
+    store: cli_options.Store,
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST", help="The request, as the records name it.")],
+    choice: Annotated[int, typer.Option(metavar="N", help="Which of the request's answers.")] = 0,
     prompt: Annotated[bool, typer.Option("--prompt", help="The prompt's rows too, where the store has them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Hubs, agreement of the layers, and entropy and zone of each token of one request."""
+    store = cli_stores.readable(store)
     with open_store(store) as opened:
         records = _records(list(opened.records(request_id=request_id)), store, request_id, choice, prompt)
     found = measure(records)

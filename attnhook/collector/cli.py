@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from attnhook import cli_stores
 from attnhook.analysis.drift.baseline import load as load_baseline
 from attnhook.errors import OptionError, needs
 from attnhook.sinks import config
@@ -25,28 +26,49 @@ def register(app: typer.Typer) -> None:
 
 def collect(
     store: Annotated[
-        list[str], typer.Option(help="Where records are kept: sqlite:records.db, parquet:folder; may be given again.")
+        list[str],
+        typer.Option(
+            metavar="STORE", help="Where records are kept: x.db, a Parquet folder, x.jsonl; may be given again."
+        ),
     ],
-    listen: Annotated[str, typer.Option(help="Where zmq: sinks connect to.")] = "tcp://127.0.0.1:9001",
-    http: Annotated[str, typer.Option(help="Where HTTP is served: host:port.")] = "127.0.0.1:9002",
-    token: Annotated[str | None, typer.Option(help="Ask for this bearer token over HTTP; others see it in ps.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="Read the token from this file.")] = None,
-    journal: Annotated[
-        Path | None, typer.Option(help="Folder of the journal. Default: beside the first store, x.db.journal.")
+    listen: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where zmq: sinks connect to.")
+    ] = "tcp://127.0.0.1:9001",
+    http: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where HTTP is served: host:port.")] = "127.0.0.1:9002",
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Ask for this bearer token over HTTP; others see it in ps.")
     ] = None,
-    queue: Annotated[str, typer.Option(help="Most bytes that may wait for a store; more is dropped.")] = "256MB",
-    drain_seconds: Annotated[float, typer.Option(help="At the end: take what is on its way for at most so long.")] = 5,
-    stop_seconds: Annotated[float, typer.Option(help="At the end: try to write what waits for at most so long.")] = 30,
+    token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the token from this file.")] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of the journal. Default: beside the first store, x.db.journal."),
+    ] = None,
+    queue: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most bytes that may wait for a store; more is dropped.")
+    ] = "256MB",
+    drain_seconds: Annotated[
+        float, typer.Option(metavar="NUMBER", help="At the end: take what is on its way for at most so long.")
+    ] = 5,
+    stop_seconds: Annotated[
+        float, typer.Option(metavar="NUMBER", help="At the end: try to write what waits for at most so long.")
+    ] = 30,
     artifact: Annotated[
-        Path | None, typer.Option(help="What attnhook discover wrote: /classify then knows the classifier clusters.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="What attnhook discover wrote: /classify then knows the classifier clusters."
+        ),
     ] = None,
     drift_baseline: Annotated[
-        Path | None, typer.Option(help="Watch for drift from this baseline, a file of attnhook drift fit.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Watch for drift from this baseline, a file of attnhook drift fit."),
     ] = None,
-    drift_idle: Annotated[float, typer.Option(help="Seconds without a record after which a request is over.")] = 30,
+    drift_idle: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Seconds without a record after which a request is over.")
+    ] = 30,
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    stores = [cli_stores.writable(one, "store") for one in store]
     try:
         size = config.size(queue)
     except ValueError as error:
@@ -75,10 +97,10 @@ def collect(
 
         classifiers["clusters"] = FingerprintClassifier(artifact)
     server = Server(http, token=secret)
-    collector = Collector(listen, store, journal=journal, queue_bytes=size, drift=drift)
+    collector = Collector(listen, stores, journal=journal, queue_bytes=size, drift=drift)
     collector.start()
     server.start(application(collector, token=secret, classifiers=classifiers))
-    print(f"collecting on {collector.receiver.address} into {', '.join(store)}; {server.url}/stats", flush=True)
+    print(f"collecting on {collector.receiver.address} into {', '.join(stores)}; {server.url}/stats", flush=True)
     while not stopping.wait(1.0):
         continue
     server.stop()
@@ -95,11 +117,11 @@ def collect(
 
 
 def monitor(
-    url: Annotated[str, typer.Option(help="The collector's address.")] = "http://127.0.0.1:9002",
-    token: Annotated[str | None, typer.Option(help="The collector's token.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="Read the token from this file.")] = None,
-    interval: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
-    count: Annotated[int, typer.Option(help="Look so often and end; 0: until Ctrl-C.")] = 0,
+    url: Annotated[str, typer.Option(metavar="URL", help="The collector's address.")] = "http://127.0.0.1:9002",
+    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="The collector's token.")] = None,
+    token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the token from this file.")] = None,
+    interval: Annotated[float, typer.Option(metavar="NUMBER", help="Seconds between looks.")] = 1.0,
+    count: Annotated[int, typer.Option(metavar="N", help="Look so often and end; 0: until Ctrl-C.")] = 0,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print the stats as one JSON object a line.")] = False,
     prometheus: Annotated[
         bool, typer.Option("--prometheus", help="Print the metrics as Prometheus text, once unless --count is given.")

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnhook import __version__, cli_options, plugins
+from attnhook import __version__, cli_options, cli_stores, plugins
 from attnhook.analysis import probes
+from attnhook.cli_progress import progress
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.options import CaptureOptions, parse_layers
 from attnhook.probing import journal as journals
@@ -31,17 +31,27 @@ def register(app: typer.Typer) -> None:
 def probe(
     model: cli_options.Model = None,
     url: cli_options.Url = None,
-    out: Annotated[str | None, typer.Option(help="The sink for the records, such as jsonl:probes.jsonl.")] = None,
-    packs: Annotated[str | None, typer.Option(help="Packs to run, such as brackets,chat. Default: all.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many probes of each pack.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="Where the records go: x.jsonl, x.db, a Parquet folder, or sqlite:x."),
+    ] = None,
+    packs: Annotated[
+        str | None, typer.Option(metavar="PACKS", help="Packs to run, such as brackets,chat. Default: all.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many probes of each pack.")] = None,
     layers: cli_options.Layers = "auto",
     top_k: cli_options.TopK = 8,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Most tokens to generate for each probe.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", help="Most tokens to generate for each probe.")
+    ] = 16,
     prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompts' tokens too.")] = False,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at once, with --url. Default: 4.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Requests at once, with --url. Default: 4.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was ended early.")] = False,
     state: Annotated[
-        Path | None, typer.Option(help="Where the run is recorded. Default: beside the output, with .probes added.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the run is recorded. Default: beside the output, with .probes added."),
     ] = None,
     dtype: cli_options.Dtype = "auto",
     device: cli_options.Device = None,
@@ -58,13 +68,19 @@ def probe(
         Console().print(_table())
         return
     if out is None:
-        raise OptionError("out", "--out is missing: name a sink for the records, such as --out jsonl:probes.jsonl")
+        raise OptionError("out", "--out is missing: name a store for the records, such as --out probes.db")
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
-    CaptureOptions.resolve(options)  # before anything heavy is loaded
+    wanted = CaptureOptions.resolve(options).request  # before anything heavy is loaded
     if new_tokens < 1:
         raise OptionError("new_tokens", f"--new-tokens {new_tokens} must be at least 1")
-    _check_place(url, dtype, device, api_key, attention_key, concurrency)
-    _check_sink(out)
+    cli_options.check_place(
+        url,
+        here={"dtype": dtype, "device": device},
+        there={"api-key": api_key, "attention-key": attention_key, "concurrency": concurrency},
+    )
+    if concurrency is not None:
+        check_concurrency(concurrency)
+    out = cli_stores.kept(out)
     path = journals.place(out, state)
     going_on = resume and path.exists()
     if not going_on:
@@ -73,7 +89,11 @@ def probe(
     error_console = Console(stderr=True)
     target: Target
     if url is None:
-        with error_console.status("loading the model"):
+        from attnhook.backends.transformers import model_files, runner
+
+        runner.check_dtype(dtype)
+        with progress("loading the model", measured=False):
+            model_files.limits(model).check(wanted.layers, wanted.heads, new_tokens)
             target = LocalTarget(model, dtype, device)
     else:
         target = ServerTarget(url, model, concurrency=concurrency or 4, api_key=api_key, attention_key=attention_key)
@@ -94,7 +114,7 @@ def probe(
                     f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
                     soft_wrap=True,
                 )
-            tally = _run(chosen, target, sink, journal, known, new_tokens, {**options, "mode": "raw"}, error_console)
+            tally = _run(chosen, target, sink, journal, known, new_tokens, {**options, "mode": "raw"})
         except AttnhookError as error:
             raise AttnhookError(f"{error}; {_finished(chosen, journal)}") from error
         except KeyboardInterrupt:
@@ -116,37 +136,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _check_place(
-    url: str | None,
-    dtype: str,
-    device: str | None,
-    api_key: str | None,
-    attention_key: str | None,
-    concurrency: int | None,
-) -> None:
-    """Refuse options of a server for a local model, and the other way round."""
-    local = {"dtype": None if dtype == "auto" else dtype, "device": device}
-    remote = {"api-key": api_key, "attention-key": attention_key, "concurrency": concurrency}
-    for name, value in remote.items() if url is None else local.items():
-        if value is not None:
-            why = "is for --url only" if url is None else "cannot be used with --url: the server has its own"
-            raise OptionError(name, f"--{name} {why}; drop one")
-    if concurrency is not None:
-        check_concurrency(concurrency)
-
-
-def _check_sink(out: str) -> None:
-    scheme, colon, _ = out.partition(":")
-    known = plugins.sink_classes()
-    if not colon or scheme not in known:
-        schemes = ", ".join(f"{name}:" for name in known)
-        raise PluginError(f"unknown sink {out!r}: write scheme:config, with one of the schemes {schemes}")
-    if scheme == "memory":
-        raise OptionError(
-            "out", "--out memory: keeps nothing when the command ends: name jsonl:probes.jsonl or another"
-        )
-
-
 def _run(
     chosen: list[probes.Probe],
     target: Target,
@@ -155,34 +144,18 @@ def _run(
     known: repeats.Repeats | None,
     new_tokens: int,
     options: dict[str, Any],
-    console: Console,
 ) -> Tally:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[all]} probes"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
     left = [one for one in chosen if one.request_id not in journal.done]
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("probing", total=sum(map(_work, left)), done=len(chosen) - len(left), all=len(chosen))
-        todo = {one.request_id for one in left}
+    todo = {one.request_id for one in left}
+    with progress("probing", sum(map(_work, left))) as bar:
+        bar.tell(count=f"{len(chosen) - len(left)}/{len(chosen)} probes")
 
-        def progress(one: probes.Probe, tally: Tally) -> None:
+        def tell(one: probes.Probe, tally: Tally) -> None:
             if one.request_id in todo:  # what an earlier run did would spoil the estimate of the time left
-                bar.update(
-                    task,
-                    advance=_work(one),
-                    done=sum(tally.probes.values()) + len(tally.skipped),
-                    description=one.pack,
-                )
+                done = sum(tally.probes.values()) + len(tally.skipped)
+                bar.tell(bar.done + _work(one), text=one.pack, count=f"{done}/{len(chosen)} probes")
 
-        return run(
-            chosen, target, sink, journal, new_tokens=new_tokens, options=options, repeats=known, progress=progress
-        )
+        return run(chosen, target, sink, journal, new_tokens=new_tokens, options=options, repeats=known, progress=tell)
 
 
 def _work(one: probes.Probe) -> int:

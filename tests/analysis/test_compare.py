@@ -373,7 +373,8 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     store("sqlite:a.db", probes(1, 12))
     (tmp_path / "there").mkdir()
     for arguments, message in (
-        (("a.db", "a.db"), "both sides are the same rows"),
+        (("a.db", "sqlite:a.db"), "same rows of a.db: give filters such as --a-model and --b-model"),
+        (("a.db", "a.db", "--a-model", "m", "--b-model", "m"), "same rows of a.db: give the sides different filters"),
         (("a.db", "b.db"), "'b.db' is no store"),
         (("a.db", "sqlite:b.db"), "b.db"),
         (("a.db", "a.db", "--b-since", "2020-01-01", "--out", "there"), "nothing is overwritten"),

@@ -219,7 +219,7 @@ def test_bad_options(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused(
         attnhook("probe", "--model", tiny, "--out", "jsonl:a?tokens=1", *PACKS), "probes have no token ids; drop it"
     )
-    refused(attnhook("probe"), "--out is missing", "jsonl:probes.jsonl")
+    refused(attnhook("probe"), "--out is missing", "--out probes.db")
     refused(attnhook("probe", "--packs", "nope", "--list"), "pack 'nope' does not exist", "brackets", "chat")
     refused(attnhook("probe", "--out", "jsonl:a", "--limit", "0"), "limit=0")
     refused(attnhook("probe", "--out", "jsonl:a", "--new-tokens", "0"), "--new-tokens 0")

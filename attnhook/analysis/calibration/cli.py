@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnhook import __version__
+from attnhook import __version__, cli_options, cli_stores
 from attnhook.analysis import probes, zones
 from attnhook.analysis.calibration.report import MEAN, Calibration, draw
 from attnhook.analysis.calibration.rows import collect
 from attnhook.analysis.calibration.run import calibrate
 from attnhook.analysis.zones import Thresholds
-from attnhook.errors import AttnhookError, OptionError
+from attnhook.cli_progress import progress
+from attnhook.errors import AttnhookError, OptionError, require
 from attnhook.probing import journal as journals
 from attnhook.store import open_store
 
@@ -29,20 +30,29 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
-    store: Annotated[str, typer.Argument(help="The records of attnhook probe: sqlite:probes.db or another.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report, the thresholds, all figures and the picture.")],
+    store: cli_options.Store,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for the report, the thresholds, all figures and the picture.")
+    ],
     state: Annotated[
-        Path | None, typer.Option(help="Where the probe run is recorded. Default: beside the store, as probe does.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the probe run is recorded. Default: beside the store, as probe does."),
     ] = None,
     thresholds: Annotated[
-        Path | None, typer.Option(help="Judge the thresholds of this file in place of fitting new ones.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Judge the thresholds of this file in place of fitting new ones."),
     ] = None,
     wrong_too: Annotated[
         bool, typer.Option("--wrong-too", help="Count probes that the model answered wrongly too.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of bootstraps and permutations.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of bootstraps and permutations.")] = 0,
 ) -> None:
-    """Fit the zones' thresholds to one half of the probe packs and judge them on the other half."""
+    """Fit the zones' thresholds to one half of the probe packs and judge them on the other half.
+
+    STORE holds the records of attnhook probe.
+    """
+    require("attnhook calibrate", "analysis", "pyarrow", "sklearn", "matplotlib")
+    store = cli_stores.readable(store)
     table = None if thresholds is None else Thresholds.load(thresholds)
     for name in (_REPORT, _THRESHOLDS, _FIGURES, _PICTURE):
         if (out / name).exists():
@@ -54,13 +64,12 @@ def command(
             f"the run has probes {manifest.get('probes')!r}, this attnhook {probes.digest()!r}: calibrate with the "
             "attnhook that made the run, or run the probes anew",
         )
-    console = Console(stderr=True)
-    with console.status("reading the records") as status:
+    with progress("reading the records", measured=False) as work:
         with open_store(store) as opened:
             rows = collect(
                 opened.records(), {name: entry["right"] for name, entry in done.items()}, wrong_too=wrong_too
             )
-        found = calibrate(rows, thresholds=table, seed=seed, progress=lambda name: status.update(f"judging: {name}"))
+        found = calibrate(rows, thresholds=table, seed=seed, progress=lambda name: work.tell(text=f"judging: {name}"))
     _write(found, out, {"store": store, "attnhook": __version__, "probes": probes.digest(), "seed": seed})
     _show(found, Console())
     print(f"wrote {out}")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from attnhook.errors import OptionError, needs
+from attnhook import cli_stores
+from attnhook.cli_progress import progress
+from attnhook.errors import OptionError, require
 
 _WIDTH = 130  # columns that the widest table needs
 
@@ -28,32 +27,36 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="Store of side A, such as sqlite:records.db, or its path.")],
-    b: Annotated[str, typer.Argument(help="Store of side B; may be the same, with filters.")],
-    out: Annotated[Path | None, typer.Option(help="Write the report into this new folder.")] = None,
-    a_model: Annotated[str | None, typer.Option(help="Only this model's rows of A.")] = None,
-    b_model: Annotated[str | None, typer.Option(help="Only this model's rows of B.")] = None,
-    a_since: Annotated[str | None, typer.Option(help="Only rows of A stored since, such as 2026-01-31T12:00.")] = None,
-    b_since: Annotated[str | None, typer.Option(help="Only rows of B stored since.")] = None,
-    a_until: Annotated[str | None, typer.Option(help="Only rows of A stored before.")] = None,
-    b_until: Annotated[str | None, typer.Option(help="Only rows of B stored before.")] = None,
-    a_label: Annotated[str, typer.Option(help="Name of A in the report. Default: its model.")] = "",
-    b_label: Annotated[str, typer.Option(help="Name of B in the report. Default: its model.")] = "",
-    rows: Annotated[str, typer.Option(help="Which rows: all, prompt or generated.")] = "all",
+    a: Annotated[str, typer.Argument(metavar="STORE_A", help="Side A: x.jsonl, x.db, a Parquet folder, or sqlite:x.")],
+    b: Annotated[str, typer.Argument(metavar="STORE_B", help="Side B; may be the same store, with filters.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the report into this new folder.")] = None,
+    a_model: Annotated[str | None, typer.Option(metavar="MODEL", help="Only this model's rows of A.")] = None,
+    b_model: Annotated[str | None, typer.Option(metavar="MODEL", help="Only this model's rows of B.")] = None,
+    a_since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only rows of A stored since, such as 2026-01-31T12:00.")
+    ] = None,
+    b_since: Annotated[str | None, typer.Option(metavar="TIME", help="Only rows of B stored since.")] = None,
+    a_until: Annotated[str | None, typer.Option(metavar="TIME", help="Only rows of A stored before.")] = None,
+    b_until: Annotated[str | None, typer.Option(metavar="TIME", help="Only rows of B stored before.")] = None,
+    a_label: Annotated[str, typer.Option(metavar="LABEL", help="Name of A in the report. Default: its model.")] = "",
+    b_label: Annotated[str, typer.Option(metavar="LABEL", help="Name of B in the report. Default: its model.")] = "",
+    rows: Annotated[str, typer.Option(metavar="ROWS", help="Which rows: all, prompt or generated.")] = "all",
     design: Annotated[
-        str, typer.Option(help="paired (by request id), independent, or auto: paired where both ran the same probes.")
+        str,
+        typer.Option(
+            metavar="DESIGN",
+            help="paired (by request id), independent, or auto: paired where both ran the same probes.",
+        ),
     ] = "auto",
     mixed: Annotated[bool, typer.Option("--mixed", help="Take models, or layers, of one side together.")] = False,
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples for the intervals.")] = 2000,
-    permutations: Annotated[int, typer.Option(help="Permutations for the p-values.")] = 9999,
-    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same report.")] = 0,
+    resamples: Annotated[int, typer.Option(metavar="N", help="Bootstrap resamples for the intervals.")] = 2000,
+    permutations: Annotated[int, typer.Option(metavar="N", help="Permutations for the p-values.")] = 9999,
+    confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same report.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
 ) -> None:
     """Compare two sets of stored records: zone shares, layers and distances, with intervals and p-values."""
-    with needs("attnhook compare", "analysis"):
-        import matplotlib  # noqa: F401
-        import pyarrow  # noqa: F401
+    require("attnhook compare", "analysis", "pyarrow", "matplotlib")
     from attnhook.analysis.compare import report, sides, statistics
 
     settings = statistics.Settings(cast(Any, design), resamples, permutations, confidence, seed)
@@ -62,26 +65,38 @@ def compare(
     if out is not None:
         report.check_new(out)
     sources = [
-        sides.Source(store_url(url), label, model, moment(f"{name}_since", since), moment(f"{name}_until", until))
+        sides.Source(
+            cli_stores.readable(url, f"STORE_{name.upper()}"),
+            label,
+            model,
+            moment(f"{name}_since", since),
+            moment(f"{name}_until", until),
+        )
         for name, url, label, model, since, until in (
             ("a", a, a_label, a_model, a_since, a_until),
             ("b", b, b_label, b_model, b_since, b_until),
         )
     ]
     if sources[0] == sources[1]:
-        raise OptionError("b", f"both sides are the same rows of {a}: give filters such as --a-model and --b-model")
-    console = Console(stderr=True)
+        filtered = any(value is not None for value in (a_model, b_model, a_since, b_since, a_until, b_until))
+        how = "give the sides different filters" if filtered else "give filters such as --a-model and --b-model"
+        raise OptionError("b", f"both sides are the same rows of {a}: {how}")
     found = []
     for name, source in zip("AB", sources, strict=True):
-        with progress(console, f"reading {name}") as advance:
-            found.append(sides.read(source, name=name, rows=cast(Any, rows), mixed=mixed, seed=seed, progress=advance))
-    with progress(console, "comparing") as advance:
+        with progress(f"reading {name}") as work:
+            found.append(
+                sides.read(source, name=name, rows=cast(Any, rows), mixed=mixed, seed=seed, progress=work.tell)
+            )
+    with progress("comparing") as work:
         comparison = statistics.compare(
-            found[0], found[1], settings, progress=lambda step, done, total: advance(done, total, step)
+            found[0],
+            found[1],
+            settings,
+            progress=lambda step, done, total: work.tell(done, total, f"comparing: {step}" if step else None),
         )
     command = shlex.join(["attnhook", "compare", *sys.argv[2:]])
     if out is not None:
-        with console.status("writing the report"):
+        with progress("writing the report", measured=False):
             report.write(comparison, out, command=command)
     if as_json:
         print(json.dumps(report.to_json(comparison, command)))
@@ -90,24 +105,6 @@ def compare(
     _show(comparison, Console(width=max(screen.width, _WIDTH)))  # a wrapped table cannot be read
     if out is not None:
         print(f"wrote {out / 'comparison.html'}, comparison.md and comparison.json")
-
-
-def store_url(text: str) -> str:
-    """A store's URL from a URL or a path: a folder is parquet:, .jsonl jsonl:, any other file sqlite:."""
-    from attnhook.store import SCHEMES
-
-    if text.partition(":")[0] in SCHEMES and ":" in text:
-        return text
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return f"parquet:{text}"
-    if not path.exists():
-        raise OptionError(
-            "store",
-            f"{text!r} is no store: there is no such file or folder, and it does not begin with "
-            f"{', '.join(f'{name}:' for name in SCHEMES)}",
-        )
-    return f"jsonl:{text}" if path.suffix in (".jsonl", ".zst", ".gz") else f"sqlite:{text}"
 
 
 def moment(name: str, text: str | None) -> datetime | None:
@@ -119,23 +116,6 @@ def moment(name: str, text: str | None) -> datetime | None:
     except ValueError as error:
         option = name.replace("_", "-")
         raise OptionError(name, f"--{option} {text!r} must be a time such as 2026-01-31T12:00:00Z") from error
-
-
-@contextmanager
-def progress(console: Console, text: str) -> Iterator[Callable[..., None]]:
-    """A bar with the time that is left; call what it yields with what is done, of how much, and a description."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total, step="": bar.update(
-            task, completed=done, total=total, description=f"{text}: {step}" if step else text
-        )
 
 
 def _show(comparison: Any, console: Console) -> None:

@@ -11,13 +11,17 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from attnhook import cli_options, cli_stores
 from attnhook import fingerprint as fp
-from attnhook.analysis.compare.cli import moment, progress, store_url
+from attnhook.analysis.compare.cli import moment
 from attnhook.analysis.drift import baseline as baselines
 from attnhook.analysis.drift.monitor import DriftMonitor
-from attnhook.errors import OptionError
+from attnhook.cli_progress import progress
+from attnhook.errors import OptionError, require
 from attnhook.sinks.columns import show_layer_sets
 
+_Since = Annotated[str | None, typer.Option(metavar="TIME", help="Only rows stored since, such as 2026-01-31T12:00.")]
+_Until = Annotated[str | None, typer.Option(metavar="TIME", help="Only rows stored before.")]
 _ALIKE = 0.1  # autocorrelation of neighbouring requests from which the rate does not hold
 
 
@@ -30,20 +34,23 @@ def register(app: typer.Typer) -> None:
 
 
 def fit(
-    store: Annotated[str, typer.Argument(help="Store of requests that are as they should be.")],
-    out: Annotated[Path, typer.Option(help="Write the baseline to this new file.")],
-    model: Annotated[str | None, typer.Option(help="Only this model's rows.")] = None,
-    since: Annotated[str | None, typer.Option(help="Only rows stored since, such as 2026-01-31T12:00.")] = None,
-    until: Annotated[str | None, typer.Option(help="Only rows stored before.")] = None,
-    rows: Annotated[str, typer.Option(help="Which rows: all, prompt or generated.")] = "generated",
-    window: Annotated[int, typer.Option(help="Requests that are compared at a time.")] = 50,
+    store: cli_options.Store,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the baseline to this new file.")],
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Only this model's rows.")] = None,
+    since: _Since = None,
+    until: _Until = None,
+    rows: Annotated[str, typer.Option(metavar="ROWS", help="Which rows: all, prompt or generated.")] = "generated",
+    window: Annotated[int, typer.Option(metavar="N", help="Requests that are compared at a time.")] = 50,
     false_alarm_rate: Annotated[
-        float, typer.Option(help="Probability of an alarm or more in --horizon requests without drift.")
+        float,
+        typer.Option(metavar="NUMBER", help="Probability of an alarm or more in --horizon requests without drift."),
     ] = 0.01,
-    horizon: Annotated[int, typer.Option(help="Requests that the rate is about.")] = 1000,
-    block: Annotated[int, typer.Option(help="Neighbouring requests to resample together, where they are alike.")] = 1,
-    simulations: Annotated[int, typer.Option(help="Runs that the thresholds are found from.")] = 4000,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same thresholds.")] = 0,
+    horizon: Annotated[int, typer.Option(metavar="N", help="Requests that the rate is about.")] = 1000,
+    block: Annotated[
+        int, typer.Option(metavar="N", help="Neighbouring requests to resample together, where they are alike.")
+    ] = 1,
+    simulations: Annotated[int, typer.Option(metavar="N", help="Runs that the thresholds are found from.")] = 4000,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same thresholds.")] = 0,
     mixed: Annotated[bool, typer.Option("--mixed", help="Take several models, or sets of layers, together.")] = False,
 ) -> None:
     """Fit a baseline: what the attention of requests is like, and how far chance alone takes it."""
@@ -51,8 +58,9 @@ def fit(
 
     settings = baselines.DriftSettings(window, false_alarm_rate, horizon, block, simulations, seed)
     baselines.check_new(out)
-    url, console, models, layers = store_url(store), Console(stderr=True), Counter[str](), Counter[tuple[int, ...]]()
-    with progress(console, "reading") as advance:
+    require("attnhook drift", "analysis", "pyarrow")
+    url, models, layers = cli_stores.readable(store), Counter[str](), Counter[tuple[int, ...]]()
+    with progress("reading") as work:
         found = list(
             reading.means(
                 url,
@@ -62,7 +70,7 @@ def fit(
                 rows=rows,
                 models=models,
                 layers=layers,
-                progress=advance,
+                progress=work.tell,
             )
         )
     if len(models) > 1 and not mixed:
@@ -76,14 +84,14 @@ def fit(
             f"{url} has rows of different layers, whose means cannot be compared: {show_layer_sets(layers)}; choose "
             "rows by time, or give --mixed",
         )
-    with progress(console, "calibrating") as advance:
+    with progress("calibrating") as work:
         baseline = baselines.fit(
             np.array(found).reshape(-1, fp.SIZE),
             model=next(iter(models)) if len(models) == 1 else "",
             rows=rows,
             layers=next(iter(layers)) if len(layers) == 1 else (),
             settings=settings,
-            progress=advance,
+            progress=work.tell,
         )
     baselines.save(baseline, out)
     print(
@@ -92,7 +100,7 @@ def fit(
         f"{settings.horizon} requests without drift raise an alarm"
     )
     if block == 1 and abs(baseline.autocorrelation) > max(_ALIKE, 4 / np.sqrt(baseline.requests)):
-        console.print(
+        Console(stderr=True).print(
             f"neighbouring requests are alike (correlation {baseline.autocorrelation:.2f}): the rate does not hold; "
             "fit with a --block of about as many requests as stay alike",
             style="yellow",
@@ -111,11 +119,13 @@ def _refuse_other_layers(url: str, found: Counter[tuple[int, ...]], known: basel
 
 
 def check(
-    store: Annotated[str, typer.Argument(help="Store of the requests to look at.")],
-    baseline: Annotated[Path, typer.Option(help="The file that drift fit made.")],
-    model: Annotated[str | None, typer.Option(help="Only this model's rows. Default: the baseline's model.")] = None,
-    since: Annotated[str | None, typer.Option(help="Only rows stored since, such as 2026-01-31T12:00.")] = None,
-    until: Annotated[str | None, typer.Option(help="Only rows stored before.")] = None,
+    store: cli_options.Store,
+    baseline: Annotated[Path, typer.Option(metavar="FILE", help="The file that drift fit made.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only this model's rows. Default: the baseline's model.")
+    ] = None,
+    since: _Since = None,
+    until: _Until = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look through a store's requests in order; exit status 0 without an alarm, 1 with one."""
@@ -123,8 +133,9 @@ def check(
 
     known = baselines.load(baseline)
     monitor, first, layers = DriftMonitor(known), None, Counter[tuple[int, ...]]()
-    url = store_url(store)
-    with progress(Console(stderr=True), "looking") as advance:
+    require("attnhook drift", "analysis", "pyarrow")
+    url = cli_stores.readable(store)
+    with progress("looking") as work:
         for mean in reading.means(
             url,
             model=model or known.model or None,
@@ -132,7 +143,7 @@ def check(
             until=moment("until", until),
             rows=known.rows,
             layers=layers,
-            progress=advance,
+            progress=work.tell,
         ):
             _refuse_other_layers(url, layers, known)
             if monitor.add_request(mean) == "alarm" and first is None:

@@ -87,6 +87,11 @@ class Checkpoint:
         self.close()
         shutil.rmtree(self.folder)
 
+    def discard(self) -> None:
+        """Remove the unfinished run."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def close(self) -> None:
         """Let others have the folder."""
         fd, self._fd = self._fd, None

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from attnhook import cli_options, cli_stores
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.errors import OptionError
+from attnhook.cli_progress import Work, progress
+from attnhook.errors import OptionError, require
 
 _DEFAULTS = Settings()
 #: About how long a stage takes in comparison, so that the bar and its estimate move evenly.
@@ -26,33 +27,47 @@ def register(app: typer.Typer) -> None:
 
 
 def discover(
-    store: Annotated[str, typer.Argument(help="sqlite:path, parquet:folder or jsonl:path.")],
-    out: Annotated[Path, typer.Option(help="The folder for what is found.")],
-    sample: Annotated[int, typer.Option(help="Fingerprints that the map is fitted on, at most.")] = _DEFAULTS.sample,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = _DEFAULTS.seed,
-    model: Annotated[str | None, typer.Option(help="Only the records of this model.")] = None,
+    store: cli_options.Store,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder for what is found.")],
+    sample: Annotated[
+        int, typer.Option(metavar="N", help="Fingerprints that the map is fitted on, at most.")
+    ] = _DEFAULTS.sample,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same files.")] = _DEFAULTS.seed,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Only the records of this model.")] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="A row for each stored layer (all), or these: 0,14. Default: a record's mean over its own."),
+        typer.Option(
+            metavar="LAYERS",
+            help="A row for each stored layer (all), or these: 0,14. Default: a record's mean over its own.",
+        ),
     ] = None,
     without_sink: Annotated[
         str | None,
-        typer.Option(help="Take position 0 out, by the mass of the span of this name; attnhook probe's is sink."),
+        typer.Option(
+            metavar="SPAN", help="Take position 0 out, by the mass of the span of this name; attnhook probe's is sink."
+        ),
     ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Put several models, or means over different layers, on one map.")
     ] = False,
-    neighbours: Annotated[int, typer.Option(help="Neighbours of a point on the map.")] = _DEFAULTS.neighbours,
-    min_distance: Annotated[float, typer.Option(help="Least distance of points on the map.")] = _DEFAULTS.min_distance,
-    epochs: Annotated[int, typer.Option(help="Rounds of the map's layout.")] = _DEFAULTS.epochs,
+    neighbours: Annotated[
+        int, typer.Option(metavar="N", help="Neighbours of a point on the map.")
+    ] = _DEFAULTS.neighbours,
+    min_distance: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Least distance of points on the map.")
+    ] = _DEFAULTS.min_distance,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Rounds of the map's layout.")] = _DEFAULTS.epochs,
     min_cluster_share: Annotated[
-        float, typer.Option(help="Smallest cluster, share of the sample.")
+        float, typer.Option(metavar="NUMBER", help="Smallest cluster, share of the sample.")
     ] = _DEFAULTS.min_cluster_share,
     variance: Annotated[
-        float, typer.Option(help="Variance that the principal components kept explain.")
+        float, typer.Option(metavar="NUMBER", help="Variance that the principal components kept explain.")
     ] = _DEFAULTS.variance,
     repeats: Annotated[
-        int, typer.Option(help="Refits over seeds, and as many over bootstraps, that stability is measured with.")
+        int,
+        typer.Option(
+            metavar="N", help="Refits over seeds, and as many over bootstraps, that stability is measured with."
+        ),
     ] = _DEFAULTS.repeats,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was ended early.")] = False,
     force: Annotated[
@@ -77,17 +92,19 @@ def discover(
         min_cluster_share=min_cluster_share,
         repeats=repeats,
     )
+    require("attnhook discover", "analysis", "pyarrow", "sklearn", "umap", "hdbscan", "matplotlib")
+    store = cli_stores.readable(store)
     if register_run and not store.startswith("sqlite:"):
         raise OptionError("register", f"--register writes to sqlite: stores only, not to {store}: drop it")
     from attnhook.analysis.manifold.run import discover as run
 
-    console = Console(stderr=True)
+    bar = _Bar()
     try:
-        with _Bar(console) as bar:
+        with progress("reading", sum(_WORK.values())) as bar.work:
             found = run(store, out, settings, resume=resume, force=force, progress=bar.progress)
     except KeyboardInterrupt:
         again = shlex.join(["attnhook", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-        console.print(
+        Console(stderr=True).print(
             f"stopped while at stage {bar.stage}; what is finished is in {out}.partial. Go on with:\n{again}",
             soft_wrap=True,
             markup=False,
@@ -110,37 +127,24 @@ def _layers(text: str | None) -> tuple[int, ...] | str | None:
 
 
 class _Bar:
-    """The progress bar of a run."""
+    """How far a run is, by the work of its stages."""
 
-    def __init__(self, console: Console) -> None:
+    work: Work
+
+    def __init__(self) -> None:
         self.stage = "read"
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("reading", total=sum(_WORK.values()))
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move to a stage, or on in it."""
         self.stage = stage
         names = list(_WORK)
-        before = sum(_WORK[name] for name in names[: names.index(stage)]) if stage in _WORK else sum(_WORK.values())
+        before = (
+            sum(_WORK[name] for name in names[: names.index(stage)]) if stage in _WORK else sum(_WORK.values())
+        )
         part = _WORK.get(stage, 0) * (done / total if total else 0)
         text = f"{stage} {done:,}/{total:,}" if total > 1 else stage
-        self._bar.update(self._task, completed=before + part, description=text)
+        reached = before + part
+        self.work.tell(reached, text=text, count=f"{reached / sum(_WORK.values()):.0%}")
 
 
 def _note(store: str, manifest: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from attnhook import fingerprint as fp
 from attnhook.analysis.manifold import artifact, stages
 from attnhook.analysis.manifold.checkpoint import Checkpoint
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.errors import AttnhookError
+from attnhook.errors import AttnhookError, OptionError
 
 #: Name and function of each stage, in order.
 STAGES: tuple[tuple[str, Callable[[stages.Job], list[Path]]], ...] = (
@@ -84,6 +84,9 @@ def discover(
         else:
             manifest = _stages(stages.Job(url, settings, checkpoint.folder, lambda *_: None), checkpoint, progress)
         checkpoint.publish()
+    except OptionError:
+        checkpoint.discard()  # the store or the settings must change, so there is nothing to go on with
+        raise
     except OSError as error:
         raise AttnhookError(
             f"{checkpoint.folder} cannot be written: {error}; {out} is as it was. Make room and go on with --resume"

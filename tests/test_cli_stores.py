@@ -1,0 +1,217 @@
+"""Every command takes a store the same way: as a path, or as a URL."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attnhook import cli_stores
+from attnhook.errors import OptionError
+from attnhook.store import open_store
+from tests.helpers import environment
+from tests.sinks.samples import record
+from tests.test_cli import COMMAND, Cli, attnhook_cli, commands, tiny  # noqa: F401 - fixtures
+from tests.test_cli_sinks import write
+
+KINDS = {"jsonl": "x.jsonl", "sqlite": "x.db", "parquet": "x"}
+PROBE = ("--packs", "grammar", "--limit", "1", "--new-tokens", "1")
+
+#: Every command that reads a store: its arguments, and what a store of three records leads to.
+READERS: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "session": (("{}", "r"), 0, r"rows +3"),
+    "calibrate": (("{}", "--out", "out"), 2, r"cannot open .*x(\.\w+)?\.probes, the record of a probe run"),
+    "discover": (("{}", "--out", "out"), 2, r"has 3 fingerprints; a map needs"),
+    "compare A": (("{}", "other.db"), 2, r"side A .* has 1 requests"),
+    "compare B": (("other.db", "{}"), 2, r"side [AB] .* has 1 requests"),
+    "drift fit": (("{}", "--out", "out"), 2, r"1 requests are too few for a baseline"),
+    "drift check": (("{}", "--baseline", "nosuch"), 2, r"nosuch"),
+    "sinks convert": (("{}", "copy.jsonl"), 0, r"3 rows of .* are in jsonl:copy.jsonl"),
+    "sinks prune": (("{}", "--keep-days", "1"), 0, r"0 records of .* were older"),
+}
+#: Every command that writes one.
+WRITERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "run": (("hi", "--max-new-tokens", "1", "--model", "{model}", "--out", "{}"), r"wrote "),
+    "probe": (("--model", "{model}", "--out", "{}", *PROBE), r"wrote "),
+    "sinks convert": (("other.db", "{}"), r"1 rows of sqlite:other.db are in "),
+    "sinks test": (("{}",), r"it was read back and deleted"),
+}
+
+
+def forms(kind: str, path: str = "") -> list[str]:
+    """How a person may name a store of a kind."""
+    path = path or KINDS[kind]
+    return [f"{path}/" if kind == "parquet" else path, f"{kind}:{path}"]
+
+
+def test_the_tables_hold_every_command_that_takes_a_store():
+    takes = {
+        name: [p.name for p in command.params if str(p.metavar).startswith(("STORE", "SINK"))]
+        for name, command in commands().items()
+    }
+    tested = {*READERS, *WRITERS, "compare", "collect"}
+    assert {name for name, found in takes.items() if found} == {
+        name for name in tested if name[-2:] not in (" A", " B")
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write("sqlite:other.db", [record(0, request_id="s")])
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_takes_a_path_and_a_url_alike(attnhook_cli, here, name, kind):  # noqa: F811
+    write(f"{kind}:{KINDS[kind]}", [record(i) for i in range(3)])
+    arguments, code, said = READERS[name]
+    words = [word for word in name.split() if word not in ("A", "B")]
+    ran = []
+    for form in forms(kind):
+        ran.append(attnhook_cli(*words, *(argument.format(form) for argument in arguments)))
+        (here / "copy.jsonl").unlink(missing_ok=True)
+    for one in ran:
+        assert one.code == code, one.err
+        assert re.search(said, one.out + one.err), one.out + one.err
+        assert "is no store" not in one.err
+    assert not (here / "out.partial").exists()
+    assert ran[0].err.replace(f"{KINDS[kind]}/", KINDS[kind]) == ran[1].err
+    missing = attnhook_cli(*words, *(argument.format("nosuch.db") for argument in arguments))
+    assert missing.code == 2 and re.search(r"error: 'nosuch.db' is no store|'nosuch'|nosuch ", missing.err), missing.err
+    assert not (here / "nosuch.db").exists()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_takes_a_path_and_a_url_alike(attnhook_cli, here, tiny, name):  # noqa: F811
+    arguments, said = WRITERS[name]
+    for kind in KINDS:
+        for number, form in enumerate(forms(kind, f"{number}-{KINDS[kind]}") for number in range(2)):
+            text = form[number]
+            ran = attnhook_cli(*name.split(), *(argument.format(text, model=tiny) for argument in arguments))
+            assert ran.code == 0, ran.err
+            assert re.search(said, ran.out), ran.out
+            with open_store(f"{kind}:{number}-{KINDS[kind]}") as store:
+                assert store.count() == (0 if name == "sinks test" else 1)
+    unclear = attnhook_cli(*name.split(), *(argument.format("results", model=tiny) for argument in arguments))
+    assert unclear.code == 2 and "does not tell what kind of store it is: name x.jsonl, x.db" in unclear.err
+
+
+def test_run_adds_to_a_store_and_writes_a_plain_file_of_lines_anew(attnhook_cli, here, tiny):  # noqa: F811
+    for out, count in (
+        ("a.db", 2),
+        ("sqlite:a.db", 3),
+        ("a.jsonl", 1),
+        ("jsonl:a.jsonl", 1),
+        ("jsonl:a.jsonl?tokens=1", 2),
+    ):
+        if out == "a.db":
+            write("sqlite:a.db", [record(0)])
+        ran = attnhook_cli("run", "hi", "--max-new-tokens", "1", "--model", tiny, "--out", out)
+        assert ran.code == 0, ran.err
+        with open_store(cli_stores.readable(out)) as store:
+            assert store.count() == count, out
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("folder", "it is a folder that holds other things"),
+        (".", "it is a folder that holds other things"),
+        ("text.db", "text.db cannot be used"),
+        ("x.jsonl.zst", "no store is written compressed"),
+        ("memory:", "keeps nothing when the command ends"),
+        ("nosuch:x", "unknown sink 'nosuch:x'"),
+        ("jsonl:-", "would mix records with the answer"),
+        ("no/x.db", "the folder no does not exist"),
+        ("sqlite:no/x.db", "the folder no does not exist"),
+        ("", "the name of the store is empty"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(attnhook_cli, here, out, said):  # noqa: F811
+    (here / "folder").mkdir()
+    (here / "folder" / "notes.txt").write_text("mine")
+    (here / "text.db").write_text("some text that is no database")
+    before = sorted(here.rglob("*"))
+    ran = attnhook_cli("run", "hi", "--model", "nosuch/model", "--out", out)
+    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1, ran.err
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "url"),
+    [
+        ("a.db", b"", "sqlite:"),
+        ("a.sqlite3", b"", "sqlite:"),
+        ("records", b'{"schema_version": 1}\n', "jsonl:"),
+        ("a.json", b'\n {"schema_version": 1}\n', "jsonl:"),
+        ("wrong.db", b'{"schema_version": 1}\n', "jsonl:"),
+        ("records", b"SQLite format 3\0" + bytes(84), "sqlite:"),
+        ("wrong.jsonl", b"SQLite format 3\0" + bytes(84), "sqlite:"),
+        ("12:30.db", b"", "sqlite:"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "jsonl:"),
+        ("a.txt", b"some text", None),
+        ("a", b"", None),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\0", None),
+    ],
+)
+def test_the_first_bytes_of_a_file_tell_what_it_is(here, name, content, url):
+    (here / name).write_bytes(content)
+    if url is None:
+        with pytest.raises(
+            OptionError, match=rf"{re.escape(name)} is no store: it is neither SQLite nor lines of JSON"
+        ):
+            cli_stores.readable(name)
+    else:
+        assert cli_stores.readable(name) == f"{url}{name}"
+
+
+def test_what_is_there_only_in_rotated_files_is_found(here):
+    write("jsonl:x.jsonl?rotate=4096", [record(i) for i in range(20)])
+    live = here / "x.jsonl"
+    live.unlink(missing_ok=True)
+    assert len(list(here.glob("x*.jsonl"))) >= 1
+    with open_store(cli_stores.readable("x.jsonl")) as store:
+        assert store.count() > 0
+
+
+def test_buckets_need_no_scheme_in_front():
+    assert cli_stores.readable("s3://bucket/records") == "parquet:s3://bucket/records"
+    assert cli_stores.writable("s3://bucket/records") == "parquet:s3://bucket/records"
+    assert cli_stores.local_path("parquet:s3://bucket/records") is None
+
+
+def test_collect_takes_a_path(tmp_path):
+    arguments = (
+        "collect",
+        "--store",
+        "x.db",
+        "--store",
+        "y.jsonl",
+        "--listen",
+        "tcp://127.0.0.1:*",
+        "--http",
+        "127.0.0.1:0",
+    )
+    process = subprocess.Popen(
+        [str(COMMAND), *arguments], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert "into sqlite:x.db, jsonl:y.jsonl" in process.stdout.readline()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "x.db").is_file()
+
+
+def test_a_store_in_a_path_with_options_is_found(here):
+    write("sqlite:x.db", [record(0, token_positions=np.array([[0, -1], [0, -1]], np.int32))])
+    assert cli_stores.readable("x.db?keep_days=3") == "sqlite:x.db?keep_days=3"
+    assert cli_stores.writable("y.db?keep_days=3") == "sqlite:y.db?keep_days=3"
