@@ -107,6 +107,17 @@ def test_a_zone_with_too_few_probes_is_not_judged():
         calibrate(rows.where(rows.labels[rows.probe] == zones.DIFFUSE))
 
 
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_wrong_answers_are_advised_only_where_some_were_left_out(wrong):
+    """With --wrong-too none is left out, and that advice would name what was given."""
+    rows = planted()
+    few = rows.where(rows.labels[rows.probe] == zones.DIFFUSE)
+    with pytest.raises(RecordError, match="run more packs with attnhook probe") as refusal:
+        calibrate(dataclasses.replace(few, left_out=Counter(grammar=wrong)))
+    assert ("count the 3 that were answered wrongly too, with --wrong-too" in str(refusal.value)) == bool(wrong)
+    assert ("--wrong-too" in str(refusal.value)) == bool(wrong)
+
+
 def test_a_zone_that_its_controls_get_too_is_not_supported():
     rows = planted()
     extra = np.isin(rows.probe, [i for i, one in enumerate(rows.probes) if one.behaviour == "long"])
@@ -178,6 +189,9 @@ def test_collected_rows_of_a_real_run(real):
         lost = record.fingerprints[:, fp.HISTOGRAM].sum(axis=1) - rows.fingerprints[i, :-1, fp.HISTOGRAM].sum(axis=1)
         np.testing.assert_allclose(lost, record.span_mass[:, 0], atol=1e-5)
     wrong = dict.fromkeys(right, False)
-    with pytest.raises(RecordError, match="no rows to judge"):
+    with pytest.raises(RecordError, match=r"answers of all 12 finished probes are wrong; count them with --wrong-too"):
         collect(records, wrong)
+    with pytest.raises(RecordError, match="of no finished probe") as refusal:
+        collect(records, {})
+    assert "--wrong-too" not in str(refusal.value)
     assert len(collect(records, wrong, wrong_too=True).probe) == len(rows.probe)

@@ -106,6 +106,11 @@ def collect(records: Iterable[TokenRecord], right: Mapping[str, bool | None], *,
             regular.append(measured[[*picked, *others]])
             which += [len(found)] * (len(picked) + len(others))
             found.append(probe)
+    if not chosen and left_out:
+        raise RecordError(
+            f"no rows to judge: the answers of all {left_out.total()} finished probes are wrong; count them with "
+            "--wrong-too, or run the probes on a model that can do them"
+        )
     if not chosen:
         raise RecordError(
             "no rows to judge: the records are of no finished probe; give the store of attnhook probe and its journal"

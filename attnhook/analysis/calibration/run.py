@@ -33,9 +33,10 @@ def calibrate(
     counts = {zone: _probes(rows, code) for code, zone in enumerate(zones.ZONE_NAMES)}
     thin = {zone: count for zone, count in counts.items() if min(count) < MIN_PROBES}
     if len(zones.ZONE_NAMES) - len(thin) < 2:
+        wrong = rows.left_out.total()  # none where they are counted already
         raise RecordError(
-            f"fewer than two zones have {MIN_PROBES} probes in each half ({counts}): run more packs with attnhook "
-            "probe, or count wrong answers too with --wrong-too"
+            f"fewer than two zones have {MIN_PROBES} probes in each half ({counts}): run more packs with attnhook probe"
+            + (f", or count the {wrong} that were answered wrongly too, with --wrong-too" if wrong else "")
         )
     codes_of_thin = [zones.ZONE_NAMES.index(zone) for zone in thin]
     rows = rows.where(~np.isin(rows.labels, codes_of_thin)[rows.probe])
