@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -10,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from attnhook import fingerprint as fp
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
-from attnhook.errors import RecordError
+from attnhook.analysis.zones import ZONE_NAMES, are_fingerprints, classify_many
 from attnhook.records import (
     HEADER_FIELDS,
     MAGIC,
@@ -28,6 +28,7 @@ from attnhook.sinks.columns import NAMES, Columns
 
 _FINGERPRINT = MODES.index("fingerprint")
 _HEADER = np.dtype(HEADER_FIELDS)
+_ROW_MEMORY = 320  # bytes of a row's header, names and fingerprint, beside the row itself
 _ZONES, _MODES, _PHASES = (np.array(names, object) for names in (ZONE_NAMES, MODES, PHASES))
 
 
@@ -37,7 +38,8 @@ class RowBlock:
     ``ids`` and ``models`` are the rows' request ids and model names, ``steps`` int32 [N] (-1 for prompt rows),
     ``tokens`` bool [N] whether a row has token ids,
     ``fingerprints`` float32 [N, 20] the means over each row's layers, ``zones`` int8 [N] indices into
-    `ZONE_NAMES`, and ``nbytes`` the size of the rows. Made by `read_rows`.
+    `ZONE_NAMES`, and ``nbytes`` about the memory that all this takes. Made by `read_rows`, whose work and memory are
+    bounded by the rows' number and bytes, whatever is in them.
     """
 
     def __init__(self, rows: Sequence[bytes], zones: np.ndarray | None = None) -> None:
@@ -45,14 +47,15 @@ class RowBlock:
         self._flat = np.frombuffer(self._data, np.uint8)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self._starts = np.cumsum(lengths) - lengths
-        self.nbytes = len(self._data)
-        self._header = self._gather(self._starts, 0, _HEADER.itemsize).view(_HEADER).reshape(len(rows))
+        self.nbytes = len(self._data) + _ROW_MEMORY * len(rows)
+        self._header = self._gather(self._starts, _HEADER.itemsize).view(_HEADER).reshape(len(rows))
+        self._bodies = self._starts + _HEADER.itemsize + _text(self._header)  # where each row's numbers begin
         self._names()
         self.steps: np.ndarray = self._header["step"]
         self.tokens: np.ndarray = self._header["version"] == TOKENS_VERSION
         self.fingerprints = np.zeros((len(rows), fp.SIZE), np.float32)
-        for where, (layers, k, _, text, _) in self._shapes():
-            at = _HEADER.itemsize + text + layers * (2 + 8 * k)
+        for where, (layers, k, _, _) in self._shapes():
+            at = layers * (2 + 8 * k)
             own = self._numbers(where, at, "<f4", layers, fp.SIZE)
             self.fingerprints[where] = own[:, 0] if layers == 1 else own.mean(axis=1, dtype=np.float64)
         self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
@@ -65,10 +68,9 @@ class RowBlock:
         header = {name: self._header[name].tolist() for name in ("mode", "phase", "choice", "position", "step")}
         zones = [ZONE_NAMES[code] for code in self.zones.tolist()]
         found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row is in one shape
-        for where, (layers, k, spans, text, ids) in self._shapes():
-            at = _HEADER.itemsize + text
-            numbers = self._numbers(where, at, "<i2", layers)
-            tokens = self._numbers(where, at := at + 2 * layers, "<i4", layers, k)
+        for where, (layers, k, spans, ids) in self._shapes():
+            numbers = self._numbers(where, 0, "<i2", layers)
+            tokens = self._numbers(where, at := 2 * layers, "<i4", layers, k)
             scores = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, k)
             prints = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, fp.SIZE)
             masses = self._numbers(where, at := at + 4 * layers * fp.SIZE, "<f4", layers, spans)
@@ -102,15 +104,14 @@ class RowBlock:
     def columns(self, time: int) -> Columns:
         """The rows as the stores' columns, stored at ``time`` (microseconds since 1970, UTC); no record is decoded."""
         header = self._header
-        rows: list[bytes | None] = [*self._rows()]
+        rows: list[bytes | None] = [*self.rows()]
         layer: list[int | None] = [None] * len(self)
         step: list[int | None] = self.steps.tolist()
         for row in np.flatnonzero(self.steps < 0).tolist():
             step[row] = None
         lean = (header["mode"] == _FINGERPRINT) & (header["layers"] == 1) & (header["k"] == 0) & (header["spans"] == 0)
         for row in np.flatnonzero(lean).tolist():  # the columns alone hold all of such a record
-            at = int(self._starts[row]) + _HEADER.itemsize + int(_text(header[row : row + 1])[0])
-            layer[row] = int(np.frombuffer(self._data, "<i2", 1, at)[0])
+            layer[row] = int(np.frombuffer(self._data, "<i2", 1, int(self._bodies[row]))[0])
             rows[row] = None
         query: list[int | None] = [None] * len(self)
         for row in np.flatnonzero(self.tokens).tolist():
@@ -139,20 +140,21 @@ class RowBlock:
 
     def part(self, start: int, stop: int) -> RowBlock:
         """Rows ``start`` to ``stop``, as a block."""
-        return RowBlock(self._rows()[start:stop], self.zones[start:stop])
+        return RowBlock(self.rows()[start:stop], self.zones[start:stop])
 
     def without(self, keys: set[tuple[str, int, int]]) -> RowBlock:
         """The rows whose (request id, choice, query position) is not in ``keys``, as a block."""
         own = zip(self.ids, self._header["choice"].tolist(), self._header["position"].tolist(), strict=True)
         kept = np.array([key not in keys for key in own], bool)
-        rows = [row for row, keep in zip(self._rows(), kept.tolist(), strict=True) if keep]
+        rows = [row for row, keep in zip(self.rows(), kept.tolist(), strict=True) if keep]
         return RowBlock(rows, self.zones[kept])
 
     def without_tokens(self) -> RowBlock:
         """The same rows without token ids."""
-        return RowBlock([row_without_tokens(row) for row in self._rows()], self.zones)
+        return RowBlock([row_without_tokens(row) for row in self.rows()], self.zones)
 
-    def _rows(self) -> list[bytes]:
+    def rows(self) -> list[bytes]:
+        """The rows, each as bytes."""
         ends = [*self._starts[1:].tolist(), len(self._data)] if len(self) else []
         return [self._data[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
 
@@ -160,8 +162,8 @@ class RowBlock:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite, the token ids from -1 up."""
         sound = np.ones(len(self), bool)
         sound &= np.isfinite(self.fingerprints).all(axis=1)
-        for where, (layers, k, spans, text, ids) in self._shapes():
-            at = _HEADER.itemsize + text + layers * (2 + 4 * k)
+        for where, (layers, k, spans, ids) in self._shapes():
+            at = layers * (2 + 4 * k)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)
             at += layers * (4 * k + 4 * fp.SIZE)
             sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * spans)).all(axis=1)
@@ -170,7 +172,7 @@ class RowBlock:
                 sound[where] &= (self._numbers(where, at, "<i4", 1 + layers * k) >= -1).all(axis=1)
             if spans or self._header["names_size"][where].any():
                 for row in where.tolist():
-                    sound[row] &= len(self._span_names(row, spans)) == spans
+                    sound[row] &= self._has_names(row, spans)
         for row in self._unreadable:
             sound[row] = False
         return sound
@@ -197,46 +199,57 @@ class RowBlock:
             self._unreadable += [row for row, text in enumerate(found) if text is None]
         return [text or "" for text in found] if self._unreadable else found  # type: ignore[return-value] # no None
 
-    def _span_names(self, row: int, spans: int) -> tuple[str, ...]:
-        """The names of a row's spans; a tuple of another length than ``spans`` where they cannot be read."""
-        if not spans and not self._header["names_size"][row]:
-            return ()
-        header = self._header[row]
-        start = int(self._starts[row]) + _HEADER.itemsize + int(header["id_size"]) + int(header["model_size"])
+    def _has_names(self, row: int, spans: int) -> bool:
+        """Whether a row has as many names of spans as spans, in UTF-8."""
+        raw = self._raw_names(row)
         try:
-            names = self._data[start : start + int(header["names_size"])].decode()
+            raw.decode()
         except UnicodeDecodeError:
-            return ("",) * (spans + 1)
-        return tuple(names.split(NAME_SEPARATOR))
+            return False
+        return raw.count(NAME_SEPARATOR.encode()) + 1 == spans if spans or raw else True
 
-    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int, int]]]:
-        """The rows of each (layers, k, spans, bytes of text, 1 with token ids); in a frame all are alike, as a rule."""
+    def _raw_names(self, row: int) -> bytes:
+        stop = int(self._bodies[row])
+        return self._data[stop - int(self._header["names_size"][row]) : stop]
+
+    def _span_names(self, row: int, spans: int) -> tuple[str, ...]:
+        """The names of a sound row's spans."""
+        return tuple(self._raw_names(row).decode().split(NAME_SEPARATOR)) if spans else ()
+
+    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
+        """The rows of each (layers, k, spans, 1 with token ids); in a frame all are alike, as a rule."""
         header = self._header
         if not len(header):
             return
         numbers = [header[name].astype(np.int64) for name in ("layers", "k", "spans")]
-        columns = np.stack([*numbers, _text(header), self.tokens])
+        columns = np.stack([*numbers, self.tokens])
         if (columns == columns[:, :1]).all():
             yield np.arange(len(header)), tuple(columns[:, 0].tolist())
             return
         kinds, which = np.unique(columns, axis=1, return_inverse=True)
-        for i in range(kinds.shape[1]):
-            yield np.flatnonzero(which.ravel() == i), tuple(kinds[:, i].tolist())
+        order = np.argsort(which.ravel(), kind="stable")
+        ends = np.cumsum(np.bincount(which.ravel()))
+        for i, where in enumerate(np.split(order, ends[:-1])):
+            yield where, tuple(kinds[:, i].tolist())
 
     def _numbers(self, where: np.ndarray, at: int, dtype: str, *shape: int) -> np.ndarray:
-        """Array [len(where), *shape] of what lies ``at`` bytes from the start of these rows."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self._gather(self._starts[where], at, size).view(dtype).reshape(len(where), *shape)
+        """Array [len(where), *shape] of what lies ``at`` bytes behind the names of these rows."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        return self._gather(self._bodies[where] + at, size).view(dtype).reshape(len(where), *shape)
 
-    def _gather(self, starts: np.ndarray, at: int, size: int) -> np.ndarray:
-        """uint8 [len(starts), size], contiguous and writable by nobody else."""
+    def _gather(self, starts: np.ndarray, size: int) -> np.ndarray:
+        """uint8 [len(starts), size] of what begins at these places, contiguous and writable by nobody else."""
         if not len(starts) or not size:
             return np.zeros((len(starts), size), np.uint8)
-        step, rest = divmod(len(self._flat), len(starts))
-        if not rest and len(starts) == len(self._starts) and (starts == np.arange(len(starts)) * step).all():
-            # all rows, of one length: columns of a table
-            return np.ascontiguousarray(self._flat.reshape(-1, step)[:, at : at + size])
-        return self._flat[(starts + at)[:, None] + np.arange(size)]
+        step = int(starts[1] - starts[0]) if len(starts) > 1 else size
+        first = int(starts[0])
+        if step >= size and (starts == first + np.arange(len(starts)) * step).all():  # columns of a table
+            table = np.lib.stride_tricks.as_strided(self._flat[first:], (len(starts), size), (step, 1), writeable=False)
+            return np.ascontiguousarray(table) if step > size else table.copy()
+        data = self._data
+        return np.frombuffer(bytearray().join([data[at : at + size] for at in starts.tolist()]), np.uint8).reshape(
+            len(starts), size
+        )
 
 
 def read_rows(rows: Sequence[bytes]) -> tuple[RowBlock, Counter[str]]:
@@ -297,10 +310,9 @@ def _text(header: np.ndarray) -> np.ndarray:
 
 def _zones(fingerprints: np.ndarray) -> np.ndarray:
     """int8 [N]; -1 where it is no attention fingerprint."""
-    try:
+    sound = are_fingerprints(fingerprints)
+    if sound.all():
         return classify_many(fingerprints)[0]
-    except RecordError:
-        if len(fingerprints) == 1:
-            return np.array([-1], np.int8)
-        half = len(fingerprints) // 2
-        return np.concatenate([_zones(fingerprints[:half]), _zones(fingerprints[half:])])
+    codes = np.full(len(fingerprints), -1, np.int8)
+    codes[sound] = classify_many(fingerprints[sound])[0]
+    return codes

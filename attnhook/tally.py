@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ MEASURES: dict[str, int] = {"entropy": fp.ENTROPY, "local": fp.LOCAL, "mid": fp.
 RECENT_SECONDS = 60
 _COLUMNS = list(MEASURES.values())
 _MAX_REQUESTS = 4096
+_MAX_NAME = 200  # characters of a request id that are remembered
 
 Clock = Callable[[], float]
 
@@ -109,7 +111,8 @@ class Tally:
         codes = np.fromiter((places.setdefault(name, len(places)) for name in ids), np.int64, len(ids))
         per_zone = np.bincount(codes * len(ZONE_NAMES) + zones, minlength=len(places) * len(ZONE_NAMES))
         sums = np.bincount(codes, entropies)
-        for (name, place), entropy in zip(places.items(), sums.tolist(), strict=True):
+        for (whole, place), entropy in zip(places.items(), sums.tolist(), strict=True):
+            name = short(whole)
             request = self._requests.get(name)
             if request is None:
                 request = self._requests[name] = _Request()
@@ -119,6 +122,17 @@ class Tally:
                 self._requests.move_to_end(name)
             start = place * len(ZONE_NAMES)
             request.add(per_zone[start : start + len(ZONE_NAMES)], entropy, now)
+
+
+def short(name: str) -> str:
+    """A name to remember a request by: itself, or of a long one its beginning and a number that tells it from others.
+
+    A row's names may have 65,535 bytes, and who sends them chooses how many different ones there are.
+    """
+    if len(name) <= _MAX_NAME:
+        return name
+    digest = blake2b(name.encode(errors="replace"), digest_size=8).hexdigest()
+    return f"{name[: _MAX_NAME - len(digest) - 1]}…{digest}"
 
 
 class _Request:

@@ -288,16 +288,30 @@ def _as_rows(numbers: Any) -> np.ndarray:
     return rows
 
 
+def are_fingerprints(fingerprints: np.ndarray) -> np.ndarray:
+    """bool [N] for float [N, 20]: whether `classify_many` takes the row with the default thresholds."""
+    found = np.empty(len(fingerprints), bool)
+    for start in range(0, len(fingerprints), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        good, total = _in_range(fingerprints[part].astype(np.float64), DEFAULTS.tolerance)
+        found[part] = good.all(axis=1) & (total <= 1 + DEFAULTS.tolerance)
+    return found
+
+
+def _in_range(rows: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """bool [N, 20] where a number is in [0, 1], and the histograms' sums [N]."""
+    return (rows >= -tolerance) & (rows <= 1 + tolerance), rows[:, fp.HISTOGRAM].sum(axis=1)
+
+
 def _check(rows: np.ndarray, first: int, tolerance: float) -> None:
     """Refuse NaN and out-of-range numbers; ``first`` is the number of the first row."""
-    good = (rows >= -tolerance) & (rows <= 1 + tolerance)
+    good, total = _in_range(rows, tolerance)
     if not good.all():
         row, column = (int(i) for i in np.argwhere(~good)[0])
         raise RecordError(
             f"fingerprint {first + row}: {fp.NAMES[column]} is {rows[row, column]:g}, outside [0, 1]; "
             "the record is damaged or is no attention fingerprint"
         )
-    total = rows[:, fp.HISTOGRAM].sum(axis=1)
     if (total > 1 + tolerance).any():
         row = int((total > 1 + tolerance).argmax())
         raise RecordError(

@@ -14,6 +14,7 @@ import numpy as np
 from attnhook.analysis.drift.baseline import Baseline
 from attnhook.analysis.drift.monitor import IDLE_SECONDS, DriftMonitor
 from attnhook.rowblock import RowBlock
+from attnhook.tally import short
 
 logger = logging.getLogger("attnhook")
 
@@ -61,7 +62,8 @@ class DriftWatch:
         if not len(block):
             return
         try:
-            self._queue.put_nowait(_Rows(block.fingerprints, block.ids, block.models, block.steps))
+            ids = [short(name) for name in block.ids]  # the monitor remembers those of requests that are not over
+            self._queue.put_nowait(_Rows(block.fingerprints, ids, block.models, block.steps))
         except queue.Full:
             with self._lock:
                 self._skipped["queue_full"] += len(block)

@@ -3,10 +3,13 @@
 A folder of segments ``<number of its first entry>.journal``. An entry is a header (bytes of meta and of body, CRC-32
 of both), msgpack meta ``[kind, ...]`` and a body. Each segment begins with the ledger's state, so that older ones
 can go. There is no fsync: what was appended survives the process, a power cut may take the last seconds.
+
+An entry that cannot be used is never a reason not to start: it is put into a file of its own and told of.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -14,27 +17,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-import msgpack  # type: ignore[import-untyped]
+from msgspec import DecodeError, msgpack
 
 from attnhook.errors import PluginError
+
+logger = logging.getLogger("attnhook")
 
 SEGMENT_BYTES = 64 * 2**20
 _HEADER = struct.Struct("<III")
 _VERSION = 1
+_MAX_ASIDE = 100  # entries that are put aside as files at one start
 
 
 class Entry(NamedTuple):
     """One entry; ``number`` counts up over all segments."""
 
     number: int
-    kind: str  # state, frame, drop, ack
+    kind: str  # state, frame, passed, ack; "" where it cannot be read
     meta: list[Any]
     body: bytes
 
     @property
     def state(self) -> dict[str, Any]:
         """The ledger's state that a state entry holds."""
-        found: dict[str, Any] = msgpack.unpackb(self.body)
+        found: dict[str, Any] = msgpack.decode(self.body, type=dict)
         return found
 
 
@@ -45,6 +51,7 @@ class Journal:
         self.folder = folder
         self.failed = 0  #: entries that the disk did not take
         self.error = ""  #: why, while it does not
+        self.unusable = 0  #: entries that an earlier process left and that this one could not use
         self._acknowledged = dict.fromkeys(stores, -1)
         self._segments: list[tuple[int, Path]] = []  # first entry, ascending
         self._fd: int | None = None
@@ -59,9 +66,8 @@ class Journal:
         """
         try:
             self.folder.mkdir(parents=False, exist_ok=True)
-            self._segments = sorted(
-                (int(path.stem), path) for path in self.folder.glob("*.journal") if path.stem.isdigit()
-            )
+            names = [path for path in self.folder.glob("*.journal") if path.stem.isascii() and path.stem.isdigit()]
+            self._segments = sorted((int(path.stem), path) for path in names)
         except OSError as error:
             raise PluginError(
                 f"the collector's journal {self.folder} cannot be used: {error}; make its folder writable or name "
@@ -69,25 +75,45 @@ class Journal:
             ) from error
         for first, path in self._segments:
             number = first
-            for meta, body in _entries(path):
-                if meta[0] == "state" and meta[1] != _VERSION:
+            for entry in _entries(path, first):
+                meta = entry.meta
+                if entry.kind == "state" and len(meta) > 1 and type(meta[1]) is int and meta[1] > _VERSION:
                     raise PluginError(
                         f"{path} is of journal version {meta[1]}; this attnhook reads {_VERSION}: upgrade attnhook"
                     )
-                if meta[0] == "frame":
-                    self._frames[first] = number
-                elif meta[0] == "ack" and meta[1] in self._acknowledged:
-                    self._acknowledged[meta[1]] = meta[2]
-                yield Entry(number, meta[0], meta, body)
-                number += 1
+                if entry.kind == "frame":
+                    self._frames[first] = entry.number
+                elif entry.kind == "ack":
+                    if len(meta) != 3 or type(meta[1]) is not str or type(meta[2]) is not int:
+                        entry = entry._replace(kind="")
+                    elif meta[1] in self._acknowledged:
+                        self._acknowledged[meta[1]] = meta[2]
+                yield entry
+                number = entry.number + 1
             self._next = max(self._next, number)
 
     def frames(self) -> Iterator[Entry]:
         """The frames among what `read` gave."""
         for first, path in self._segments:
-            for number, (meta, body) in enumerate(_entries(path), first):
-                if meta[0] == "frame":
-                    yield Entry(number, "frame", meta, body)
+            yield from (entry for entry in _entries(path, first) if entry.kind == "frame")
+
+    def put_aside(self, entry: Entry, why: object) -> None:
+        """Keep an entry that cannot be used in a file of its own, say so, and count it."""
+        self.unusable += 1
+        path = self.folder / f"{entry.number:016d}.unusable"
+        if self.unusable > _MAX_ASIDE:
+            return
+        try:
+            path.write_bytes((msgpack.encode(entry.meta) if entry.meta else b"") + entry.body)
+        except OSError as error:
+            logger.error("entry %d of the journal %s cannot be kept aside: %s", entry.number, self.folder, error)
+        logger.error(
+            "entry %d of the journal cannot be used and is left out: %s; its %d bytes are kept in %s",
+            entry.number,
+            why,
+            len(entry.body),
+            path,
+        )
 
     def begin(self, state: dict[str, Any]) -> None:
         """Start a segment with the ledger's state. Raises OSError where the disk does not take it."""
@@ -96,7 +122,7 @@ class Journal:
         old, size, first = self._fd, self._size, self._next
         self._fd, self._size = fd, 0
         try:
-            self._write(["state", _VERSION], msgpack.packb(state))
+            self._write(["state", _VERSION], msgpack.encode(state))
         except OSError as error:
             os.close(fd)
             self._fd, self._size, self.error = old, size, str(error)
@@ -161,7 +187,7 @@ class Journal:
     def _write(self, meta: list[Any], body: bytes) -> None:
         if self._fd is None:
             raise OSError("the journal is closed")
-        packed: bytes = msgpack.packb(meta)
+        packed = msgpack.encode(meta)
         head = _HEADER.pack(len(packed), len(body), crc32(body, crc32(packed))) + packed
         total = len(head) + len(body)
         written = 0
@@ -186,13 +212,24 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def _entries(path: Path) -> Iterator[tuple[list[Any], bytes]]:
+def _entries(path: Path, number: int) -> Iterator[Entry]:
+    """The entries of a segment whose first one has ``number``; of kind "" where an entry's bytes are damaged."""
     with open(path, "rb") as file:
         while len(head := file.read(_HEADER.size)) == _HEADER.size:
             meta_size, body_size, crc = _HEADER.unpack(head)
             if not 0 < meta_size + body_size < 2 * SEGMENT_BYTES:
                 return  # a power cut can leave zeros
-            meta, body = file.read(meta_size), file.read(body_size)
-            if len(meta) + len(body) != meta_size + body_size or crc32(body, crc32(meta)) != crc:
-                return
-            yield msgpack.unpackb(meta), body
+            packed, body = file.read(meta_size), file.read(body_size)
+            if len(packed) + len(body) != meta_size + body_size:
+                return  # cut short, as a crash leaves it
+            meta: Any = None
+            if crc32(body, crc32(packed)) == crc:
+                try:
+                    meta = msgpack.decode(packed)
+                except (DecodeError, UnicodeDecodeError, RecursionError):
+                    meta = None
+            if isinstance(meta, list) and meta and isinstance(meta[0], str):
+                yield Entry(number, meta[0], meta, body)
+            else:
+                yield Entry(number, "", [], packed + body)
+            number += 1

@@ -13,14 +13,13 @@ from typing import Any, Final
 
 from attnhook import __version__, frames
 from attnhook.collector.drift import DriftWatch
-from attnhook.collector.journal import Journal
+from attnhook.collector.journal import Entry, Journal
 from attnhook.collector.ledger import Ledger
 from attnhook.collector.locks import StoreLock
 from attnhook.collector.receiver import Receiver
 from attnhook.collector.replay import not_stored
 from attnhook.collector.writer import StoreWriter
 from attnhook.errors import PluginError
-from attnhook.records import row_without_tokens
 from attnhook.rowblock import RowBlock, read_rows
 from attnhook.sinks import config
 from attnhook.tally import Tally
@@ -61,6 +60,7 @@ class Collector:
         self.drift = drift
         self._lock = threading.Lock()
         self._logged: set[str] = set()
+        self._unusable: set[int] = set()  # entries of the journal
         self._began = time.monotonic()
         self.replayed = 0  #: records that a process before this one had left in the journal
         with ExitStack() as opened:
@@ -120,8 +120,7 @@ class Collector:
     def stats(self) -> dict[str, Any]:
         """Everything that is counted, as JSON values; the counts of ``records`` outlast restarts."""
         with self._lock:
-            ledger = self.ledger.state()
-        producers = ledger.pop("producers")
+            ledger, known = self.ledger.counts(), self.ledger.known
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -137,7 +136,7 @@ class Collector:
             "connections": {"open": self.receiver.connected, "closed": dict(self.receiver.closed)},
             "producers": {
                 "seen": ledger["producers_seen"],
-                "known": len(producers),
+                "known": known,
                 "dropped": ledger["producer_dropped"],
             },
             "stores": {writer.name: writer.stats() for writer in self._writers},
@@ -145,6 +144,7 @@ class Collector:
                 "bytes": self.journal.nbytes,
                 "failed": self.journal.failed,
                 "replayed": self.replayed,
+                "unusable": self.journal.unusable,
             },
             "seen": self.tally.snapshot(),
             **({} if self.drift is None else {"drift": self.drift.stats()}),
@@ -158,19 +158,21 @@ class Collector:
             frame = frames.decode(data)
         except frames.FrameError as error:
             with self._lock:
-                self.ledger.rejected[error.reason] += 1
+                self.ledger.rejects(error.reason)
             self._log_once(error.reason, "a message was rejected (%s): %s", error.reason, error)
             return False
         block, bad = read_rows(frame.rows)
-        if block.tokens.any() and not any(writer.keeps_tokens for writer in self._writers):
-            # no store keeps them: the journal is not to either
-            rows = [row_without_tokens(row) for row in frame.rows]
-            data, block = frames.encode(frame.producer, frame.first, frame.dropped, rows), block.without_tokens()
+        tokens = bool(block.tokens.any()) and not any(writer.keeps_tokens for writer in self._writers)
+        if tokens:  # no store keeps them: the journal is not to either
+            block = block.without_tokens()
+        if tokens or bad:  # what is damaged is kept by its number only, or it could fill the journal's disk
+            rows = [*block.rows(), *[b""] * sum(bad.values())]
+            data = frames.encode(frame.producer, frame.first, frame.dropped, rows)
         with self._lock:
             if self.journal.full or self.journal.idle:
                 self._begin_segment()
             self.ledger.frame(frame)
-            self.ledger.bad.update(bad)
+            self.ledger.damaged(bad)
             full = [writer for writer in self._writers if not writer.has_room(block.nbytes)] if len(block) else []
             for writer in full:
                 self.ledger.drop(writer.name, "queue_full", len(block))
@@ -178,7 +180,7 @@ class Collector:
             # a frame that no store gets is kept by its number only
             wanted = len(block) > 0 and len(full) < len(self._writers)
             if wanted:
-                number = self.journal.append("frame", skip, body=data)
+                number = self.journal.append("frame", skip, dict(bad), body=data)
             else:
                 passed = [frame.producer, frame.first, len(frame.rows), frame.dropped, frame.end]
                 self.journal.append("passed", passed, skip, len(block), dict(bad))
@@ -208,15 +210,13 @@ class Collector:
     def _restore(self) -> None:
         """The ledger as it was: the last state and what came after it."""
         for entry in self.journal.read():
-            if entry.kind == "state":
-                self.ledger.restore(entry.state)
-            elif entry.kind == "frame":
-                frame = frames.decode(entry.body)
-                block, bad = read_rows(frame.rows)
-                self._count_again(frame, entry.meta[1], len(block), bad)
-            elif entry.kind == "passed":
-                _, (producer, first, count, dropped, end), skip, good, bad = entry.meta
-                self._count_again(frames.Frame(producer, first, dropped, [b""] * count, end), skip, good, bad)
+            try:
+                self._restore_entry(entry)
+            except Exception as error:  # whatever it is: one entry is no reason not to start
+                self._unusable.add(entry.number)
+                self.journal.put_aside(entry, f"{type(error).__name__}: {error}")
+        if self.journal.unusable:
+            logger.error("%d entries of the journal could not be used and are left out", self.journal.unusable)
         try:
             self.journal.begin(self.ledger.state())
         except OSError as error:
@@ -225,9 +225,24 @@ class Collector:
                 "another folder with --journal"
             ) from error
 
+    def _restore_entry(self, entry: Entry) -> None:
+        if entry.kind == "state":
+            self.ledger.restore(entry.state)
+        elif entry.kind == "frame":
+            frame = frames.decode(entry.body, kept=True)
+            block, bad = read_rows(frame.rows)
+            # journals of the first release have damaged records in their frames, in place of their counts
+            self._count_again(frame, entry.meta[1], len(block), entry.meta[2] if len(entry.meta) > 2 else bad)
+        elif entry.kind == "passed":
+            _, (producer, first, count, dropped, end), skip, good, bad = entry.meta
+            dropped = frames.known_reasons(dropped)
+            self._count_again(frames.Frame(producer, first, dropped, [b""] * count, end), skip, good, bad)
+        elif entry.kind != "ack":
+            raise ValueError(f"an entry of kind {entry.kind!r}" if entry.kind else "its bytes are damaged")
+
     def _count_again(self, frame: frames.Frame, skip: Iterable[str], good: int, bad: Mapping[str, int]) -> None:
         self.ledger.frame(frame)
-        self.ledger.bad.update(bad)
+        self.ledger.damaged(bad)
         for url in skip:
             self.ledger.drop(url.partition("?")[0], "queue_full", good)
 
@@ -235,11 +250,13 @@ class Collector:
         """Queue what stores lack of the journal's frames."""
         waiting: dict[str, list[tuple[int, RowBlock]]] = {url: [] for url in self.stores}
         for entry in self.journal.frames():
+            if entry.number in self._unusable:
+                continue
             lacking = [
                 url for url in self.stores if url not in entry.meta[1] and entry.number > self.journal.acknowledged(url)
             ]
             if lacking:
-                block, _ = read_rows(frames.decode(entry.body).rows)
+                block, _ = read_rows(frames.decode(entry.body, kept=True).rows)
                 self.replayed += len(block)
                 for url in lacking:
                     waiting[url].append((entry.number, block))

@@ -12,7 +12,8 @@ from attnhook.sinks import Sink, config, database
 from attnhook.sinks.columns import Columns, from_records
 from attnhook.sinks.retention import Retention
 
-_CACHED_SESSIONS = 65536
+_CACHED_BYTES = 16 * 2**20  # of the names of sessions and models that are remembered with their numbers
+_ENTRY_BYTES = 200  # of a name that is remembered, beside its characters
 _COLUMNS = (
     "session", "query_position", "decode_step", "model", "time", "zone", "mode", "think_phase", "layer", "fingerprint",
     "record", "query_token",
@@ -74,6 +75,7 @@ class SqliteSink(Sink):
         self._pid = os.getpid()
         self._sessions: dict[tuple[str, int], int] = {}
         self._models: dict[str, int] = {}
+        self._remembered = 0  # bytes of both
         self._seen = -1  # what SQLite says changes when another connection writes
 
     def write(self, batch: Sequence[TokenRecord]) -> None:
@@ -143,11 +145,12 @@ class SqliteSink(Sink):
     def _forget(self) -> None:
         self._sessions.clear()
         self._models.clear()
+        self._remembered = 0
 
     def _insert(self, connection: sqlite3.Connection, columns: Columns) -> int:
         """Insert inside a transaction; returns how many rows were new."""
         version = connection.execute("PRAGMA data_version").fetchone()[0]
-        if version != self._seen or len(self._sessions) > _CACHED_SESSIONS:
+        if version != self._seen or self._remembered > _CACHED_BYTES:
             self._forget()  # another process wrote, and may have removed what we remember
             self._seen = version
         sessions = self._session_numbers(connection, columns)
@@ -191,12 +194,14 @@ class SqliteSink(Sink):
             known[key] = connection.execute(
                 "SELECT id FROM sessions WHERE request_id = ? AND choice = ?", key
             ).fetchone()[0]
+            self._remembered += len(key[0]) + _ENTRY_BYTES
         return [known[key] for key in keys]
 
     def _model_numbers(self, connection: sqlite3.Connection, names: list[str]) -> list[int]:
         for name in set(names).difference(self._models):
             connection.execute("INSERT INTO models (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
             self._models[name] = connection.execute("SELECT id FROM models WHERE name = ?", (name,)).fetchone()[0]
+            self._remembered += len(name) + _ENTRY_BYTES
         return [self._models[name] for name in names]
 
     def _retain(self) -> None:

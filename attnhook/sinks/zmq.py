@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from attnhook.errors import DroppedError, PluginError, needs
+from attnhook.errors import DroppedError, PluginError, RecordError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks import Sink, config
 
 HIGH_WATER_MARK = 64  # frames that may wait here; the system's sockets hold some more
 LINGER_SECONDS = 5.0
 _FRAME_BYTES = 8 * 2**20  # of records in a frame: half of what a collector takes
+_ROW_BYTES = 15 * 2**20  # of one record, which may need a frame of its own
 
 
 class ZmqSink(Sink):
@@ -41,14 +42,14 @@ class ZmqSink(Sink):
     def open(self, config_text: str) -> None:
         """Begin to connect; the collector may start later.
 
-        Raises PluginError for an address that ZeroMQ does not know, or without pyzmq and msgpack.
+        Raises PluginError for an address that ZeroMQ does not know, or without pyzmq and msgspec.
         """
         known = {"hwm": config.between(1, 100_000), "linger": config.seconds}
         self._address, options = config.parse("zmq", config_text, known)
         self._hwm = options.get("hwm", HIGH_WATER_MARK)
         self._linger = options.get("linger", LINGER_SECONDS)
         with needs("the sink zmq:", "sinks"):
-            import msgpack  # type: ignore[import-untyped] # noqa: F401
+            import msgspec  # noqa: F401
             import zmq
         try:
             self._connect()
@@ -82,8 +83,8 @@ class ZmqSink(Sink):
         """Hand the records over.
 
         Raises DroppedError where the high-water mark is reached (the records before that count are on their way),
-        RecordError where a record does not fit the binary row (none of the batch is sent). Where there is no room at
-        all, no record is looked at.
+        RecordError where a record does not fit the binary row or a frame (none of the batch is sent). Where there is
+        no room at all, no record is looked at.
         """
         from attnhook import frames
 
@@ -94,6 +95,12 @@ class ZmqSink(Sink):
         if batch and not self._has_room():
             raise self._drop(len(batch))  # before they are encoded: a collector that lags is to cost nothing here
         rows = [record.to_bytes() for record in batch]
+        for record, row in zip(batch, rows, strict=True):
+            if len(row) > _ROW_BYTES:
+                raise RecordError(
+                    f"record {record.key!r} takes {len(row)} bytes and a collector at most {_ROW_BYTES}: capture fewer "
+                    "layers or a smaller top k"
+                )
         for start, stop in _pieces(rows):
             data = frames.encode(self._producer, self.sent, self.dropped, rows[start:stop])
             if not self._send(data):
@@ -150,9 +157,11 @@ class ZmqSink(Sink):
 
 def _pieces(rows: Sequence[bytes]) -> list[tuple[int, int]]:
     """Slices of rows that make one frame each."""
+    from attnhook.frames import MAX_ROWS
+
     pieces, start, size = [], 0, 0
     for i, row in enumerate(rows):
-        if size and size + len(row) > _FRAME_BYTES:
+        if i - start == MAX_ROWS or (size and size + len(row) > _FRAME_BYTES):
             pieces.append((start, i))
             start, size = i, 0
         size += len(row)
