@@ -80,7 +80,14 @@ class Session:
         self.dropped: Counter[str] = Counter() if dropped is None else dropped
         self.active = False
         self.ran: Counter[str] = Counter()  # class of a model -> its forward passes while this session listened
+        self.alone: dict[str, Exception] = {}  # class of a model that was left alone -> why it has no records
         self._logged: set[str] = set()
+
+    def leave_alone(self, name: str, why: Exception) -> None:
+        """Note a model that is no decoder, such as an encoder beside one: it has no rows, so none is dropped."""
+        if name not in self.alone:
+            self.alone[name] = why
+            logger.info("%s", why)
 
     def drop(self, reason: str, rows: int, why: str | Exception) -> None:
         """Count ``rows`` dropped rows; the first time a reason occurs, log why."""
@@ -482,7 +489,11 @@ def capture(
     try:
         with lifecycle.hooks(resolved), session:
             yield records
-        if session.ran and not records and not records.dropped:
+        if session.alone and not records and not records.dropped:
+            # nothing but what has no records ran in the block
+            name, why = next(iter(session.alone.items()))
+            session.refuse(why, session.ran.get(name) or 1)
+        elif session.ran and not records and not records.dropped:
             ran = ", ".join(f"{name} ({count} forward passes)" for name, count in session.ran.items())
             logger.warning(
                 "capture() ended without a record, although models ran inside: %s%s", ran,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnhook import tokens
-from attnhook.backends.transformers import places
+from attnhook.backends.transformers import places, reasons
 from attnhook.backends.transformers.caches import cache_among, cache_of, cached_tokens
 from attnhook.backends.transformers.layers import attention_layers
 from attnhook.backends.transformers.tokens import History
@@ -105,6 +105,7 @@ class _Conversation:
 
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     steps: int = 0
+    first_position: int = 0  # what the model calls the position of the first token: 1 in PaliGemma
     starts: list[int] | None = None  # padded index of each sequence's first token
     history: History = field(default_factory=History)
 
@@ -131,7 +132,7 @@ class Frame:
         self.cache = cache_among(arguments)
         self.past = cached_tokens(self.cache)
         self.saw_attention = False
-        self.saw_other = False  # attention that is not causal: an encoder's, a vision tower's
+        self.others: set[type] = set()  # of modules whose attention is not causal: an encoder's, a vision tower's
         self.steps: dict[Session, StepCapture | None] = {}  # None: refused, or nothing to capture
         self.plans: dict[Any, Any] = {}  # per session and distinct mask; see hooks
         self._conversation: _Conversation | None = None
@@ -212,13 +213,18 @@ class Frame:
     def _compare_positions(self, starts: list[int], ends: list[int], total: int) -> None:
         """Refuse where the model is told other positions than the cache's length says: keys were taken out of it."""
         given = places.text_positions(self.position_ids)
-        if not self.past or given is None:
+        conversation = self._conversation
+        if given is None or (self.run is not None and self.run.so_far):  # there the tokens are counted
             return
         last = given[:, -1].tolist()
         for b, start in enumerate(starts):
-            told = last[b % len(last)]
-            if start < total <= ends[b] and told > total - 1 - start:
-                raise _evicted(self.past, told + start + self.past + 1 - total)
+            ahead = last[b % len(last)] - (total - 1 - start)
+            if not start < total <= ends[b]:
+                continue
+            if self.past == 0 and conversation is not None:
+                conversation.first_position = min(conversation.first_position, ahead) if b else ahead
+            elif self.past and ahead > (0 if conversation is None else conversation.first_position):
+                raise _evicted(self.past, self.past + ahead)
 
     def account(self, session: Session) -> None:
         """Enter this pass's rows into the generation's account of a session."""
@@ -276,6 +282,9 @@ class Frame:
                 f"{local.refused} cannot be captured: one forward pass does not yield one token per sequence; "
                 "generate with num_beams=1 and without an assistant model or prompt_lookup_num_tokens"
             )
+        whole = (*self.outer, self)[0].model
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise reasons.encoder_decoder(whole)
         layers = resolve_layers(session.options.layers, attention_layers(self.model))
         check_heads(session.options.heads, heads)
         rows = self.rows(batch, q_len, mask)

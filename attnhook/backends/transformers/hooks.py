@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.backends.transformers import streams
+from attnhook.backends.transformers import reasons, streams
 from attnhook.backends.transformers.caches import cached_tokens
 from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import Frame, Run, concerns, local
-from attnhook.backends.transformers.layers import encoder_decoder, is_causal_attention, layer_number
+from attnhook.backends.transformers.layers import is_causal_attention, layer_number, sees_a_prefix
 from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
 from attnhook.capture import Session, StepCapture, sessions
 from attnhook.errors import UnsupportedError
@@ -213,12 +213,9 @@ def _observed_call(original: Original, model: Any, args: tuple[Any, ...], kwargs
         local.frames.pop()
     if local.frames:
         local.frames[-1].saw_attention |= frame.saw_attention
-        local.frames[-1].saw_other |= frame.saw_other
-    elif not frame.saw_attention and local.generating in (None, model):
-        # what generate() runs beside its model, such as a vision tower, is left alone
-        for session in listening:
-            if session.active and concerns(session, model):
-                _refuse(session, _unseen(frame))
+        local.frames[-1].others |= frame.others
+    elif not frame.saw_attention:
+        _nothing_seen(frame)
     _finish(frame, output)
     return output
 
@@ -264,20 +261,16 @@ def _refuse(session: Session, error: Exception, rows: int = 1) -> None:
     session.refuse(error, rows)
 
 
-def _unseen(frame: Frame) -> UnsupportedError:
-    """Why a pass had nothing to capture."""
-    model, name = frame.model, type(frame.model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return encoder_decoder(model)
-    if frame.saw_other:
-        return UnsupportedError(
-            f"{name} made no causal attention call: it is an encoder or a vision tower, and only decoders can be "
-            "captured; where it runs beside a decoder, name that: capture(model=decoder)"
-        )
-    return UnsupportedError(
-        f"{name} ran without one call of Transformers' attention interface, so nothing could be captured; it computes "
-        "attention in its own code, or has none"
-    )
+def _nothing_seen(frame: Frame) -> None:
+    """A pass without causal attention: refuse a decoder, leave alone and note what is none or runs beside one."""
+    error, decoder = reasons.unseen(frame.model, frame.others)
+    for session in frame.listening:
+        if not session.active or not concerns(session, frame.model):
+            continue
+        if decoder and local.generating in (None, frame.model):
+            _refuse(session, error)
+        else:
+            session.leave_alone(type(frame.model).__name__, error)
 
 
 def _finish(frame: Frame, output: Any) -> None:
@@ -333,11 +326,10 @@ def _attend_observed(
 ) -> Any:
     output = function(module, query, key, value, attention_mask, *args, **kwargs)
     frame = local.frames[-1] if local.frames else None
-    causal = kwargs.get("is_causal")
     if frame is None:
         return output
-    if not (is_causal_attention(module) if causal is None else causal):
-        frame.saw_other = True
+    if not _is_a_decoders(module, kwargs.get("is_causal")):
+        frame.others.add(type(module))
         return output
     frame.saw_attention = True
     for session in frame.listening:
@@ -351,6 +343,14 @@ def _attend_observed(
             frame.steps[session] = None  # a record without this layer would be a partial one
             _refuse(session, error, len(step.rows) if step else 1)
     return output
+
+
+def _is_a_decoders(module: Any, told: bool | None) -> bool:
+    """Whether an attention call has rows of ours; ``told`` is the call's own ``is_causal``."""
+    if told is not None:
+        return told
+    # an encoder's modules may be of the same class as those of a decoder with a prefix
+    return is_causal_attention(module) and (not sees_a_prefix(module) or reasons.generates(local.frames[0].model))
 
 
 def _observe(
@@ -381,12 +381,22 @@ def _observe(
         )
     kind = family(implementation)
     _refuse_arguments(kwargs)
+    reasons.refuse_compressed(module)
+    if mask is None and q_len > 1 and sees_a_prefix(module):
+        raise UnsupportedError(
+            f"{type(module).__name__} (layer {number}) ran over {q_len} queries without a mask, so they see later "
+            "ones; only causal attention can be captured"
+        )
     window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
     if kind == FLASH:
         _refuse_packed(kwargs)
     name = (session, id(mask), key.shape[2], window, query.device)
     if name not in frame.plans:
-        frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window)
+        try:
+            frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window)
+        except UnsupportedError as error:
+            why = reasons.sparse(module)
+            raise error if why is None else UnsupportedError(why) from error
     plan = frame.plans[name]
 
     softmax: dict[str, Any] = {
@@ -420,6 +430,14 @@ def _plan(
     source, index = torch.tensor(sources, device=device), torch.tensor(indices, device=device)
     position = torch.tensor([row.position for row in step.rows], device=device)
     seen = visible(mask, kind, source, index, q_len, kv_len, window)
+    # a static cache has places for tokens to come, a sliding one has dropped the first
+    own = index + (frame.past if kv_len >= frame.past + q_len else kv_len - q_len)
+    if bool((seen.last != own).any()):
+        t = int((seen.last != own).nonzero()[0])
+        raise UnsupportedError(
+            f"the last key that a row sees is number {int(seen.last[t])} of {kv_len}, and its own is {int(own[t])}: it "
+            "sees later tokens, or not itself, or keys that are no tokens; only causal attention can be captured"
+        )
     if bool((seen.count > position + 1).any()):
         raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")
     shift = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -12,10 +12,7 @@ def attention_layers(model: Any) -> list[int]:
     """Layer numbers of a model's causal self-attention modules. Raises UnsupportedError if it has none."""
     found = _layers.get(model)
     if found is None:
-        config = getattr(model, "config", None)
         name = type(model).__name__
-        if getattr(config, "is_encoder_decoder", False):
-            raise encoder_decoder(model)
         numbers = _numbered(model)
         found = sorted(set(numbers.values()))
         if not found:
@@ -29,13 +26,6 @@ def attention_layers(model: Any) -> list[int]:
 
 _layers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 _numbers: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()  # id of a module -> its layer
-
-
-def encoder_decoder(model: Any) -> UnsupportedError:
-    """Why a model of two halves is refused."""
-    return UnsupportedError(
-        f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be captured"
-    )
 
 
 def layer_number(model: Any, module: Any) -> int:
@@ -80,9 +70,19 @@ def _first_number(name: str) -> int | None:
 
 
 def is_causal_attention(module: Any) -> bool:
-    """Whether a module is a decoder layer's self-attention."""
+    """Whether a module is a decoder layer's self-attention, of a prefix language model too (PaliGemma).
+
+    There tokens of a prefix see later ones, and generated rows are causal. Encoders may be of the same classes: who
+    asks must know that the model generates.
+    """
     return (
         isinstance(getattr(module, "layer_idx", None), int)
-        and bool(getattr(module, "is_causal", False))
+        and (bool(getattr(module, "is_causal", False)) or sees_a_prefix(module))
         and not getattr(module, "is_cross_attention", False)
     )
+
+
+def sees_a_prefix(module: Any) -> bool:
+    """Whether an attention module that is not causal by itself is of a kind that decoders with a prefix have."""
+    bidirectional = getattr(getattr(module, "config", None), "use_bidirectional_attention", None)
+    return bidirectional is True and not getattr(module, "is_causal", False)

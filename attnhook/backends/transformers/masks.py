@@ -85,8 +85,8 @@ def _from_dense(mask: Any, kind: str, batch: torch.Tensor, row: torch.Tensor, kv
     same_sequence = batch[1:] == batch[:-1]
     if bool((same_sequence & ((last[1:] - last[:-1]) != (row[1:] - row[:-1]))).any()):
         raise UnsupportedError(
-            "the attention mask lets tokens see later ones (bidirectional or prefix attention); only causal "
-            "attention can be captured"
+            "the attention mask lets tokens see later ones (bidirectional attention, as in a prefix or an image), and "
+            "only causal attention can be captured; leave out the prompt's rows (prompt=False)"
         )
     return Visible(last, count)
 
