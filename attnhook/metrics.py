@@ -8,8 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from attnhook.analysis.zones import ZONE_NAMES
-from attnhook.tally import BOUNDS, MEASURES, Tally
+from attnhook.tally import BOUNDS, Tally
 
 
 def registry(families: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
@@ -26,13 +25,13 @@ def registry(families: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
 
 def of_tally(tally: Tally) -> Iterator[Metric]:
     """What was counted about the records themselves."""
-    snapshot = tally.snapshot(top=0)
+    snapshot, by_zone, sums = tally.totals()
     counter = CounterMetricFamily("attnhook_records", "Token records seen, by kind of row.", labels=["row"])
     counter.add_metric(["prompt"], snapshot["prompt_records"])
     counter.add_metric(["generated"], snapshot["records"] - snapshot["prompt_records"])
     yield counter
     zones = CounterMetricFamily("attnhook_zone_records", "Token records by zone.", labels=["zone"])
-    for name, count in zip(ZONE_NAMES, tally.zones.tolist(), strict=True):
+    for name, count in by_zone.items():
         zones.add_metric([name], count)
     yield zones
     yield gauge(
@@ -41,7 +40,6 @@ def of_tally(tally: Tally) -> Iterator[Metric]:
         "zone",
         snapshot["recent"]["zones"],
     )
-    sums = dict(zip(MEASURES, tally.sums.tolist(), strict=True))
     entropy = HistogramMetricFamily("attnhook_entropy_ratio", "Entropy of the attention, over its maximum.")
     entropy.add_metric([], *_buckets(snapshot["histograms"]["entropy"]["counts"], sums["entropy"]))
     yield entropy

@@ -66,28 +66,37 @@ class Tally:
     def snapshot(self, top: int = 10) -> dict[str, Any]:
         """Everything as plain numbers, for JSON; ``recent`` is about the last minute."""
         with self._lock:
-            now = self._clock()
-            self._remember(now)
-            since, before = self._past[0]
-            return {
-                "records": self.records,
-                "prompt_records": self.prompt_records,
-                **_shares(self._vector()),
-                "recent": {
-                    "seconds": round(now - since, 3),
-                    "rate": self._rate(now),
-                    **_shares(self._vector() - before),
-                },
-                "histograms": {
-                    name: {"le": [*BOUNDS.tolist(), "+Inf"], "counts": counts}
-                    for name, counts in zip(MEASURES, self.histograms.tolist(), strict=True)
-                },
-                "top_requests": [
-                    request.to_dict(name, now)
-                    for name, request in sorted(self._requests.items(), key=lambda item: -item[1].records)
-                    if now - request.last <= RECENT_SECONDS
-                ][:top],
-            }
+            return self._snapshot(top)
+
+    def totals(self) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
+        """A `snapshot` without requests and, of the same moment, the records by zone and the sums by measure."""
+        with self._lock:
+            zones = dict(zip(ZONE_NAMES, self.zones.tolist(), strict=True))
+            return self._snapshot(0), zones, dict(zip(MEASURES, self.sums.tolist(), strict=True))
+
+    def _snapshot(self, top: int) -> dict[str, Any]:
+        now = self._clock()
+        self._remember(now)
+        since, before = self._past[0]
+        return {
+            "records": self.records,
+            "prompt_records": self.prompt_records,
+            **_shares(self._vector()),
+            "recent": {
+                "seconds": round(now - since, 3),
+                "rate": self._rate(now),
+                **_shares(self._vector() - before),
+            },
+            "histograms": {
+                name: {"le": [*BOUNDS.tolist(), "+Inf"], "counts": counts}
+                for name, counts in zip(MEASURES, self.histograms.tolist(), strict=True)
+            },
+            "top_requests": [
+                request.to_dict(name, now)
+                for name, request in sorted(self._requests.items(), key=lambda item: -item[1].records)
+                if now - request.last <= RECENT_SECONDS
+            ][:top],
+        }
 
     def _vector(self) -> np.ndarray:
         return np.concatenate([[self.records], self.zones, self.sums])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook import fingerprint as fp
+from attnhook import metrics
 from attnhook.analysis.zones import ZONE_NAMES
 from attnhook.tally import BOUNDS, Tally
 
@@ -79,3 +84,36 @@ def test_memory_is_bounded_whatever_the_number_of_requests():
     assert len(tally._requests) == 4096
     assert len(tally._past) <= 62
     assert tally.snapshot()["records"] == 10_000
+
+
+def test_metrics_are_of_one_moment_while_another_thread_counts():
+    """Each scrape adds up: as many records by zone and in each histogram as there are."""
+    tally = Tally()
+    stop = threading.Event()
+    ids = [str(i) for i in range(8)]
+
+    def count() -> None:
+        while not stop.is_set():
+            fill(tally, [1.0] * 8, [0, 1, 2, 3, 4, 0, 1, 2], ids)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        seen = set()
+        deadline = time.monotonic() + 60
+        while len(seen) < 300 and time.monotonic() < deadline:
+            samples = [sample for family in metrics.of_tally(tally) for sample in family.samples]
+            totals = {
+                kind: sum(sample.value for sample in samples if sample.name == kind)
+                for kind in ("attnhook_records_total", "attnhook_zone_records_total", "attnhook_entropy_ratio_count",
+                             "attnhook_entropy_ratio_sum")
+            }  # fmt: skip
+            assert len(set(totals.values())) == 1, totals
+            seen.add(totals["attnhook_records_total"])
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert len(seen) == 300

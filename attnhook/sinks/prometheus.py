@@ -110,8 +110,10 @@ class PrometheusSink(ListeningSink):
         yield metrics.counter("attnhook_sink_written_records", "Records that a sink took.", "sink", written)
         queued = {name: counts["queued"] for name, counts in stats.items()}
         yield metrics.gauge("attnhook_sink_queued_records", "Records that wait for a sink.", "sink", queued)
-        yield CounterMetricFamily("attnhook_capture_seconds", "Time that capture took, in seconds.", spent.seconds)
-        yield CounterMetricFamily("attnhook_capture_steps", "Forward steps that were captured.", spent.steps)
+        with spent._lock:
+            seconds, steps = spent.seconds, spent.steps
+        yield CounterMetricFamily("attnhook_capture_seconds", "Time that capture took, in seconds.", seconds)
+        yield CounterMetricFamily("attnhook_capture_steps", "Forward steps that were captured.", steps)
 
 
 def _scheme(url: str) -> str:
