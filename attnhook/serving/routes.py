@@ -6,7 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from attnhook.serving.wire import ASK
+from attnhook.serving.wire import ASK, FIELDS, KEY, foreign
 
 _Scope = dict[str, Any]
 _Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -14,7 +14,7 @@ _Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RouteGuard:
-    """ASGI middleware: HTTP 400 for `ASK` in the JSON or the form of a request to a route that cannot carry records.
+    """ASGI middleware: HTTP 400 for a request that asks for attention on a route that cannot carry it.
 
     Parameters
     ----------
@@ -43,8 +43,9 @@ class RouteGuard:
             if message["type"] != "http.request" or not message.get("more_body"):
                 break
         body = b"".join(message.get("body", b"") for message in messages)
-        if asks(body):
-            await _refuse(_path(scope), sorted(self.carrying()), send)
+        name = asks(body)
+        if name is not None:
+            await _refuse(name, _path(scope), sorted(self.carrying()), send)
             return
         left = iter(messages)
 
@@ -55,16 +56,35 @@ class RouteGuard:
         await self.app(scope, again, send)
 
 
-def asks(body: bytes) -> bool:
-    """Whether a body has `ASK` among its fields, and not as false."""
-    if ASK.encode() not in body and b"\\u" not in body and b"\0" not in body:  # escaped, or two bytes a letter
-        return False
+# where engines take a client's own parameters
+_PARAMETERS = ("sampling_params", "vllm_xargs", "extra_args", "custom_params")
+_NAMES = tuple(name.encode() for name in (*FIELDS, KEY))
+
+
+def asks(body: bytes) -> str | None:
+    """The name by which a body asks for attention: `ASK` among its fields, or any of ours among its parameters."""
+    written_otherwise = b"\\u" in body or b"\0" in body  # escaped, or two bytes a letter
+    if not written_otherwise and not any(name in body for name in _NAMES):
+        return None
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
         # a form, whose fields are named in quotes; anything else the route refuses by itself
-        return f'name="{ASK}"'.encode() in body
-    return isinstance(fields, dict) and fields.get(ASK) not in (None, False)
+        return ASK if f'name="{ASK}"'.encode() in body else None
+    if not isinstance(fields, dict):
+        return None
+    return ASK if fields.get(ASK) not in (None, False) else _hidden(fields)
+
+
+def _hidden(fields: dict[str, Any], depth: int = 3) -> str | None:
+    for place in _PARAMETERS:
+        inner = fields.get(place)
+        for one in inner if isinstance(inner, list) else [inner]:
+            if isinstance(one, dict):
+                found = foreign(one) or (_hidden(one, depth - 1) if depth else None)
+                if found:
+                    return found
+    return None
 
 
 def _path(scope: _Scope) -> str:
@@ -72,12 +92,12 @@ def _path(scope: _Scope) -> str:
     return (path.removeprefix(root) if root else path).rstrip("/")
 
 
-async def _refuse(path: str, carrying: list[str], send: _Send) -> None:
+async def _refuse(name: str, path: str, carrying: list[str], send: _Send) -> None:
     remedy = (
         f"ask on {', '.join(carrying)}, or drop the field" if carrying else "the model generates no tokens: drop it"
     )
-    message = f"{ASK}: {path[:200]} cannot carry attention; {remedy}"
-    error = {"message": message, "type": "BadRequestError", "param": ASK, "code": 400}
+    message = f"{name}: {path[:200]} cannot carry attention; {remedy}"
+    error = {"message": message, "type": "BadRequestError", "param": name, "code": 400}
     data = json.dumps({"object": "error", "message": message, "error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": 400, "headers": headers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -38,6 +39,18 @@ class Server:
                 return reply.status, json.loads(reply.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
+
+    def raw(self, path: str, body: Any, **headers: str) -> tuple[int, bytes]:
+        """Status and bytes of a reply, whatever they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except http.client.IncompleteRead as error:  # the server has broken it off
+            return 599, error.partial
 
     def events(self, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
         """The server-sent events of a streamed reply."""

@@ -48,6 +48,9 @@ ASKING = [
     b'{"return_attention_tokens": "yes"}',
     b'{"\\u0072eturn_attention_tokens": 1}',
     json.dumps({"return_attention_tokens": True}).encode("utf-16"),
+    b'{"vllm_xargs": {"return_attention_tokens": true}}',
+    b'{"sampling_params": {"n": 1, "extra_args": {"return_attention_tokens": 0}}}',
+    b'{"sampling_params": [{}, {"custom_params": {"return_attention_tokens": 1}}]}',
     b'--b\r\nContent-Disposition: form-data; name="return_attention_tokens"\r\n\r\ntrue\r\n--b--',
 ]
 OTHERS = [
@@ -83,4 +86,7 @@ def test_routes_that_carry_pass(body: bytes) -> None:
 
 
 def test_what_asks() -> None:
-    assert asks(b'{"return_attention_tokens": true}') and not asks(b'{"return_attention_tokens": null}')
+    assert asks(b'{"return_attention_tokens": true}') == "return_attention_tokens"
+    assert asks(b'{"return_attention_tokens": null, "vllm_xargs": {"x": 1}, "attnhook": 1}') is None
+    assert asks(b'{"custom_params": {"attnhook": "{}"}}') == "attnhook"
+    assert asks(b'{"vllm_xargs": {"attention_mode": "raw"}}') == "attention_mode"

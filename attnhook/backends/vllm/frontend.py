@@ -154,6 +154,7 @@ def asking(original: Original) -> Original:
     @wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = _admitted.get()
+        _refuse_names(getattr(self, "vllm_xargs", None) or {})
         if known is None or known.request is not self:
             _refuse_to_ask(self)
             return original(self, *args, **kwargs)
@@ -184,10 +185,22 @@ def refusing_capture(original: Original) -> Original:
 
     @wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_names(getattr(self, "vllm_xargs", None) or {})
         _refuse_to_ask(self)
         return original(self, *args, **kwargs)
 
     return to_sampling_params
+
+
+def _refuse_names(parameters: dict[str, Any]) -> None:
+    """Of a client's own parameters for the engine; a stream that has begun could not be told any more."""
+    name = foreign(parameters)
+    if name is not None and (_serves or name == KEY):
+        raise client_error(
+            name,
+            f"vllm_xargs or extra_args: the name {name!r} is attnhook's own; ask with {ASK}=true at the top of a "
+            "request to /v1/chat/completions or /v1/completions",
+        )
 
 
 def _refuse_to_ask(request: Any) -> None:
@@ -234,15 +247,9 @@ def admitting(original: Original) -> Original:
     @wraps(original)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(params, "extra_args", None) or {}
-        name = foreign(extra)
-        if name is not None and (_serves or name == KEY):
-            raise client_error(
-                name,
-                f"vllm_xargs or extra_args: the name {name!r} is attnhook's own; ask with {ASK}=true at the top of a "
-                "request to /v1/chat/completions or /v1/completions",
-            )
+        _refuse_names(extra)
         options = None
-        if name is not None:
+        if foreign(extra) is not None:
             options = _options_offline(extra)
             params = params.clone()
             params.extra_args = {key: value for key, value in extra.items() if key not in FIELDS}

@@ -238,7 +238,12 @@ def test_capabilities(server: Server) -> None:
         "max_concurrent": LIMIT,
         "fingerprint_only": False,
         "api_key_required": False,
+        "mask_prefix": 0,
+        "span_width": 1,
+        "max_bytes": 16 * 2**20,
+        "max_bytes_in_flight": 128 * 2**20,
     }
+    assert told["generates"] is True
     assert told["top_k"] == {"default": 32, "max": 256}
 
 
