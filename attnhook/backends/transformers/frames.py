@@ -173,6 +173,8 @@ class Frame:
         if run is not None:
             if run.prompt_length is None:
                 run.prompt_length = total - run.so_far  # a listener may come in the middle
+            # without a cache a pass computes all rows again
+            run.next_index = max(run.next_index, run.prompt_length + run.so_far - 1 if run.so_far else 0)
             if run.finished is not None and len(run.finished) == batch:
                 done = run.finished.tolist()
         conversation = self._conversation

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.backends.transformers import reasons, streams
+from attnhook.backends.transformers import midway, places, reasons, streams
 from attnhook.backends.transformers.caches import cached_tokens
 from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import Frame, Run, concerns, local
@@ -56,7 +56,9 @@ def observing_call(original: Original) -> Original:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not sessions() or local.aside:
             return original(self, *args, **kwargs)
-        return _observed_call(original, self, args, kwargs)
+        if local.frames or local.run is not None or local.refused:
+            return _observed_call(original, self, args, kwargs)
+        return _outermost_call(original, self, args, kwargs)
 
     return __call__
 
@@ -74,7 +76,7 @@ def observing_sample(original: Original) -> Original:
             prompt_length=input_ids.shape[1] if chunked else None,
             sequences=input_ids,
             given=input_ids.shape[1],
-            starts=_padding(kwargs.get("attention_mask")),
+            starts=places.starts_of(kwargs.get("attention_mask")),
             # who listens from here on must get every row
             ledgers={session: RowLedger() for session in sessions()},
         )
@@ -88,15 +90,6 @@ def observing_sample(original: Original) -> Original:
         return result
 
     return _sample
-
-
-def _padding(mask: Any) -> list[int]:
-    """Padding at the left of each sequence by ``generate``'s own mask; its passes may get another kind of mask."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return []
-    real = mask.to(torch.bool)
-    starts: list[int] = torch.where(real.any(-1), real.to(torch.uint8).argmax(-1), real.shape[1]).tolist()
-    return starts
 
 
 def observing_generate(original: Original) -> Original:
@@ -183,6 +176,24 @@ def refusing_decoding(original: Original, mode: str) -> Original:
             local.refused = outer
 
     return decode
+
+
+@torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]
+def _outermost_call(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A pass that no generation of ours is known around: one may have begun before the hooks were there."""
+    try:
+        local.run, local.refused = midway.running()
+    except midway.Between:
+        return original(model, *args, **kwargs)
+    except UnsupportedError as error:
+        for session in sessions():
+            if concerns(session, model):
+                _refuse(session, error)
+        return original(model, *args, **kwargs)
+    try:
+        return _observed_call(original, model, args, kwargs)
+    finally:
+        local.run = local.refused = None
 
 
 @torch.compiler.disable(reason="attnhook captures attention in Python")  # type: ignore[untyped-decorator,no-untyped-call]

@@ -54,6 +54,18 @@ def of_padding(mask: torch.Tensor, virtual: int = 0) -> Extent:
     return (starts + virtual).tolist(), (ends + virtual).tolist()
 
 
+def starts_of(mask: Any) -> list[int]:
+    """Padding at the left of each sequence by ``generate``'s own mask; empty where that is none of padding.
+
+    Its passes may get another kind of mask. Zeros between ones are left to those that do not.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return []
+    real = mask.to(torch.bool)
+    starts: list[int] = torch.where(real.any(-1), real.to(torch.uint8).argmax(-1), real.shape[1]).tolist()
+    return starts
+
+
 def text_positions(given: Any) -> torch.Tensor | None:
     """Positions ``[B, q_len]`` in the text of what a model got as ``position_ids``; None where they tell none.
 
