@@ -28,9 +28,17 @@ class Server:
         """Begin to serve."""
         import uvicorn
 
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        from attnhook.collector.clients import Client
+
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # a line for each bad request would fill a disk
         settings = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2
+            app,
+            http=Client,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=2,
         )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(

@@ -96,7 +96,13 @@ class Collect:
 @contextmanager
 def collect(folder: Path, *arguments: str, **options: str) -> Iterator[Collect]:
     """A collector that is gone after the block."""
-    found = Collect(folder, *arguments, **options)
+    with ended_at_last(Collect(folder, *arguments, **options)) as found:
+        yield found
+
+
+@contextmanager
+def ended_at_last(found: Collect) -> Iterator[Collect]:
+    """A collector that runs, and is gone after the block."""
     try:
         yield found
     finally:

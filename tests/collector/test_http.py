@@ -123,11 +123,41 @@ def test_the_other_store_by_its_name(server):
         ("until=1e300", "until='1e300'"),
         ("format=csv", "must be json or arrow"),
         ("modell=x", "unknown parameter 'modell'"),
+        ("limit=" + "9" * 5000, "limit='" + "9" * 60 + "…' must be a whole number from 1 to 100000"),
+        ("offset=" + "9" * 5000, "…' must be a whole number from 0"),
+        ("offset=" + str(2**62 + 1), "must be a whole number from 0"),
+        ("limit=%D9%A3", "must be a whole number"),  # an Arabic three: a digit, and no number here
+        ("limit=1e3", "must be a whole number"),
+        ("limit=", "must be a whole number"),
+        ("limit=%00", "must be a whole number"),
+        ("limit=%ED%A0%80", "must be a whole number"),
+        ("since=" + "9" * 5000, "must be a time such as"),
+        ("since=nan", "must be a time such as"),
+        ("until=-inf", "must be a time such as"),
+        ("since=%ED%A0%80", "must be a time such as"),
+        ("store=%ED%A0%80" + "x" * 5000, "is none of sqlite:x.db"),
+        ("format=" + "x" * 5000, "must be json or arrow"),
+        ("%ED%A0%80=1", "unknown parameter"),
+        ("zone=x&" + "y" * 5000 + "=1", "unknown parameter"),
     ],
 )
 def test_bad_parameters_are_named(server, query, said):
     status, body = server.get(f"/fingerprints?{query}", token=TOKEN)
     assert status == 400 and said in json.loads(body)["error"]
+    assert len(body) < 400, "what was asked is not sent back whole"
+
+
+@pytest.mark.parametrize("store", ["sqlite:x.db", "parquet:data"])
+@pytest.mark.parametrize("name", ["model", "request_id", "zone"])
+@pytest.mark.parametrize("value", ["%00", "%ED%A0%80", "'", "%27%20OR%201=1--", "x" * 5000, "%F0%9F%98%80", ""])
+def test_a_name_that_no_row_has_finds_none_whatever_it_is(server, store, name, value):
+    assert rows_of(server, f"{name}={value}&store={store}") == []
+
+
+@pytest.mark.parametrize("query", [f"offset={2**62}", f"offset={2**62}&format=arrow", f"limit={2**62}&format=arrow"])
+def test_the_largest_numbers_that_are_taken(server, query):
+    for store in ("sqlite:x.db", "parquet:data"):
+        assert server.get(f"/fingerprints?{query}&store={store}", token=TOKEN)[0] == 200
 
 
 def test_classify_gives_the_zones(server):
@@ -146,20 +176,40 @@ def test_classify_gives_the_zones(server):
     "body, said",
     [
         (b"{", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
+        (b"[" * 100_000, "Expected `object`, got `array`"),
+        (b'{"fingerprints": ' + b"[" * 100_000, "20 numbers each"),
+        (b'{"else": ' + b"[" * 100_000, "no JSON"),
         (b"[]", "send {"),
+        (b"", "no JSON"),
+        (b"null", "send {"),
+        (b"{}", "missing required field `fingerprints`"),
+        (b"\xff\xfe{\0}\0", "no JSON"),
+        (b'{"fingerprints": [[' + b"9" * 400 + b"]]}", "out of range"),
+        (b'{"fingerprints": [[' + b"9" * 5000 + b"]]}", "20 numbers each"),
+        (b'{"fingerprints": [[1e999]]}', "out of range"),
+        (b'{"fingerprints": [[' + b",".join([b"1e300"] * 20) + b"]]}", "outside [0, 1]"),
+        (b'{"fingerprints": [[' + b",".join([b"-1e300"] * 20) + b"]]}", "outside [0, 1]"),
+        (b'{"fingerprints": [[true]]}', "20 numbers each"),
+        (b'{"fingerprints": [[null]]}', "20 numbers each"),
+        (b'{"fingerprints": [[' + b",".join([b"0"] * 21) + b"]]}", "20 numbers each"),
+        (b'{"fingerprints": [' + b",".join([b"[]"] * 100_001) + b"]}", "length <= 100000"),
+        (b'{"fingerprints": [], "classifier": "\\ud800"}', "no JSON"),
+        (b'{"fingerprints": [], "classifier": "\xed\xa0\x80"}', "no JSON"),
+        (b'{"fingerprints": [], "classifier": 7}', "Expected `str`"),
+        (b'{"fingerprints": [], "classifier": "' + b"x" * 100_000 + b'"}', "none of zones"),
         (b'{"fingerprints": [[1, 2]]}', "shape"),
         (b'{"fingerprints": [["a"]]}', "20 numbers each"),
         (b'{"fingerprints": [[1], [1, 2]]}', "20 numbers each"),
-        (b'{"fingerprints": [' + b",".join([b"5"] * 20) + b"]}", "shape"),
+        (b'{"fingerprints": [' + b",".join([b"5"] * 20) + b"]}", "20 numbers each"),
         (b'{"fingerprints": [[' + b",".join([b"5"] * 20) + b"]]}", "outside [0, 1]"),
-        (b'{"fingerprints": [[' + b",".join([b"NaN"] * 20) + b"]]}", "outside [0, 1]"),
+        (b'{"fingerprints": [[' + b",".join([b"NaN"] * 20) + b"]]}", "no JSON"),
         (b'{"fingerprints": [], "classifier": "fitted"}', "none of zones"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(server, body, said):
     status, reply = server.get("/classify", token=TOKEN, data=body)
     assert status == 400 and said in json.loads(reply)["error"]
+    assert len(reply) < 500
 
 
 def test_a_body_without_end_is_not_read_to_its_end(server):
@@ -189,3 +239,5 @@ def test_without_a_token_only_names_of_this_machine_are_answered(tmp_path):
             assert collector.get("/stats", Host=f"{host}:{port}")[0] == 200
         for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1"):
             assert collector.get("/stats", Host=f"{host}:{port}")[0] == 403
+        for host in ("[::1", "[", "[x]", "127.0.0.1:99999999999", "127.0.0.1:x"):
+            assert collector.get("/stats", Host=host)[0] in (200, 400), host  # as the release of starlette reads it
