@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -22,47 +23,78 @@ from attnhook.errors import OptionError, ServerError
 
 _TIMEOUT = 10.0  # seconds
 _BAR = 40  # characters
+_REPLY_BYTES = 64 * 2**20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # escape sequences are not a producer's to send
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow none: the token is for the collector, and a redirect may lead to another host."""
 
 
 class Source:
     """A collector at ``url``. Raises OptionError for an address that is none."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or " " in url:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        except ValueError:
+            good = False
+        if not good or not url.isascii() or not url.isprintable() or " " in url:
             raise OptionError("url", f"--url {url!r} must be an address such as http://127.0.0.1:9002")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise OptionError("token", "the token must be printable ASCII, as HTTP headers are")
         self.url = url.rstrip("/")
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def stats(self) -> dict[str, Any]:
         """What GET /stats gives. Raises ServerError."""
         try:
             found = json.loads(self._get("/stats"))
-            found["seen"]["recent"], found["stores"], found["records"]
-        except (ValueError, KeyError, TypeError) as error:
+            screen(found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ServerError(f"{self.url}/stats is not that of a collector: {error!r}; look at --url") from error
         return found  # type: ignore[no-any-return]
 
     def metrics(self) -> str:
         """What GET /metrics gives. Raises ServerError."""
-        return self._get("/metrics").decode()
+        try:
+            return self._get("/metrics").decode()
+        except UnicodeDecodeError as error:
+            raise ServerError(f"{self.url}/metrics is not that of a collector: {error}; look at --url") from error
 
     def _get(self, path: str) -> bytes:
         request = urllib.request.Request(self.url + path, headers=self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
-                data: bytes = reply.read()
-                return data
+            with self._opener.open(request, timeout=_TIMEOUT) as reply:
+                data: bytes = reply.read(_REPLY_BYTES + 1)
         except urllib.error.HTTPError as error:
-            remedy = "give its token with --token-file" if error.code == 401 else "look at --url"
-            raise ServerError(f"{self.url}{path} answers HTTP {error.code}: {remedy}", error.code) from error
+            with error:
+                raise ServerError(
+                    f"{self.url}{path} answers HTTP {error.code}: {_remedy(error)}", error.code
+                ) from error
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ServerError(
                 f"{self.url} cannot be reached: {reason}; is `attnhook collect` running there?"
             ) from error
+        if len(data) > _REPLY_BYTES:
+            raise ServerError(f"{self.url}{path} answers with more than {_REPLY_BYTES} bytes: look at --url")
+        return data
+
+
+def _remedy(error: urllib.error.HTTPError) -> str:
+    if error.code == 401:
+        return "give its token with --token-file"
+    if 300 <= error.code < 400:
+        where = _clean(str(error.headers.get("Location")))[:100]
+        return (
+            f"it sends elsewhere, to {where}; redirects are not followed, for the token's sake: give the collector's own "
+            "--url"
+        )
+    return "look at --url"
 
 
 def show(source: Source, interval: float, count: int, console: Console | None = None) -> None:
@@ -111,10 +143,10 @@ def screen(stats: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [head, _zones(recent["zones"]), _means(recent["means"])]
     if any(records["dropped"].values()):
         parts.append(Text("drops: " + _reasons(records["dropped"]), "yellow"))
-    parts += [Text(problem, "bold red") for problem in stats["problems"]]
+    parts += [Text(_clean(problem), "bold red") for problem in stats["problems"]]
     parts += [_stores(stats["stores"]), _requests(seen["top_requests"])]
     title = f"attnhook {stats['version']} · {stats['listen']} · up {stats['uptime_seconds']:,.0f} s"
-    return Panel(Group(*parts), title=title)
+    return Panel(Group(*parts), title=Text(_clean(title)))
 
 
 def _ticks(interval: float, count: int, *, done: bool) -> Iterator[None]:
@@ -130,9 +162,16 @@ def _count(name: str, count: int) -> Text:
     return Text.assemble((f"{name} ", "dim"), (f"{count:,}", "bold red" if count else "bold"))
 
 
+def _clean(text: str) -> str:
+    """A text that came from elsewhere, without what would steer the terminal."""
+    return _CONTROL.sub("�", text)
+
+
 def _reasons(dropped: dict[str, dict[str, int]]) -> str:
     return ", ".join(
-        f"{store} {reason} {count:,}" for store, reasons in dropped.items() for reason, count in reasons.items()
+        f"{_clean(store)} {_clean(reason)} {count:,}"
+        for store, reasons in dropped.items()
+        for reason, count in reasons.items()
     )
 
 
@@ -142,7 +181,7 @@ def _zones(shares: dict[str, float]) -> Table:
         bar = Text("█" * round(share * _BAR), COLOURS.get(name, "white")).append(
             "·" * (_BAR - round(share * _BAR)), "dim"
         )
-        table.add_row(name, bar, f"{share:6.1%}")
+        table.add_row(Text(_clean(name)), bar, f"{share:6.1%}")
     return table
 
 
@@ -158,8 +197,10 @@ def _stores(stores: dict[str, Any]) -> Table:
     for name in ("store", "written", "waiting", "retries", "state"):
         table.add_column(name, justify="left" if name in ("store", "state") else "right")
     for name, store in stores.items():
-        state = Text(store["error"], "red") if store["error"] else Text("ok", "green")
-        table.add_row(Text(name), f"{store['written']:,}", f"{store['queued']:,}", f"{store['retries']:,}", state)
+        state = Text(_clean(store["error"]), "red") if store["error"] else Text("ok", "green")
+        table.add_row(
+            Text(_clean(name)), f"{store['written']:,}", f"{store['queued']:,}", f"{store['retries']:,}", state
+        )
     return table
 
 
@@ -169,7 +210,7 @@ def _requests(requests: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right" if name in ("records", "entropy") else "left")
     for request in requests:
         table.add_row(
-            Text(request["request_id"][:40]),  # Text: an id is no markup
+            Text(_clean(request["request_id"][:40])),  # Text: an id is no markup
             f"{request['records']:,}",
             f"{request['entropy']:.3f}",
             Text(request["zone"], COLOURS.get(request["zone"], "white")),
