@@ -10,6 +10,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.full_run import FullRun
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in [name for name in os.environ if name.startswith("ATTNHOOK") and name != "ATTNHOOK_CACHE"]:
     del os.environ[name]  # a developer's settings must not change what the tests see
@@ -31,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FullRun(), "attnhook-full-run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,20 +1,39 @@
 #!/usr/bin/env bash
 # Every test on two workers; tools/test.sh BIN, where BIN is the venv's bin folder.
 #
-# Most of these tests time real servers and processes, and the machine is shared. So where one to five fail, each is
-# run once more with the machine to itself: what fails again fails the run; what passes then is named at the end, since
-# a test that needs a quiet machine is a defect of the test, to be mended.
+# Most of these tests time real servers and processes, and the machine is shared. So where one to five tests fail, each
+# is run once more with the machine to itself. What fails again fails the run. What passes then fails it too, since a
+# test that needs a quiet machine is a defect, unless tools/flaky-tests.txt lists it: with a date, for 60 days.
+# What a whole run must not leave out, tests/full_run.py tells.
 set -uo pipefail
 bin=$1
+tools=$(dirname "$0")
+list=$tools/flaky-tests.txt
 failed=.pytest_cache/v/cache/lastfailed
+"$bin/python" "$tools/flaky.py" check "$list" "$bin/pytest" || exit 1
 rm -f "$failed"
-"$bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder --durations 40
+left_out=$(mktemp)
+trap 'rm -f "$left_out"' EXIT
+FULL_RUN=$left_out "$bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 code=$?
 [ $code -eq 1 ] && [ -f "$failed" ] || exit $code
 mapfile -t tests < <("$bin/python" -c "import json, sys; print(*json.load(open(sys.argv[1])), sep='\n')" "$failed")
 [ ${#tests[@]} -le 5 ] || exit $code
 echo "Failed beside other tests; once more, alone:"
 printf '  %s\n' "${tests[@]}"
-"$bin/pytest" "${tests[@]}" || exit
+for test in "${tests[@]}"; do
+  RUN_AGAIN=1 "$bin/pytest" "$test" || exit
+done
 echo "NOT STABLE: failed beside other tests and passed alone:"
 printf '  %s\n' "${tests[@]}"
+code=0
+if ! unlisted=$(printf '%s\n' "${tests[@]}" | "$bin/python" "$tools/flaky.py" unlisted "$list"); then
+  echo "FAILED: these are not in ${list#./}. Mend them; or list them there with a date and the reason:"
+  echo "$unlisted"
+  code=1
+fi
+if [ -s "$left_out" ]; then
+  echo "FAILED: LEFT OUT: $(cat "$left_out")"
+  code=1
+fi
+exit $code

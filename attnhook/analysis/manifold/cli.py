@@ -138,9 +138,7 @@ class _Bar:
         """Move to a stage, or on in it."""
         self.stage = stage
         names = list(_WORK)
-        before = (
-            sum(_WORK[name] for name in names[: names.index(stage)]) if stage in _WORK else sum(_WORK.values())
-        )
+        before = sum(_WORK[name] for name in names[: names.index(stage)]) if stage in _WORK else sum(_WORK.values())
         part = _WORK.get(stage, 0) * (done / total if total else 0)
         text = f"{stage} {done:,}/{total:,}" if total > 1 else stage
         reached = before + part
