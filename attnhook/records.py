@@ -318,6 +318,8 @@ class TokenRecord:
             raise RecordError(f"damaged record: {len(data)} bytes where its header announces {expected}")
         if mode >= len(MODES) or phase >= len(PHASES) or layers == 0:
             raise RecordError(f"damaged record: mode {mode}, phase {phase}, {layers} layers in its header")
+        if step < -1 or position < 0:
+            raise RecordError(f"damaged record: decode step {step}, query position {position} in its header")
         at = _HEADER.size
         try:
             request_id, at = bytes(data[at : at + id_size]).decode(), at + id_size
