@@ -170,11 +170,13 @@ class StepCapture:
         model: str,
         ranks: Ranks | None = None,
         kernel: TopKStep | None = None,
+        hidden: bool = False,
     ) -> None:
         self.rows = rows
         self.wanted = frozenset(layers)
         self.options = options
         self.model = model
+        self._hidden = hidden  # keys lie before position 0, which are part of the row and never reported
         self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
         #: what an earlier step with the same options and the same ``source`` in its rows had here serves again
         self.kernel = kernel
@@ -284,7 +286,7 @@ class StepCapture:
         if options.spans and behind is not None:
             bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
             arguments["spans"] = bounds[None] + behind[:, None, None]
-        if options.mask_prefix and behind is not None:
+        if (options.mask_prefix or self._hidden) and behind is not None:
             arguments["first_reported"] = behind + options.mask_prefix
         offset = None
         if shift is not None and bool(shift.any()):

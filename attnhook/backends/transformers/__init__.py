@@ -77,11 +77,19 @@ def _patch_processors(installation: EngineInstallation, module: ModuleType) -> N
     installation.wrap(installation.need(module, "LogitsProcessorList"), "__call__", hooks.observing_processors)
 
 
+def _patch_peft(installation: EngineInstallation, module: ModuleType) -> None:
+    hooks = import_module("attnhook.backends.transformers.hooks")
+    model = getattr(module, "PeftModel", None)
+    if hasattr(model, "get_prompt"):  # what other releases do without it is told by their masks and lengths
+        installation.wrap(model, "get_prompt", hooks.observing_prompt)
+
+
 _PATCHERS = {
     "transformers.modeling_utils": _patch_modeling,
     "transformers.generation.utils": _patch_generation,
     "transformers.generation.stopping_criteria": _patch_stopping,
     "transformers.generation.logits_process": _patch_processors,
+    "peft.peft_model": _patch_peft,
 }
 _REFUSED_DECODING = {
     "_beam_search": "beam search",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnhook import tokens
-from attnhook.backends.transformers import places, reasons
+from attnhook.backends.transformers import places, reasons, virtual
 from attnhook.backends.transformers.caches import cache_among, cache_of, cached_tokens
 from attnhook.backends.transformers.layers import attention_layers
 from attnhook.backends.transformers.tokens import History
@@ -51,6 +51,7 @@ class Run:
     next_index: int = 0  # first padded index that no forward pass has computed yet
     sequences: torch.Tensor | None = None  # its token ids so far, int [B, n]: what the next pass goes on from
     given: int = 0  # n of its start; prompts given as embeddings have none
+    virtual: int = 0  # tokens that come before the prompt and are none of it (prefix and prompt tuning)
     starts: list[int] = field(default_factory=list)  # each sequence's padding at its left; empty: none has any
     produced: dict[int, int] = field(default_factory=dict)  # finished sequence -> tokens it got
     ledgers: dict[Session, RowLedger] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class Frame:
         self.input_ids = arguments.get("input_ids")
         self.cache = cache_among(arguments)
         self.past = cached_tokens(self.cache)
+        self.virtual = self._virtual(arguments)  # tokens before the text, padded indices 0 to virtual - 1
         self.saw_attention = False
         self.others: set[type] = set()  # of modules whose attention is not causal: an encoder's, a vision tower's
         self.steps: dict[Session, StepCapture | None] = {}  # None: refused, or nothing to capture
@@ -141,6 +143,15 @@ class Frame:
         self.layer_mask: Any = None  # what the first layer's attention function got as its mask
         self._starts: list[int] = []  # padded index of each sequence's first token
         self.accounted: set[Session] = set()  # whose rows of this pass are known
+
+    def _virtual(self, arguments: dict[str, Any]) -> int:
+        if self.outer:
+            return self.outer[0].virtual
+        count = virtual.before(arguments, self.cache)
+        run = self.run
+        if run is not None and count and not run.so_far:
+            run.virtual = count
+        return count if run is None else run.virtual
 
     def rows(self, batch: int, q_len: int, mask: Any) -> list[tuple[Row, int]]:
         """Every real row of this pass as (row, index among its sequence's queries).
@@ -203,12 +214,14 @@ class Frame:
 
     def finish_rows(self, output: Any) -> None:
         """Remember how far this pass came, for the next one."""
+        cache = self.cache if self.cache is not None else cache_of(output)
+        if self.virtual:
+            virtual.remember((*self.outer, self)[0].model, cache, self.virtual)
         if self.run is not None:
             self.run.next_index = self.past + self.q_len
         elif self._conversation is not None:
             self._conversation.steps += 1
-            self._conversation.starts = self._starts
-            cache = self.cache if self.cache is not None else cache_of(output)
+            self._conversation.starts = [start - self.virtual for start in self._starts]
             if cache is not None:
                 _conversations[cache] = self._conversation
 
@@ -220,7 +233,7 @@ class Frame:
             return
         last = given[:, -1].tolist()
         for b, start in enumerate(starts):
-            ahead = last[b % len(last)] - (total - 1 - start)
+            ahead = last[b % len(last)] - (total - 1 - start + self.virtual)
             if not start < total <= ends[b]:
                 continue
             if self.past == 0 and conversation is not None:
@@ -258,17 +271,19 @@ class Frame:
         """First and one-past-last padded index of each sequence's real tokens."""
         total = self.past + q_len
         masks = [frame.attention_mask for frame in (self, *reversed(self.outer))]
-        told = places.of_masks(masks, batch, total, 0)
+        told = places.of_masks(masks, batch, total, self.virtual)
         if told is not None:
             return told
         run = self.run
         if run is not None and len(run.starts) == batch:
-            return run.starts, [total] * batch
-        if run is not None or all(given is None for given in masks) or mask is None:
-            return [0] * batch, [total] * batch
-        known = None if self._conversation is None else self._conversation.starts
-        positions = places.text_positions(self.position_ids)
-        return places.of_layer_mask(mask, positions, known, batch, q_len, self.past), [total] * batch
+            starts = run.starts
+        elif run is not None or all(given is None for given in masks) or mask is None:
+            starts = [0] * batch
+        else:
+            known = None if self._conversation is None else self._conversation.starts
+            positions = places.text_positions(self.position_ids)
+            starts = places.of_layer_mask(mask, positions, known, batch, q_len, self.past)
+        return places.behind(starts, self.virtual), [total] * batch
 
     def step(self, session: Session, batch: int, q_len: int, heads: int, mask: Any) -> StepCapture | None:
         """This session's capture of this pass, made on first use; ``mask`` is the layer's."""
@@ -296,7 +311,11 @@ class Frame:
             limit = session.options.max_tokens
             session.drop("max_tokens", cut, f"more than max_tokens={limit} generated rows; raise max_tokens")
         wanted = [row for row, _ in rows if wants_row(session.options, row.decode_step)]
-        return StepCapture(wanted, layers, session.options, model_name(self.model)) if wanted else None
+        return (
+            StepCapture(wanted, layers, session.options, model_name(self.model), hidden=bool(self.virtual))
+            if wanted
+            else None
+        )
 
     def query_index(self, step: StepCapture) -> list[int]:
         """Index among its sequence's queries of each row of ``step``."""
@@ -305,10 +324,13 @@ class Frame:
 
 
 def _evicted(held: int, given: int) -> UnsupportedError:
-    return UnsupportedError(
-        f"the cache holds {held} tokens where {given} came before: keys were taken out of it (eviction, compression), "
-        "so its slots are not positions; capture without that"
+    why = (
+        "keys were taken out of it (eviction, compression), so its slots are not positions; capture without that"
+        if held < given
+        else "some tokens were computed twice, or are of another text, so its slots are not positions; begin with an "
+        "empty cache"
     )
+    return UnsupportedError(f"the cache holds {held} tokens where {given} came before: {why}")
 
 
 def concerns(session: Session, model: Any, ledger: RowLedger | None = None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.backends.transformers import midway, places, reasons, streams
+from attnhook.backends.transformers import midway, places, reasons, streams, virtual
 from attnhook.backends.transformers.caches import cached_tokens
 from attnhook.backends.transformers.formula import check_layer
 from attnhook.backends.transformers.frames import Frame, Run, concerns, local
@@ -71,11 +71,13 @@ def observing_sample(original: Original) -> Original:
         config = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_return_sequences")), None)
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         outer, aside = local.run, local.aside
+        before = virtual.of_generation(self)
         run = local.run = Run(
             choices=getattr(config, "num_return_sequences", None) or 1,
-            prompt_length=input_ids.shape[1] if chunked else None,
+            prompt_length=before + input_ids.shape[1] if chunked else None,
             sequences=input_ids,
             given=input_ids.shape[1],
+            virtual=before,
             starts=places.starts_of(kwargs.get("attention_mask")),
             # who listens from here on must get every row
             ledgers={session: RowLedger() for session in sessions()},
@@ -139,6 +141,18 @@ def observing_processors(original: Original) -> Original:
             return original(self, *args, **kwargs)
 
     return __call__
+
+
+def observing_prompt(original: Original) -> Original:
+    """PEFT's ``PeftModel.get_prompt``, which makes the virtual tokens of the pass that follows."""
+
+    @wraps(original)
+    def get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompt = original(self, *args, **kwargs)
+        virtual.note(prompt)
+        return prompt
+
+    return get_prompt
 
 
 @contextmanager
@@ -449,7 +463,7 @@ def _plan(
             f"the last key that a row sees is number {int(seen.last[t])} of {kv_len}, and its own is {int(own[t])}: it "
             "sees later tokens, or not itself, or keys that are no tokens; only causal attention can be captured"
         )
-    if bool((seen.count > position + 1).any()):
+    if bool((seen.count > position + 1 + frame.virtual).any()):
         raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")
     shift = torch.zeros(batch, dtype=torch.int32, device=device)
     shift[source] = (seen.last - position).to(torch.int32)

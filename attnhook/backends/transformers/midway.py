@@ -14,6 +14,7 @@ import torch
 
 from attnhook.backends.transformers.frames import Run
 from attnhook.backends.transformers.places import starts_of
+from attnhook.backends.transformers.virtual import of_generation
 from attnhook.errors import UnsupportedError
 
 #: Methods of `GenerationMixin` that decode, and what those are called whose passes cannot be captured.
@@ -62,10 +63,12 @@ def _run(sample: FrameType) -> Run:
                 "generate() had begun before attnhook was on, and does not tell how long its prompt was, so its decode "
                 "steps are unknown: open capture() before generate(), or call attnhook.install() first"
             )
+        before = of_generation(names["self"])
         run = Run(
             choices=getattr(settings, "num_return_sequences", None) or 1,
-            prompt_length=given if getattr(settings, "prefill_chunk_size", None) is not None else None,
+            prompt_length=before + given if getattr(settings, "prefill_chunk_size", None) is not None else None,
             given=given,
+            virtual=before,
             starts=starts_of(names.get("model_kwargs", {}).get("attention_mask")),
         )
         _known.settings, _known.run = weakref.ref(settings), run

@@ -46,12 +46,20 @@ def of_padding(mask: torch.Tensor, virtual: int = 0) -> Extent:
             f"attention_mask of sequence {b} has zeros between ones (the first is column {at}); only padding on the "
             "left or right of a prompt can be captured: tokenize with padding_side='left'"
         )
-    if virtual and bool((some & (starts > 0)).any()):
+    return behind(starts.tolist(), virtual, some.tolist()), (ends + virtual).tolist()
+
+
+def behind(starts: list[int], virtual: int, some: list[bool] | None = None) -> list[int]:
+    """The padded indices ``starts`` of texts behind ``virtual`` tokens that are none of them.
+
+    ``some`` tells which sequences have tokens; default: all. Raises UnsupportedError where padding lies between.
+    """
+    if virtual and any(start and (some is None or some[b]) for b, start in enumerate(starts)):
         raise UnsupportedError(
             f"padding stands between {virtual} virtual tokens (prefix or prompt tuning) and the text, so the keys have "
             "a gap, which cannot be captured: run prompts of one length together, or one at a time"
         )
-    return (starts + virtual).tolist(), (ends + virtual).tolist()
+    return [start + virtual for start in starts]
 
 
 def starts_of(mask: Any) -> list[int]:
