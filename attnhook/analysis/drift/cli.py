@@ -131,10 +131,10 @@ def check(
     """Look through a store's requests in order; exit status 0 without an alarm, 1 with one."""
     from attnhook.analysis.drift import reading
 
-    known = baselines.load(baseline)
-    monitor, first, layers = DriftMonitor(known), None, Counter[tuple[int, ...]]()
     require("attnhook drift", "analysis", "pyarrow")
     url = cli_stores.readable(store)
+    known = baselines.load(baseline)
+    monitor, first, layers = DriftMonitor(known), None, Counter[tuple[int, ...]]()
     with progress("looking") as work:
         for mean in reading.means(
             url,

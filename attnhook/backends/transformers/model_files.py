@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from attnhook.backends.transformers import bos, default_model
-from attnhook.errors import AttnhookError, OptionError, needs
+from attnhook.errors import AttnhookError, OptionError, needs, require
 from attnhook.options import LayerSpec, check_heads, resolve_layers
+
+WHAT = "a model in this process"  # what needs the extra
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def limits(model: str | None) -> Limits:
     place = find(default_model.source() if model is None else model)
     if place.gguf is not None:
         return _of_header(bos.read_header(os.path.join(place.where, place.gguf)))
-    with needs("a model in this process", "transformers"):
+    require(WHAT, "transformers", "torch", "transformers")  # without torch, Transformers prints a page before it fails
+    with needs(WHAT, "transformers"):
         from transformers import AutoConfig
     with place.reading():
         config = AutoConfig.from_pretrained(place.where)

@@ -14,7 +14,7 @@ from attnhook.analysis.zones import Zone
 from attnhook.backends.transformers import bos, model_files
 from attnhook.backends.transformers.default_model import NAME, default_model_path
 from attnhook.capture import capture
-from attnhook.errors import OptionError, needs
+from attnhook.errors import OptionError, needs, require
 from attnhook.records import TokenRecord
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def load(
     loading. Raises OptionError where ``model``, ``dtype`` or ``device`` cannot be used; the message says why.
     """
     check_dtype(dtype)
-    with needs("a model in this process", "transformers"):
+    require(model_files.WHAT, "transformers", "torch", "transformers")
+    with needs(model_files.WHAT, "transformers"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
