@@ -55,6 +55,10 @@ def deepseek_v4() -> Any:
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "BERT": (lambda: tf.BertModel(tf.BertConfig(**SMALL)), "a vision tower .BertSelfAttention attends in both"),
+    "CLIP's text encoder": (
+        lambda: tf.CLIPTextModel(tf.CLIPTextConfig(**SMALL)),
+        r"does not generate text, and its attention \(CLIPAttention\) does not say of which layer",
+    ),
     "T5's encoder": (lambda: tf.T5EncoderModel(tf.T5Config(**T5)), "a vision tower .T5Attention attends in both"),
     "BART's encoder": (lambda: tf.BartModel(tf.BartConfig(**HALVES)).get_encoder(), "BartEncoder made no causal .* an"),
     "BART": (lambda: tf.BartModel(tf.BartConfig(**HALVES)), "BartModel is an encoder-decoder model, whose decoder"),
@@ -111,7 +115,7 @@ def test_the_reason_is_true_of_the_model(name: str, strict: bool) -> None:
             assert not records and records.dropped["unsupported"] >= 1
 
 
-@pytest.mark.parametrize("beside", ["BERT", "T5's encoder", "ResNet"])
+@pytest.mark.parametrize("beside", ["BERT", "T5's encoder", "CLIP's text encoder", "ResNet"])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_no_decoder_is_left_alone_beside_one(
     beside: str, first: bool, caplog: pytest.LogCaptureFixture

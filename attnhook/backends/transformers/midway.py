@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.transformers.frames import Run
 from attnhook.backends.transformers.places import starts_of
+from attnhook.backends.transformers.runs import Run
 from attnhook.backends.transformers.virtual import of_generation
 from attnhook.errors import UnsupportedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attnhook.errors import UnsupportedError
@@ -20,11 +21,11 @@ def encoder_decoder(model: Any) -> UnsupportedError:
     )
 
 
-def unseen(model: Any, seen: set[type]) -> tuple[UnsupportedError, bool]:
+def unseen(model: Any, seen: Mapping[type, bool]) -> tuple[UnsupportedError, bool]:
     """Why a pass of ``model`` had nothing to capture, and whether it is a decoder, whose rows are missing then.
 
-    ``seen`` are the classes of the modules whose attention was seen, all of it not causal. What is no decoder - an
-    encoder, a vision tower, a network without attention - has no rows of ours.
+    ``seen`` are the classes of the modules whose attention was seen, and whether it was causal: it is no decoder
+    layer's. What is no decoder - an encoder, a vision tower, a network without attention - has no rows of ours.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and (generates(model) or not seen):
@@ -38,9 +39,14 @@ def unseen(model: Any, seen: set[type]) -> tuple[UnsupportedError, bool]:
         ), generates(model) or _predicts_tokens(config)
     if seen and generates(model):
         return UnsupportedError(
-            f"{name} generates text, but its attention ({_names(seen)}) does not say that it is causal (is_causal), so "
-            "it cannot be captured"
+            f"{name} generates text, but its attention ({_names(seen)}) does not say that it is causal (is_causal), or "
+            "of which layer it is (layer_idx), so it cannot be captured"
         ), True
+    if any(seen.values()):
+        return UnsupportedError(
+            f"{name} does not generate text, and its attention ({_names(seen)}) does not say of which layer it is: it "
+            "is an encoder, and only decoders can be captured; where it runs beside one, it is left alone"
+        ), False
     if seen:
         return UnsupportedError(
             f"{name} made no causal attention call: it is an encoder or a vision tower ({_names(seen)} attends in both "
@@ -70,15 +76,15 @@ def sparse(module: Any) -> str | None:
     )
 
 
-def _names(classes: set[type]) -> str:
+def _names(classes: Iterable[type]) -> str:
     return ", ".join(sorted(found.__name__ for found in classes)[:3])
 
 
-def _own_attention(model: Any, seen: set[type]) -> set[type]:
+def _own_attention(model: Any, seen: Mapping[type, bool]) -> set[type]:
     """Classes of a model's innermost modules that are called attention, without those that were seen."""
     modules = [module for module in model.modules() if _called_attention(module)]
     inner = [m for m in modules if not any(part is not m and _called_attention(part) for part in m.modules())]
-    return {type(module) for module in inner} - seen
+    return {type(module) for module in inner} - seen.keys()
 
 
 def _called_attention(module: Any) -> bool:
