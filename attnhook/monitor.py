@@ -91,8 +91,8 @@ def _remedy(error: urllib.error.HTTPError) -> str:
     if 300 <= error.code < 400:
         where = _clean(str(error.headers.get("Location")))[:100]
         return (
-            f"it sends elsewhere, to {where}; redirects are not followed, for the token's sake: give the collector's own "
-            "--url"
+            f"it sends elsewhere, to {where}; redirects are not followed, for the token's sake: give the collector's "
+            "own address"
         )
     return "look at --url"
 

@@ -13,7 +13,7 @@ import numpy as np
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -123,6 +123,8 @@ class _Pages:
                     if self._bodies > _BODIES_BYTES:
                         return _busy("other requests hold the memory for bodies")
             results = await run_in_threadpool(self._classified, bytes(body))
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
         finally:
             self._bodies -= counted
         return Response(results, media_type="application/json")

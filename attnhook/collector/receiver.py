@@ -49,7 +49,7 @@ class Receiver:
         self._bad_after = self._swept = 0.0
         self._unseen = 0
         self.closed: Counter[str] = peers.no_counts()  #: connections that were closed here, by reason
-        self.failed = 0  #: messages whose handling raised: a fault in the collector
+        self.failed = 0  #: faults of the collector itself, as a rule while it handled a message
         self._stop: float | None = None
         self._quiet = False
         self._thread = threading.Thread(target=self._run, name="attnhook receiver", daemon=True)
@@ -96,7 +96,7 @@ class Receiver:
         empty = 0
         try:
             while True:
-                some = self._round()
+                some = self._safe_round()
                 if self._stop is not None:
                     empty = 0 if some else empty + 1
                     self._quiet = empty >= _QUIET_POLLS
@@ -104,6 +104,17 @@ class Receiver:
                         return
         finally:
             self.close()
+
+    def _safe_round(self) -> bool:
+        """`_round`; a fault in it is told of and counted, and ends no intake."""
+        try:
+            return self._round()
+        except Exception:
+            self.failed += 1
+            if self.failed == 1:
+                logger.exception("a fault in the receiver; it is counted, later ones are not logged")
+            time.sleep(_POLL_SECONDS)
+            return False
 
     def _round(self) -> bool:
         """Read and handle what there is; whether there was something."""
@@ -114,7 +125,8 @@ class Receiver:
         trusted = [one for one in found if one.trust > 0]
         others = sorted((one for one in found if one.trust <= 0), key=lambda one: one.heard)  # in turn
         for one in trusted + others[:_READS]:
-            self._read(one)
+            if one in self._connections:  # it may have made room for a newcomer just now
+                self._read(one)
         self._bound()
         self._serve()
         now = time.monotonic()
@@ -237,9 +249,11 @@ class Receiver:
         self._end(one, error.reason, registered=registered)
 
     def _end(self, one: Connection, reason: str | None = None, *, registered: bool = True) -> None:
+        if one not in self._connections:
+            return
         if reason is not None:
             self.closed[reason] += 1
-        self._connections.discard(one)
+        self._connections.remove(one)
         if one in self._waiting:
             del self._waiting[one]
         elif registered:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import zmq
@@ -227,6 +228,25 @@ def test_more_connections_than_allowed_send_away_those_that_sent_nothing_good(mo
             one.close()
     taken.receiver.stop(0)
     assert closed(taken) == {"crowded": 37}
+
+
+def test_who_makes_room_may_have_sent_something_at_the_same_moment(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 3)
+    taken = Taken()
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        flood = [connect(taken.address, shake=False) for _ in range(12)]
+        for one in flood:
+            with suppress(ConnectionError):
+                one.sendall(GREETING + ready() + message(b"flood"))
+        for one in flood:
+            one.close()
+    assert taken.receiver.alive and taken.receiver.closed["crowded"] > 10
+    with connect(taken.address) as good:
+        good.sendall(message(b"good"))
+        wait_for(lambda: b"good" in taken.messages, "a message after the flood")
+    taken.receiver.stop(0)
+    assert taken.receiver.failed == 0
 
 
 def test_no_more_than_a_third_of_the_descriptors_is_for_connections():
