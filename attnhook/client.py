@@ -17,6 +17,7 @@ from http.client import HTTPException
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
+from attnhook import untrusted
 from attnhook.analysis import zones
 from attnhook.backends.transformers.runner import SINK, Answer, pieces, window_start
 from attnhook.errors import OptionError, ServerError
@@ -229,12 +230,12 @@ class Client:
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path. Raises ServerError."""
         with self._open(path, None) as reply:
-            return self._object(path, json.loads(reply.read()))
+            return self._object(path, untrusted.loads(reply.read()))
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that answers a JSON body. Raises ServerError."""
         with self._open(path, body) as reply:
-            return self._object(path, json.loads(reply.read()))
+            return self._object(path, untrusted.loads(reply.read()))
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks that answer a body with ``stream``. Raises ServerError, also for an error amid the stream."""
@@ -243,7 +244,7 @@ class Client:
                 data = line.removeprefix(b"data:").strip()
                 if data == b"[DONE]" or not line.startswith(b"data:"):
                     continue
-                chunk = self._object(path, json.loads(data))
+                chunk = self._object(path, untrusted.loads(data))
                 if "error" in chunk:
                     raise ServerError(f"{self.url}{path} ends its stream: {_reason(data)}; the server's log says more")
                 yield chunk
@@ -316,7 +317,7 @@ def _reason(body: bytes) -> str:
     """The message of an error reply, on one line."""
     text = body.decode(errors="replace")
     try:
-        reply = json.loads(text)
+        reply = untrusted.loads(text)
         inner = reply.get("error", reply)
         text = str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else str(inner)
     except (ValueError, AttributeError):

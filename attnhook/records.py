@@ -37,6 +37,7 @@ MAGIC = b"AH"
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _TYPES = (_INT, _FLOAT, _FLOAT, _FLOAT)  # of positions, scores, fingerprints, span masses
 _FEW = 4  # rows
+_MAX_ENTRIES = 2**22  # positions of one record that is read from JSON
 _VERSION_AT, _PHASE_AT = 2, 4  # their bytes in the header
 _WITH_TOKENS = bytes([TOKENS_VERSION])
 NAME_SEPARATOR = "\x1f"
@@ -208,6 +209,8 @@ class TokenRecord:
         try:
             layers = sorted((int(layer), values) for layer, values in entry["layers"].items())
             k = max(len(values["token_positions"]) for _, values in layers)
+            if len(layers) * k > _MAX_ENTRIES:  # one long layer among many short ones would take all memory
+                raise ValueError(f"{len(layers)} layers of up to {k} positions; {_MAX_ENTRIES} in all are read")
             positions = np.full((len(layers), k), -1, np.int32)
             scores = np.zeros((len(layers), k), np.float32)
             for i, (_, values) in enumerate(layers):

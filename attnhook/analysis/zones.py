@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from attnhook import fingerprint as fp
+from attnhook import untrusted
 from attnhook.analysis import periodicity as periods
 from attnhook.errors import OptionError, RecordError
 
@@ -90,7 +91,7 @@ class Thresholds:
         release does not know, or a number that is not positive.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = untrusted.load(path)
         except (OSError, ValueError) as error:
             raise OptionError("thresholds", f"cannot read thresholds from {path}: {error}") from error
         version = content.get("attnhook_thresholds") if isinstance(content, dict) else None

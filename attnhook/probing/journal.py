@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from attnhook import untrusted
 from attnhook.errors import AttnhookError, OptionError
 
 if sys.platform != "win32":
@@ -103,7 +104,7 @@ class Journal:
         if not line.endswith(b"\n"):
             return True
         try:
-            request = json.loads(line).get("request_id", "")
+            request = untrusted.loads(line).get("request_id", "")
         except (ValueError, AttributeError):
             return False
         return str(request).startswith("probe/") and request not in self.done
@@ -204,7 +205,7 @@ def _parse(path: Path, lines: list[bytes]) -> tuple[dict[str, Any], dict[str, di
     for number, line in enumerate(lines, 1):
         entry: Any = None
         with suppress(ValueError):
-            entry = json.loads(line)
+            entry = untrusted.loads(line)
         if not isinstance(entry, dict) or ("probe_run" if number == 1 else "probe") not in entry:
             raise AttnhookError(f"{path}, line {number} is not of a run's record: {line[:60]!r}; start anew elsewhere")
         entries.append(entry)

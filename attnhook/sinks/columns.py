@@ -168,9 +168,14 @@ def now_us() -> int:
 
 
 def fingerprints_of(batch: pa.RecordBatch) -> np.ndarray:
-    """The column ``fingerprint`` as float32 [n, 20]."""
-    flat = batch.column("fingerprint").flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(flat, np.float32).reshape(-1, fp.SIZE)
+    """The column ``fingerprint`` as float32 [n, 20]; NaN in rows where it is null."""
+    column = batch.column("fingerprint")
+    flat = np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, fp.SIZE)
+    if column.null_count == 0:
+        return flat
+    out = np.full((len(column), fp.SIZE), np.nan, np.float32)
+    out[column.is_valid().to_numpy(zero_copy_only=False)] = flat  # flatten leaves the others out
+    return out
 
 
 def layer_sets(batch: pa.RecordBatch) -> Counter[tuple[int, ...]]:
@@ -274,6 +279,7 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
     Raises RecordError where a row is damaged, or came from a JSON entry that holds no more than a fingerprint.
     """
     fingerprints = fingerprints_of(batch)
+    missing = batch.column("fingerprint").is_null().to_pylist()
     columns = {name: batch.column(name).to_pylist() for name in NAMES if name not in ("fingerprint", "time")}
     for i in range(batch.num_rows):
         row = {name: column[i] for name, column in columns.items()}
@@ -284,6 +290,11 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
             raise RecordError(
                 f"row {row['request_id']!r}, position {row['query_position']}: only its fingerprint is stored (it came "
                 f"from a JSON entry of mode {row['mode']!r}); read it with fingerprints()"
+            )
+        if missing[i]:
+            raise RecordError(
+                f"row {row['request_id']!r}, position {row['query_position']}: neither its record nor its fingerprint "
+                "is stored; remove it"
             )
         yield TokenRecord(
             request_id=row["request_id"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from attnhook.errors import PluginError
 
 APPLICATION_ID = 0x41484B31  # "AHK1": tells a store from other SQLite files
 BUSY_SECONDS = 30.0
+_VALUE_BYTES = 64 * 2**20  # of one value; a record has at most a few MiB
 
 # A session is one answer of one request. Rows name it by number: the key of a record is two integers, and a
 # request id is stored once. Times are microseconds since 1970, UTC.
@@ -102,10 +104,14 @@ def connect(path: str, *, read_only: bool = False, busy: float = BUSY_SECONDS) -
         )
         try:
             connection.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
+            connection.execute("PRAGMA trusted_schema = OFF")  # what the file defines may call harmless functions only
+            if hasattr(connection, "setlimit"):  # Python 3.11
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _VALUE_BYTES)
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA cache_size = -65536")  # KiB
             _check_schema(connection, path)
             if not read_only:
+                _check_triggers(connection, path)
                 _prepare(connection, path)
         except BaseException:
             connection.close()
@@ -171,6 +177,50 @@ def _check_schema(connection: sqlite3.Connection, path: str) -> None:
             f"sqlite:{path} has schema version {version}; this attnhook knows {SCHEMA_VERSION}: upgrade attnhook, or "
             "name another file. Nothing in it was changed"
         )
+    if version >= 1:
+        _check_objects(connection, path, version)
+
+
+def _check_triggers(connection: sqlite3.Connection, path: str) -> None:
+    """Refuse triggers, which run when records are written; readers cannot write, so that none runs."""
+    found = connection.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger'").fetchone()
+    if found:
+        raise PluginError(
+            f"sqlite:{path} has a trigger, {found[0][:80]!r} on {found[1][:80]!r}: attnhook makes none, and it would "
+            "run when records are written; look at it and remove it with DROP TRIGGER, or name another file"
+        )
+
+
+def _check_objects(connection: sqlite3.Connection, path: str, version: int) -> None:
+    """Refuse what would run when the store is read: views, virtual tables, generated columns in our tables' place."""
+    objects = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    found = {name: (kind, " ".join(str(sql).split()[:2]).upper()) for kind, name, sql in objects}
+    for name, columns in _columns_of(version).items():
+        if found.get(name) != ("table", "CREATE TABLE"):
+            what = f"a {found[name][0]} ({found[name][1]})" if name in found else "not there"
+            raise PluginError(
+                f"sqlite:{path}: {name} must be a table, and is {what}: the file was changed, or is of another "
+                "program; name a file that the sink wrote"
+            )
+        # the last number: 2 and 3 are generated columns, which are computed when they are read
+        rows = connection.execute(f"PRAGMA table_xinfo({name})").fetchall()
+        there = {row[1]: row[6] for row in rows}
+        odd = [column for column in columns if there.get(column) != 0]
+        if odd:
+            raise PluginError(
+                f"sqlite:{path}: the table {name} has {', '.join(map(repr, there))[:200]}; {', '.join(odd)} must be "
+                "plain columns of it: the file was changed; name a file that the sink wrote"
+            )
+
+
+@cache
+def _columns_of(version: int) -> dict[str, list[str]]:
+    """Tables of that schema version and their columns."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for script in MIGRATIONS[:version]:
+            connection.executescript(script)
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        return {name: [row[1] for row in connection.execute(f"PRAGMA table_info({name})")] for (name,) in tables}
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:

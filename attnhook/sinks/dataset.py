@@ -26,10 +26,12 @@ from pyarrow import fs
 from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
 from attnhook.sinks.columns import SCHEMA_VERSION, VERSION_KEY, Columns, check_version
+from attnhook.untrusted import loads
 
 MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MARKER_BYTES = 4096
 _PLAIN = 1  # the version without token ids
 _KEY = ["request_id", "choice", "query_position"]
 
@@ -101,7 +103,7 @@ class Dataset:
 
     def _version(self) -> Any:
         with self.filesystem.open_input_stream(posixpath.join(self.base, MARKER)) as file:
-            return json.loads(file.read()).get("schema_version")
+            return loads(file.read(_MARKER_BYTES)).get("schema_version")
 
     def _mark(self, version: int) -> None:
         marker = posixpath.join(self.base, MARKER)
@@ -132,8 +134,8 @@ class Dataset:
 
     def newest(self) -> int | None:
         """When the newest file was begun, microseconds since 1970."""
-        files = self.files()
-        return int(posixpath.basename(files[-1]).split("-")[0]) if files else None
+        begun = [posixpath.basename(path).split("-")[0] for path in self.files()]
+        return max((int(time) for time in begun if time.isdecimal() and len(time) < 20), default=None)
 
     def write(self, table: pa.Table, name: str) -> int:
         """Write the rows as one file per model and day, each whole or not there; returns how many rows.
@@ -210,7 +212,7 @@ class Dataset:
         with self.filesystem.open_input_file(path) as file:
             try:
                 metadata = pq.read_metadata(file)
-            except pa.ArrowInvalid as error:
+            except pa.ArrowException as error:
                 raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
         check_version(metadata.metadata, path)
         return metadata
@@ -264,9 +266,10 @@ def _newest_row(metadata: pq.FileMetaData) -> int:
         for column in range(columns.num_columns):
             part = columns.column(column)
             if part.path_in_schema == "time":
-                if not part.is_stats_set or not part.statistics.has_min_max:
+                last = part.statistics.max if part.is_stats_set and part.statistics.has_min_max else None
+                if not isinstance(last, datetime) or last.tzinfo is None:
                     return 2**63  # nobody knows: never too old
-                newest = max(newest, (part.statistics.max - _EPOCH) // timedelta(microseconds=1))
+                newest = max(newest, (last - _EPOCH) // timedelta(microseconds=1))
     return newest
 
 

@@ -17,6 +17,7 @@ from attnhook.records import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, TokenReco
 from attnhook.sinks import Sink
 from attnhook.sinks.config import parse
 from attnhook.sinks.rotation import OPTIONS, Rotation, open_rotated
+from attnhook.untrusted import TooDeepError, lines, loads
 
 if sys.platform != "win32":
     import fcntl
@@ -87,8 +88,8 @@ class JsonlSink(Sink):
         of range; the file is then as it was.
         """
         fill_zones(batch)
-        lines = (json.dumps(_entry(record), separators=(",", ":"), allow_nan=False) for record in batch)
-        text = "".join(line + "\n" for line in lines)
+        whole = (json.dumps(_entry(record), separators=(",", ":"), allow_nan=False) for record in batch)
+        text = "".join(line + "\n" for line in whole)
         if self._path == "-":
             # the stream, not its descriptor: a notebook's has none, and the script's own prints stay whole
             sys.stdout.write(text)
@@ -170,14 +171,30 @@ def read_jsonl(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False
 
     With ``tolerate_torn_tail`` a line that a crash cut short is skipped with a log warning: the last one, or
     one that a later run continued below. Nothing else is ever skipped.
-    Raises OSError where the file cannot be read, RecordError naming the line that is no record.
+    Raises OSError where the file cannot be read, RecordError naming the line that is no record, or has more than
+    `attnhook.untrusted.LINE_BYTES`.
     """
+    return (entry for _, entry in numbered(path, tolerate_torn_tail=tolerate_torn_tail))
+
+
+def numbered(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` with the number of each line, from 1."""
     with open_rotated(path) as file:
-        for number, line in enumerate(file, 1):
+        whole, number = lines(file), 0
+        while True:
+            number += 1
             try:
-                entry = json.loads(line)
+                line = next(whole, b"")
+            except ValueError as error:
+                raise RecordError(
+                    f"{path}, line {number}: {error}, which is no record; name a file that the jsonl sink wrote"
+                ) from error
+            if not line:
+                return
+            try:
+                entry = loads(line)
             except ValueError as error:  # not UTF-8, or not JSON
-                torn = line.startswith(b"{")
+                torn = line.startswith(b"{") and not isinstance(error, TooDeepError)
                 if torn and tolerate_torn_tail:
                     logger.warning("%s, line %d: skipped, it was cut short", path, number)
                     continue
@@ -190,12 +207,12 @@ def read_jsonl(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False
                     )
                 ) from error
             version = entry.get("schema_version") if isinstance(entry, dict) else None
-            if version not in VERSIONS:
+            if version not in VERSIONS or isinstance(version, (bool, float)):
                 raise RecordError(
-                    f"{path}, line {number} has schema version {version!r}; this attnhook reads {SCHEMA_VERSION} and "
-                    f"{TOKENS_VERSION}: upgrade attnhook, or name a file that the jsonl sink wrote"
+                    f"{path}, line {number} has schema version {str(version)[:40]!r}; this attnhook reads "
+                    f"{SCHEMA_VERSION} and {TOKENS_VERSION}: upgrade attnhook, or name a file that the jsonl sink wrote"
                 )
-            yield entry
+            yield number, entry
 
 
 def _entry(record: TokenRecord) -> dict[str, Any]:

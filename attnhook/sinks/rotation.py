@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 from attnhook.errors import PluginError, needs
 from attnhook.sinks import config
 from attnhook.sinks.retention import Retention
+from attnhook.untrusted import count_lines
 
 logger = logging.getLogger("attnhook")
 
@@ -104,7 +105,7 @@ class Rotation:
         for file in list(_candidates(self._path)):
             if file.stat().st_mtime_ns // 1000 < before:
                 with open_rotated(file) as source:
-                    lines += sum(1 for _ in source)
+                    lines += count_lines(source)
                 file.unlink()
         return lines
 

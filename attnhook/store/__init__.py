@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from attnhook.errors import OptionError, PluginError, needs
+from attnhook.errors import OptionError, PluginError, RecordError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks.columns import LIGHT, NAMES, to_records
 
@@ -38,6 +38,8 @@ class Filters:
 
 class Store(ABC):
     """One store, open for reading; what is written meanwhile may or may not be seen."""
+
+    url = ""  #: its scheme and place, for messages
 
     @abstractmethod
     def _batches(
@@ -135,7 +137,16 @@ class Store(ABC):
             limit=limit,
             batch_size=1024,
         )
-        return (record for batch in batches for record in to_records(batch))
+        return self._records(batches, offset)
+
+    def _records(self, batches: Iterator[pa.RecordBatch], row: int) -> Iterator[TokenRecord]:
+        for batch in batches:
+            try:
+                for record in to_records(batch):
+                    yield record
+                    row += 1
+            except RecordError as error:
+                raise RecordError(f"{self.url}, row {row} of those asked for: {error}") from error
 
     def __enter__(self) -> Store:
         return self

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnhook import fingerprint as fp
+from attnhook import untrusted
 from attnhook.errors import PluginError, RecordError
 from attnhook.sinks import database
 from attnhook.sinks.columns import now_us
@@ -75,18 +76,37 @@ def load(path: str) -> list[DiscoveryRun]:
             if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'discovery_runs'").fetchone():
                 return []
             runs = connection.execute("SELECT id, created, parameters, records FROM discovery_runs ORDER BY id")
-            return [
-                DiscoveryRun(number, created, json.loads(parameters), records, _clusters(connection, number))
-                for number, created, parameters, records in runs
-            ]
-    except ValueError as error:
-        raise PluginError(
-            f"sqlite:{path}: a discovery run is damaged: {error}; remove it from discovery_runs"
-        ) from error
+            return [_run(path, connection, *row) for row in runs.fetchall()]
     finally:
         connection.close()
 
 
+def _run(path: str, connection: Any, number: int, created: Any, parameters: Any, records: Any) -> DiscoveryRun:
+    try:
+        _must("created", created, int)
+        _must("records", records, int)
+        _must("parameters", parameters, str)
+        if not isinstance(content := untrusted.loads(parameters), dict):
+            raise ValueError(f"parameters are {parameters[:60]!r}, no JSON object")
+        return DiscoveryRun(number, created, content, records, _clusters(connection, number))
+    except ValueError as error:
+        raise PluginError(
+            f"sqlite:{path}: a discovery run is damaged: run {number}: {error}; remove it from discovery_runs"
+        ) from error
+
+
 def _clusters(connection: Any, run: int) -> tuple[Cluster, ...]:
     rows = connection.execute("SELECT label, size, zone, centroid FROM clusters WHERE run = ? ORDER BY label", (run,))
-    return tuple(Cluster(label, size, zone, np.frombuffer(data, "<f4", fp.SIZE)) for label, size, zone, data in rows)
+    found = []
+    for label, size, zone, data in rows:
+        for name, value, kind in (("label", label, int), ("size", size, int), ("zone", zone, str)):
+            _must(name, value, kind)
+        if not isinstance(data, bytes) or len(data) != 4 * fp.SIZE:
+            raise ValueError(f"the centroid of cluster {label} is {str(data)[:60]!r}, not {4 * fp.SIZE} bytes")
+        found.append(Cluster(label, size, zone, np.frombuffer(data, "<f4")))
+    return tuple(found)
+
+
+def _must(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}, not {kind.__name__}")

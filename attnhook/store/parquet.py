@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from attnhook.errors import PluginError, RecordError
+from attnhook.records import TokenRecord
 from attnhook.sinks import config
 from attnhook.sinks.columns import arrow_schema
 from attnhook.sinks.dataset import Dataset
@@ -27,6 +30,7 @@ class ParquetStore(Store):
         path, options = config.split(location)
         self._dataset = Dataset.at(path, {name: options[name] for name in S3_OPTIONS if name in options})
         self._dataset.check()
+        self.url = f"parquet:{self._dataset.url}"
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -45,8 +49,26 @@ class ParquetStore(Store):
         with self._readable():
             if not filters.any:
                 return sum(self._dataset.metadata(path).num_rows for path in self._dataset.files())
-            condition = _condition(filters)
-            return sum(int(self._fragment(path).count_rows(filter=condition)) for path in self._dataset.files())
+            condition, found = _condition(filters), 0
+            for path in self._dataset.files():
+                with self._named(path):
+                    found += int(self._fragment(path).count_rows(filter=condition))
+            return found
+
+    @contextmanager
+    def _named(self, path: str) -> Iterator[None]:
+        """Arrow's errors about one file as RecordError, with the columns that are not what they should be."""
+        try:
+            yield
+        except pa.ArrowException as error:
+            there = self._dataset.metadata(path).schema.to_arrow_schema()
+            odd = [
+                f"{field.name} is {there.field(field.name).type} and must be {field.type}"
+                for field in arrow_schema()
+                if field.name in there.names and there.field(field.name).type != field.type
+            ]
+            why = "; ".join(odd) or " ".join(str(error).split())
+            raise RecordError(f"{path} is damaged: {why[:300]}; move it out of the data set") from error
 
     def _fragment(self, path: str) -> ds.ParquetFileFragment:
         self._dataset.metadata(path)  # refuses what is damaged or newer
@@ -67,30 +89,65 @@ class ParquetStore(Store):
         for path in self._dataset.files():
             if left == 0:
                 return
-            rows = self._dataset.metadata(path).num_rows
+            metadata = self._dataset.metadata(path)
+            rows = metadata.num_rows
             if not filters.any and offset >= rows:
                 offset -= rows  # not even opened
                 continue
-            scanner = self._fragment(path).scanner(
-                schema=arrow_schema(),
-                columns=list(columns),
-                filter=condition,
-                batch_size=batch_size,
-                batch_readahead=2,
-                use_threads=False,
-            )
-            try:
+            wanted = list(columns)
+            if "fingerprint" in columns and "record" not in columns and _may_lack_fingerprints(metadata):
+                wanted.append("record")
+            with self._named(path):
+                scanner = self._fragment(path).scanner(
+                    schema=arrow_schema(),
+                    columns=wanted,
+                    filter=condition,
+                    batch_size=batch_size,
+                    batch_readahead=2,
+                    use_threads=False,
+                )
+                seen = 0
                 for batch in scanner.to_batches():
                     skipped = min(offset, batch.num_rows)
                     offset -= skipped
                     batch = batch.slice(skipped, left)
                     if batch.num_rows:
                         left = None if left is None else left - batch.num_rows
-                        yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                        batch = _whole(path, seen + skipped, batch)
+                        yield pa.RecordBatch.from_arrays(batch.columns[: len(columns)], schema=schema)
+                    seen += skipped + batch.num_rows
                     if left == 0:
                         return
-            except pa.ArrowInvalid as error:
-                raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
+
+
+def _may_lack_fingerprints(metadata: pq.FileMetaData) -> bool:
+    """Whether the file's column of fingerprints may hold nulls, which ours cannot."""
+    there = metadata.schema.to_arrow_schema()
+    return "fingerprint" not in there.names or bool(there.field("fingerprint").nullable)
+
+
+def _whole(path: str, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with fingerprints that are null taken from their records; ``first`` is its first row's number.
+
+    Raises RecordError where another column that may not be null is.
+    """
+    for place, name in enumerate(batch.schema.names):
+        column = batch.column(place)
+        if column.null_count == 0 or arrow_schema().field(name).nullable:
+            continue
+        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        if name != "fingerprint":
+            raise RecordError(
+                f"{path}, row {first + int(rows[0])} of those read: {name} is null; it must be "
+                f"{arrow_schema().field(name).type}: move the file out of the data set"
+            )
+        values = column.to_pylist()
+        for row in rows.tolist():
+            record = batch.column("record")[row].as_py()
+            if record is not None:  # else the row has none, and stays as it is
+                values[row] = TokenRecord.from_bytes(record).fingerprint
+        batch = batch.set_column(place, arrow_schema().field(name), pa.array(values, column.type))
+    return batch
 
 
 def _condition(filters: Filters) -> pc.Expression | None:

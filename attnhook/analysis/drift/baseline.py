@@ -7,8 +7,6 @@ import io
 import json
 import os
 import secrets
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from attnhook import __version__
+from attnhook import __version__, untrusted
 from attnhook import fingerprint as fp
 from attnhook.analysis.drift.calibration import null_maxima, whiten
 from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError
@@ -28,11 +26,6 @@ WARNING_FACTOR: Final = 5  # a warning is so many times as frequent as an alarm,
 _KEPT_VARIANCE = 0.999
 _CONSTANT = 1e-6  # standard deviation of a number that does not vary
 _MAX_COMPONENTS = 8
-# what numpy, zipfile and json raise for a file that is none of theirs, or was cut or changed
-_UNREADABLE = (
-    *(KeyError, ValueError, TypeError, EOFError, AttributeError, NotImplementedError, RuntimeError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error),
-)
 _MAX_BYTES = 16 * 2**20
 _ARRAYS = {"mean": (fp.SIZE,), "spread": (fp.SIZE,), "whitening": (None, fp.SIZE), "thresholds": (2,)}
 
@@ -278,24 +271,18 @@ def load(path: Path) -> Baseline:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any baseline")
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            # sizes as the archive tells them: a small file may announce more than the memory holds
-            sizes = sum(info.file_size for info in file.zip.infolist())
-            if sizes > _MAX_BYTES:
-                raise ValueError(f"it unpacks to {sizes:,} bytes, more than any baseline")
-            arrays = {name: file[name] for name in ("manifest", "manifest_sha256", *_ARRAYS)}
+        found = untrusted.arrays(path, _MAX_BYTES)  # more than any baseline
+        arrays = {name: found[name] for name in ("manifest", "manifest_sha256", *_ARRAYS)}
         text = arrays.pop("manifest").tobytes()
         if hashlib.sha256(text).digest() != arrays.pop("manifest_sha256").tobytes():
             raise ValueError("its manifest does not have the digest that is stored beside it")
-        manifest = json.loads(text)
+        manifest = untrusted.loads(text)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError("its manifest is that of something else")
     except OSError as error:
         reason = error.strerror or error
         raise PluginError(f"baseline {path} cannot be read: {reason}; name a file that drift fit made") from error
-    except _UNREADABLE as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     return arrays, manifest
 

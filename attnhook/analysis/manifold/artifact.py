@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import __version__
+from attnhook import __version__, untrusted
 from attnhook import fingerprint as fp
 from attnhook.analysis.manifold.model import Model
 from attnhook.errors import PluginError, RecordError, install
@@ -67,11 +66,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; RecordError where it is none, or holds anything but plain numbers."""
+    """The arrays of an npz file; RecordError where it is none, unpacks to too much or holds anything but numbers."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        return untrusted.arrays(path)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} holds no plain arrays: {error}; run attnhook discover again") from error
 
 
@@ -101,12 +99,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = untrusted.load(path)
     except FileNotFoundError as error:
         raise PluginError(f"{folder} holds no discovery: {MANIFEST} is missing; make one with attnhook discover") from (
             error
         )
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read: {error}; run attnhook discover again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise RecordError(f"{path} is no manifest of a discovery: its format is missing; run attnhook discover again")

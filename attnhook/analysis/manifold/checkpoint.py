@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnhook import untrusted
 from attnhook.analysis.manifold.artifact import MANIFEST, sha256, write_json
 from attnhook.errors import OptionError, PluginError
 
@@ -110,7 +110,7 @@ class Checkpoint:
     def _read(self) -> dict[str, Any]:
         path = self.folder / _STATE
         try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            state: dict[str, Any] = untrusted.load(path)
             before = state["identity"]
             stages = {name: dict(files) for name, files in state["stages"]}
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from attnhook import fingerprint as fp
+from attnhook import untrusted
 from attnhook.analysis.explain import sentence
 from attnhook.analysis.manifold import artifact, fit, picture, quality, source
 from attnhook.analysis.manifold.model import Model
 from attnhook.analysis.manifold.settings import Settings
 from attnhook.analysis.zones import ZONE_NAMES, classify_many
+from attnhook.errors import RecordError
 from attnhook.sinks.columns import fingerprints_of
 
 POINTS, ASSIGNMENTS, CLUSTERS = "points.parquet", "assignments.parquet", "clusters.parquet"
@@ -41,7 +42,10 @@ class Job:
 
     def json(self, name: str) -> Any:
         """What an earlier stage noted."""
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        try:
+            return untrusted.load(self.folder / name)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{self.folder / name} cannot be read: {error}; begin anew with --force") from error
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """What an earlier stage computed."""
