@@ -141,7 +141,7 @@ def short(name: str) -> str:
     if len(name) <= _MAX_NAME:
         return name
     digest = blake2b(name.encode(errors="replace"), digest_size=8).hexdigest()
-    return f"{name[: _MAX_NAME - len(digest) - 1]}…{digest}"
+    return f"{name[: _MAX_NAME - len(digest) - 2]}..{digest}"
 
 
 class _Request:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,6 +18,8 @@ HEAD_SECONDS: Final = 10.0  # for a request's first line and headers, from the c
 BODY_SECONDS: Final = 60.0  # for head and body together
 UNREAD_SECONDS: Final = 30.0  # in which a client reads nothing of an answer
 _LOOK_SECONDS = 1.0
+#: Connections of this process that were ended here, by reason.
+closed: Counter[str] = Counter({"late_request": 0, "unread_answer": 0, "crowded": 0})
 
 
 def most_connections() -> int:
@@ -56,7 +59,7 @@ class Client(H11Protocol):
             waiting = [one for one in self.connections if isinstance(one, Client) and one is not self]
             waiting = [one for one in waiting if one.waits_since is not None]
             oldest = min(waiting, key=lambda one: one._since, default=self)
-            oldest.give_up()
+            oldest.give_up("crowded")
         self._look = self.loop.call_later(_LOOK_SECONDS, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -80,8 +83,9 @@ class Client(H11Protocol):
         self._unread = None
         super().resume_writing()
 
-    def give_up(self) -> None:
+    def give_up(self, reason: str) -> None:
         """End the connection at once."""
+        closed[reason] += 1
         self.connections.discard(self)
         self.transport.abort()
 
@@ -89,7 +93,9 @@ class Client(H11Protocol):
         now, since = time.monotonic(), self.waits_since
         in_body = self.cycle is not None and not self.cycle.response_complete
         late = since is not None and now - since > (BODY_SECONDS if in_body else HEAD_SECONDS)
-        if late or (self._unread is not None and now - self._unread > UNREAD_SECONDS):
-            self.give_up()
+        if late:
+            self.give_up("late_request")
+        elif self._unread is not None and now - self._unread > UNREAD_SECONDS:
+            self.give_up("unread_answer")
         else:
             self._look = self.loop.call_later(_LOOK_SECONDS, self._check)

@@ -19,14 +19,15 @@ from attnhook.tally import short
 logger = logging.getLogger("attnhook")
 
 STATES: Final = ("filling", "ok", "warning", "alarm")
-_FRAMES = 256  # that may wait; each holds at most some thousands of fingerprints
+_FRAMES = 256  # that may wait
+_ROWS = 2**17  # of all frames that wait
 _WAIT = 1.0
 
 
 class _Rows(NamedTuple):
     fingerprints: np.ndarray
     ids: list[str]
-    models: list[str]
+    ours: np.ndarray  # bool [N]: of the baseline's model
     steps: np.ndarray
 
 
@@ -42,6 +43,7 @@ class DriftWatch:
         self._monitor = DriftMonitor(baseline, idle_seconds=idle_seconds)
         self._queue: queue.Queue[_Rows | None] = queue.Queue(frames)
         self._lock = threading.Lock()
+        self._waiting = 0  # rows in the queue
         self._skipped: Counter[str] = Counter()
         self._error = ""
         self._stopping = threading.Event()
@@ -61,12 +63,21 @@ class DriftWatch:
         """Hand over received rows; returns at once, whatever the watcher does."""
         if not len(block):
             return
-        try:
-            ids = [short(name) for name in block.ids]  # the monitor remembers those of requests that are not over
-            self._queue.put_nowait(_Rows(block.fingerprints, ids, block.models, block.steps))
-        except queue.Full:
-            with self._lock:
-                self._skipped["queue_full"] += len(block)
+        with self._lock:
+            full = self._waiting + len(block) > _ROWS and self._waiting > 0
+            self._waiting += 0 if full else len(block)
+        if not full:
+            # what is remembered of names is bounded here: a row's own may have 65,535 bytes
+            ids, model = [short(name) for name in block.ids], self._baseline.model
+            ours = np.array([not model or name == model for name in block.models], bool)
+            try:
+                self._queue.put_nowait(_Rows(block.fingerprints, ids, ours, block.steps))
+                return
+            except queue.Full:
+                with self._lock:
+                    self._waiting -= len(block)
+        with self._lock:
+            self._skipped["queue_full"] += len(block)
 
     def stats(self) -> dict[str, Any]:
         """State, statistic, thresholds and counts, as JSON values."""
@@ -93,6 +104,9 @@ class DriftWatch:
                 rows = None
                 if self._stopping.is_set():
                     return
+            if rows is not None:
+                with self._lock:
+                    self._waiting -= len(rows.ids)
             try:
                 self._look(rows)
             except Exception as error:  # whatever it is, receiving goes on, and /stats says what it was
@@ -108,9 +122,7 @@ class DriftWatch:
             with self._lock:
                 before, after = self._monitor.status().state, self._monitor.finish_idle(now=now)
         else:
-            wanted = np.ones(len(rows.ids), bool)
-            if self._baseline.model:
-                wanted &= np.array([model == self._baseline.model for model in rows.models], bool)
+            wanted = rows.ours.copy()
             other_model = int((~wanted).sum())
             if self._baseline.rows != "all":
                 wanted &= (rows.steps < 0) == (self._baseline.rows == "prompt")

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from attnhook.addresses import is_loopback, same_token
+from attnhook.collector import clients
 from attnhook.collector.classifiers import Classifier, Zones
 from attnhook.collector.exposition import families
 from attnhook.errors import AttnhookError, OptionError, RecordError
@@ -103,7 +104,8 @@ class _Pages:
         return JSONResponse({"status": "failing" if problems else "ok"}, 503 if problems else 200)
 
     async def stats(self, request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(self._collector.stats))
+        found = await run_in_threadpool(self._collector.stats)
+        return JSONResponse({**found, "http": {"closed": dict(clients.closed)}})
 
     async def metrics(self, request: Request) -> Response:
         text = await run_in_threadpool(generate_latest, self._registry)

@@ -15,6 +15,7 @@ from attnhook.rowblock import RowBlock, joined
 from attnhook.sinks import Sink
 from attnhook.sinks.columns import now_us
 from attnhook.sinks.privacy import id_in, wants_tokens
+from attnhook.tally import short
 
 logger = logging.getLogger("attnhook")
 
@@ -44,6 +45,7 @@ class StoreWriter:
         self.error = ""  #: why it cannot write, while it cannot
         self.records = 0  #: written since the start
         self.retries = 0
+        self.refused = 0  #: records that the store could never take
         self._sink: Sink = plugins.open_sink(url)
         self._max_bytes = max_bytes
         self._written, self._refused = written, refused
@@ -180,7 +182,12 @@ class StoreWriter:
             return all(self._deliver([block]) for block in blocks)
         (block,) = blocks
         if len(block) == 1:
-            logger.warning("%s refuses a record of request %r: %s", self.name, block.ids[0], error)
+            self.refused += 1
+            if str(self.refused).strip("0") == "1":  # 1, 10, 100, ...: who sends them is not to fill the log
+                name = short(block.ids[0])
+                logger.warning(
+                    "%s refuses a record of request %r: %s (%d so far)", self.name, name, error, self.refused
+                )
             self._refused(self.url, 1)
             return True
         middle = len(block) // 2

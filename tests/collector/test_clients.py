@@ -147,3 +147,5 @@ def test_with_256_descriptors_a_collector_answers_beside_900_half_sent_requests_
         for sock in half:
             sock.close()
         assert collector.get("/health")[0] == 200
+        closed = collector.stats()["http"]["closed"]
+        assert closed["crowded"] + closed["late_request"] == 900 and closed["unread_answer"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -126,3 +127,21 @@ def test_a_monitor_that_fails_is_told_and_goes_on(baseline, monkeypatch):
     json.dumps(found)
     watch.stop()
     assert "attnhook drift" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_waits_is_bounded_by_rows_and_holds_no_long_names(baseline):
+    watch = DriftWatch(baseline)  # its thread does not run
+    long = records(traffic(np.random.default_rng(2), 2000), "x" * 2000, model="m" * 2000)
+    rows = block(long)
+    tracemalloc.start()
+    for _ in range(100):
+        watch.offer(rows)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert watch.stats()["skipped"] == {"queue_full": 35 * 2000}, "65 frames of 2,000 rows are 130,000"
+    assert taken < 65 * 2000 * 400, "the names alone would be 500 MB"
+    watch.start()
+    wait_for(lambda: watch.stats()["skipped"].get("other_model") == 130_000, "all rows looked at")
+    watch.offer(rows)
+    watch.stop()
+    assert watch.stats()["skipped"] == {"queue_full": 70_000, "other_model": 132_000}
