@@ -34,7 +34,18 @@ class KeptQueries:
         self._aimed = False
         # 0 where nothing is wanted: a row that every graph has
         self._index = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._kept = {number: torch.zeros(rows, *shape, dtype=dtype, device=device) for number, shape in shapes.items()}
+        # layers of one shape lie together, so that one fill reaches them all
+        self._blocks: list[torch.Tensor] = []
+        self._kept: dict[int, torch.Tensor] = {}
+        for shape in dict.fromkeys(shapes.values()):
+            numbers = [number for number, its in shapes.items() if its == shape]
+            block = torch.zeros(len(numbers), rows, *shape, dtype=dtype, device=device)
+            self._blocks.append(block)
+            self._kept.update(zip(numbers, block, strict=True))
+
+    def __contains__(self, number: object) -> bool:
+        """Whether queries of this layer are kept."""
+        return number in self._kept
 
     def records(self, number: int) -> bool:
         """Whether an attention call of this layer is to `keep` its queries now: while a graph is being captured."""
@@ -58,9 +69,15 @@ class KeptQueries:
         self._kept.pop(number, None)
 
     def aim(self, places: torch.Tensor) -> None:
-        """Set the index, int64 [U], before a pass; more rows than there is room for are left out."""
+        """Set the index, int64 [U], before a pass; more rows than there is room for are left out.
+
+        What earlier passes left in the buffers becomes NaN: a pass that no graph runs leaves it so, and rows with a NaN
+        are told as such, where old queries would give numbers that look right.
+        """
         if len(places) <= self.rows:
             self._aimed = True
+            for block in self._blocks:
+                block[:, : len(places)].fill_(torch.nan)
             self._index[: len(places)] = places
             self._index[len(places) :] = 0
 

@@ -2,18 +2,30 @@
 
 Tensor-parallel ranks have a part of every layer's heads: their attention is added up before anything is
 selected from it. Pipeline stages have a part of the layers: their records are joined in the last stage, whose
-first rank answers for all. A rank on which something goes wrong keeps in step with the others and says so;
-one that fell out of step would stop the engine.
+first rank answers for all. A rank on which something goes wrong keeps in step with the others and says so.
+One that falls out of step all the same must not stop the engine: what is exchanged here goes through groups of our own,
+in which nobody waits longer than `WAIT`, and after that nobody waits again.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from attnhook.errors import UnsupportedError
+
+logger = logging.getLogger("attnhook")
+
+T = TypeVar("T")
+
+#: Longest that one rank waits for another. The first call of a kernel may be compiling on it.
+WAIT = timedelta(seconds=60)
 _TAG = 0x6174  # ours among an engine's own messages between stages
 
 
@@ -36,15 +48,22 @@ class Ranks:
         self.rank = 0 if tensor is None else dist.get_rank(tensor)
         self.stage_count = 1 if stages is None else dist.get_world_size(stages)
         self.stage = 0 if stages is None else dist.get_rank(stages)
+        #: Why nothing is exchanged any more, once the ranks have lost each other.
+        self.lost: str | None = None
         self._sending: list[tuple[Any, torch.Tensor]] = []
 
     @classmethod
     def of(cls, tensor: Any, stages: Any) -> Ranks:
-        """From an engine's tensor and pipeline groups, which have world_size, device_group and cpu_group."""
+        """From an engine's tensor and pipeline groups, which have world_size, device_group and cpu_group.
+
+        All workers call it. Sums stay on the engine's own group where that is on a GPU.
+        """
+        own = _own(tensor.cpu_group) if tensor.world_size > 1 else None
+        on_cpu = own is not None and dist.get_backend(tensor.device_group) == "gloo"
         return cls(
-            tensor=tensor.device_group if tensor.world_size > 1 else None,
-            tensor_cpu=tensor.cpu_group if tensor.world_size > 1 else None,
-            stages=stages.cpu_group if stages.world_size > 1 else None,
+            tensor=None if own is None else own if on_cpu else tensor.device_group,
+            tensor_cpu=own,
+            stages=_own(stages.cpu_group) if stages.world_size > 1 else None,
         )
 
     @property
@@ -66,13 +85,15 @@ class Ranks:
         if self.size == 1:
             return what >= 0
         seen = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(seen, torch.tensor([what], dtype=torch.int64), group=self._tensor_cpu)
+        mine = torch.tensor([what], dtype=torch.int64)
+        self._together(lambda: dist.all_gather(seen, mine, group=self._tensor_cpu))
         return what >= 0 and all(int(x) == what for x in seen)
 
     def total(self, tensor: torch.Tensor) -> bool:
         """Add a tensor up over the ranks of this stage; True in the first, which has the sum."""
         if self.size > 1:
-            dist.reduce(tensor, dist.get_global_rank(self._tensor, 0), group=self._tensor)
+            first = dist.get_global_rank(self._tensor, 0)
+            self._together(lambda: dist.reduce(tensor, first, group=self._tensor))
         return self.rank == 0
 
     def collect(self, mine: Any) -> list[Any]:
@@ -80,7 +101,8 @@ class Ranks:
         if self.size == 1:
             return [mine]
         said: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(mine, said, dist.get_global_rank(self._tensor_cpu, 0), group=self._tensor_cpu)
+        first = dist.get_global_rank(self._tensor_cpu, 0)
+        self._together(lambda: dist.gather_object(mine, said, first, group=self._tensor_cpu))
         return said or []
 
     def join(self, mine: Any) -> list[Any]:
@@ -88,9 +110,23 @@ class Ranks:
         if self.stage_count == 1:
             return [mine]
         if self.stage == self.stage_count - 1:
-            return [*(self._receive(stage) for stage in range(self.stage)), mine]
-        self._send(mine)
+            return [*self._together(lambda: [self._receive(stage) for stage in range(self.stage)]), mine]
+        self._together(lambda: self._send(mine))
         return []
+
+    def _together(self, exchange: Callable[[], T]) -> T:
+        """What all ranks do at the same time. Raises UnsupportedError where one of them did not, now or before."""
+        if self.lost is None:
+            try:
+                return exchange()
+            except RuntimeError as error:  # torch.distributed's, of a wait that ended without the others
+                reason = str(error).splitlines()[0][:200]
+                self.lost = (
+                    f"the workers of this model lost each other while capturing ({reason}) and capture no more: restart "
+                    "the server, whose log says why"
+                )
+                logger.error("attnhook: %s", self.lost)
+        raise UnsupportedError(self.lost)
 
     def _send(self, value: Any) -> None:
         """To the last stage, which need not listen yet: the next pass may start before it has got here."""
@@ -107,3 +143,9 @@ class Ranks:
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, source, group=self._stages, tag=_TAG)
         return pickle.loads(data.numpy().tobytes())
+
+
+def _own(group: Any) -> Any:
+    """A group of the same ranks that is ours alone: an exchange that fails in it does not hurt the engine's."""
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, timeout=WAIT, backend="gloo", use_local_synchronization=True)

@@ -211,6 +211,16 @@ class ServedStep:
         All workers of a model call it for the same passes.
         """
         ranks = self.served.ranks
+        try:
+            said = self._said()
+        except UnsupportedError as error:  # the ranks have lost each other
+            self._fail(error, self._sampled)
+            said = [({}, self._errors, {})] if ranks.answers else []
+        return self._shares(said) if said else {}
+
+    def _said(self) -> list[_Said]:
+        """What every stage has to say, on the rank that answers; empty on the others."""
+        ranks = self.served.ranks
         ready = self._prepared()
         rows: dict[_Key, bytes] = {}
         agreed = ranks.size == 1 or ranks.agree(
@@ -229,10 +239,7 @@ class ServedStep:
         if not agreed:
             why = "the tensor-parallel ranks did not capture the same rows of this pass; their logs may say why"
             errors = {**dict.fromkeys(self._sampled, why), **errors}
-        if ranks.rank:
-            return {}
-        said = ranks.join((rows, errors, checks))
-        return self._shares(said) if said else {}
+        return [] if ranks.rank else ranks.join((rows, errors, checks))
 
     def _fail(self, error: Exception, requests: Iterable[str]) -> None:
         """Tell these requests why there are no records; the first reason stands."""

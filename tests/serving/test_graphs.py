@@ -45,3 +45,21 @@ def test_queries_of_another_type_are_given_up() -> None:
     kept.aim(torch.tensor([1]))
     kept.keep(0, queries(9, 0))
     assert kept.get(0, 1) is None and not kept.records(0)
+
+
+def test_a_pass_that_nothing_keeps_shows_no_queries_of_another() -> None:
+    kept = KeptQueries({0: (2, 3), 1: (4, 3)}, 4, torch.bfloat16, torch.device("cpu"))
+    kept.aim(torch.tensor([1, 2]))
+    kept.keep(0, queries(9, 0).bfloat16())
+    kept.keep(1, torch.ones(9, 4, 3, dtype=torch.bfloat16))
+    kept.rest()
+    kept.aim(torch.tensor([3]))
+    for layer in (0, 1):
+        got = kept.get(layer, 1)
+        assert got is not None and bool(got.isnan().all())
+
+
+def test_a_layer_that_is_given_up_is_not_among_the_kept() -> None:
+    kept = KeptQueries({0: (2, 3), 1: (2, 3)}, 4, torch.float32, torch.device("cpu"))
+    kept.drop(0, ValueError("another shape"))
+    assert 0 not in kept and 1 in kept

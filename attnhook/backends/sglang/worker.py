@@ -178,7 +178,8 @@ class _Worker:
         """Let graphs run the pass where they keep every query that is wanted."""
         if self.kept is None or not batch.forward_mode.is_decode() or step.self_checks:
             return
-        if step.wanted and step.wanted <= self.graphed.keys() and len(step.index) <= self.kept.rows:
+        graphed = {number for number in self.graphed if number in self.kept}  # a layer may have been dropped since
+        if step.wanted and step.wanted <= graphed and len(step.index) <= self.kept.rows:
             self.kept.aim(step.index)
             self.replays = True
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from attnhook import lifecycle
 from attnhook.backends.vllm import tokens
+from attnhook.backends.vllm.stops import Stops
 from attnhook.records import TokenRecord
+from attnhook.serving.step import safely
 from attnhook.serving.wire import KEY, Share, worse
 
 logger = logging.getLogger("attnhook")
@@ -22,7 +24,8 @@ def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        requests = tokens.known(self, model_runner_output)
+        # taken now: the scheduler forgets a request when it ends
+        requests = safely(_known, self, model_runner_output) or {}
         outputs = original(self, scheduler_output, model_runner_output)
         shares = getattr(model_runner_output, "attnhook", None)
         if shares or self.__dict__.get("_attnhook_waiting"):
@@ -46,16 +49,28 @@ def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
+def _known(scheduler: Any, output: Any) -> dict[str, Any]:
+    """The requests whose records a step may bring; those with stop strings are followed from here on."""
+    names = {*(getattr(output, "attnhook", None) or ()), *scheduler.__dict__.get("_attnhook_waiting", ())}
+    requests = {name: scheduler.requests[name] for name in names if name in scheduler.requests}
+    _stops(scheduler).follow(scheduler, requests)
+    return requests
+
+
+def _stops(scheduler: Any) -> Stops:
+    return scheduler.__dict__.setdefault("_attnhook_stops", Stops())  # type: ignore[no-any-return]
+
+
 def _forward(
     scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any], requests: dict[str, Any]
 ) -> None:
     # a prompt that is computed in chunks has records before it has an output
     waiting: dict[str, Share] = scheduler.__dict__.setdefault("_attnhook_waiting", {})
     now: dict[str, list[bytes]] = {}
-    for request, packed in shares.items():
+    for name, packed in shares.items():
         share = Share.unpack(packed)
-        now[request], share.generated = share.generated, []
-        kept = waiting.setdefault(request, Share(reply=share.reply))
+        now[name], share.generated = share.generated, []
+        kept = waiting.setdefault(name, Share(reply=share.reply))
         kept.prompt += share.prompt
         kept.error = kept.error or share.error
         kept.check = worse(kept.check, share.check)
@@ -65,12 +80,14 @@ def _forward(
                 continue
             kept = waiting.pop(output.request_id)
             # of speculated tokens only those that were accepted, of stopped ones only those before the stop
-            accepted = now.get(output.request_id, [])[: len(output.new_token_ids)]
+            request = requests.get(output.request_id)
+            accepted = now.get(output.request_id, [])[: _stops(scheduler).kept(output, request)]
             kept.generated = [row for row in accepted if row]
             if kept.reply and (kept.generated or kept.prompt or kept.error):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
             if lifecycle.publishes():
                 records = [TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)]
-                lifecycle.publish(tokens.fill(records, requests.get(output.request_id)))
-    for request in [r for r in waiting if r not in scheduler.requests]:
-        del waiting[request]
+                lifecycle.publish(tokens.fill(records, request) if lifecycle.publishes_tokens() else records)
+    _stops(scheduler).forget(scheduler.requests)
+    for name in [name for name in waiting if name not in scheduler.requests]:
+        del waiting[name]

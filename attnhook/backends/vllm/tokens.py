@@ -6,24 +6,13 @@ prompts, cached prefixes, preemptions and rejected drafts make no difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from attnhook import lifecycle, tokens
+from attnhook import tokens
 from attnhook.records import TokenRecord
 from attnhook.serving.wire import KEY, unpack_options
-
-
-def known(scheduler: Any, output: Any) -> dict[str, Any]:
-    """The requests whose records a step may bring, before it frees those that end; empty where no sink keeps ids."""
-    if not lifecycle.publishes_tokens():
-        return {}
-    names: Iterable[str] = {
-        *(getattr(output, "attnhook", None) or ()),
-        *scheduler.__dict__.get("_attnhook_waiting", ()),
-    }
-    return {name: scheduler.requests[name] for name in names if name in scheduler.requests}
 
 
 def fill(records: Sequence[TokenRecord], request: Any) -> Sequence[TokenRecord]:

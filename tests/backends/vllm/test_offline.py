@@ -113,6 +113,28 @@ def test_speculated_tokens(smol: Any, smol_path: str, tokenizer: Any, tmp_path: 
     print(whole(smol, request, speculating["replies"][0]["choices"][0]))
 
 
+def test_stop_strings_among_speculated_tokens(smol: Any, smol_path: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Tokens that were accepted together with the one that ends the text are dropped, and so are their rows."""
+    ids = tokenizer("one two three four five six seven eight nine ten " * 6 + "one two")["input_ids"]
+    sampling: list[dict[str, Any]] = [
+        {"stop": [" four"]},
+        {"stop": [" five", " eight"], "include_stop_str_in_output": True},
+        {"stop": [" three"], "min_tokens": 5},
+        {"stop": ["never"]},
+    ]
+    requests = [{**ask(ids, new=24), "sampling": {"max_tokens": 24, "ignore_eos": True, **one}} for one in sampling]
+    replies = offline(
+        tmp_path, smol_path, requests,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4},
+        environ=asking_sink(tmp_path),
+    )["replies"]  # fmt: skip
+    lengths = [len(reply["choices"][0]["ids"]) for reply in replies]
+    assert max(lengths[:3]) < 24 == lengths[3], lengths
+    for request, reply in zip(requests, replies, strict=True):
+        print(whole(smol, request, reply["choices"][0]))
+    check_ids(tmp_path, requests, replies)
+
+
 def test_strides_limits_modes_heads_and_spans(
     smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path
 ) -> None:
