@@ -24,7 +24,7 @@ PROBE = ("--packs", "grammar", "--limit", "1", "--new-tokens", "1")
 #: Every command that reads a store: its arguments, and what a store of three records leads to.
 READERS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "session": (("{}", "r"), 0, r"rows +3"),
-    "calibrate": (("{}", "--out", "out"), 2, r"cannot open .*x(\.\w+)?\.probes, the record of a probe run"),
+    "calibrate": (("{}", "--out", "out"), 2, r"is no output of attnhook probe, since x(\.\w+)?\.probes is not"),
     "discover": (("{}", "--out", "out"), 2, r"has 3 fingerprints; a map needs"),
     "compare A": (("{}", "other.db"), 2, r"side A .* has 1 requests"),
     "compare B": (("other.db", "{}"), 2, r"side [AB] .* has 1 requests"),
@@ -215,3 +215,62 @@ def test_a_store_in_a_path_with_options_is_found(here):
     write("sqlite:x.db", [record(0, token_positions=np.array([[0, -1], [0, -1]], np.int32))])
     assert cli_stores.readable("x.db?keep_days=3") == "sqlite:x.db?keep_days=3"
     assert cli_stores.writable("y.db?keep_days=3") == "sqlite:y.db?keep_days=3"
+
+
+#: What a newcomer may name in place of a store: its content, and what is said of it by every reader.
+WRONG: dict[str, tuple[bytes | None, str]] = {
+    "text.txt": (b"hello\n", "text.txt is no store: it is neither SQLite nor lines of JSON"),
+    "empty.db": (b"", "sqlite:empty.db is not there, or empty"),
+    "binary.db": (b"\xff\xfe\0", "so it is no SQLite file"),
+    "other.jsonl": (b'{"a": 1}\n', "schema version"),
+    "newer.jsonl": (b'{"schema_version": 99}\n', "upgrade attnhook"),
+    "folder": (None, "parquet:folder holds no records"),
+    "nosuch": (None, "'nosuch' is no store: there is no such file or folder"),
+    "": (None, "the name of the store is empty"),
+    "nosuch:x": (None, "'nosuch:x' is no store"),
+    "memory:": (None, "'memory:' is no store that can be read"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", [name for name in READERS if name != "drift check"])
+def test_what_is_no_store_is_told_in_one_line(attnhook_cli, here, name, wrong):  # noqa: F811
+    content, said = WRONG[wrong]
+    if content is not None:
+        (here / wrong).write_bytes(content)
+    (here / "folder").mkdir()
+    before = sorted(here.rglob("*"))
+    words = [word for word in name.split() if word not in ("A", "B")]
+    ran = attnhook_cli(*words, *(argument.format(wrong) for argument in READERS[name][0]))
+    if name in ("calibrate", "sinks prune") and wrong in ("other.jsonl", "newer.jsonl"):
+        return  # neither reads a line of such a file: one looks for the run's record, the other for rotated files
+    if name == "compare B" and ran.err.startswith("error: side A"):
+        return  # the other side is refused first
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
+    assert [path for path in sorted(here.rglob("*")) if path not in before] == []
+
+
+def test_a_request_that_is_not_there_is_told_with_some_that_are(attnhook_cli, here):  # noqa: F811
+    write("sqlite:x.db", [record(0, request_id=f"r{i}") for i in range(9)])
+    ran = attnhook_cli("session", "x.db", "r")
+    assert "sqlite:x.db has no records of request 'r', but of 'r0', 'r1', 'r2', 'r3' and others" in ran.err
+    ran = attnhook_cli("session", "other.db", "r")
+    assert "has no records of request 'r', but of 's': name one exactly" in ran.err
+    (here / "empty.jsonl").write_text("")
+    assert "jsonl:empty.jsonl is empty" in attnhook_cli("session", "empty.jsonl", "r").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--store", "memory:"], "memory: keeps nothing when the command ends"),
+        (["--store", "results"], "does not tell what kind of store"),
+        (["--store", "x.db", "--drain-seconds", "-1"], "--drain-seconds -1 must be from 0 to 86400"),
+        (["--store", "x.db", "--stop-seconds", "nan"], "--stop-seconds nan must be from 0 to 86400"),
+    ],
+)
+def test_collect_refuses_in_one_line(attnhook_cli, here, arguments, said):  # noqa: F811
+    ran = attnhook_cli("collect", *arguments)
+    assert (ran.code, ran.out) == (2, "") and said in ran.err and ran.err.count("\n") == 1
+    assert [path.name for path in here.iterdir() if path.name != "other.db"] == []

@@ -16,10 +16,11 @@ from attnhook.analysis import zones
 from attnhook.analysis.session import Session, measure
 from attnhook.errors import OptionError
 from attnhook.records import TokenRecord
-from attnhook.store import open_store
+from attnhook.store import Store, open_store
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _HUBS_SHOWN = 5
+_IDS_SHOWN, _LOOKED_AT = 4, 100_000  # request ids that an error names, and rows in which they are looked for
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +38,10 @@ def session(
     """Hubs, agreement of the layers, and entropy and zone of each token of one request."""
     store = cli_stores.readable(store)
     with open_store(store) as opened:
-        records = _records(list(opened.records(request_id=request_id)), store, request_id, choice, prompt)
+        records = list(opened.records(request_id=request_id))
+        if not records:
+            raise OptionError("request_id", _no_records(opened, store, request_id))
+    records = _chosen(records, request_id, choice, prompt)
     found = measure(records)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -65,11 +69,20 @@ def show(found: Session, console: Console) -> None:
     console.print(_timeline(found, console.width))
 
 
-def _records(records: list[TokenRecord], store: str, request_id: str, choice: int, prompt: bool) -> list[TokenRecord]:
-    if not records:
-        raise OptionError(
-            "request_id", f"{store} has no records of request {request_id!r}: ids are exact (hashed with hash_ids=1)"
-        )
+def _no_records(opened: Store, store: str, request_id: str) -> str:
+    """Why there is nothing to show, with some of the requests that there are."""
+    ids: dict[str, None] = {}
+    for batch in opened.fingerprints(columns=("request_id",), limit=_LOOKED_AT):
+        ids.update(dict.fromkeys(batch.column("request_id").to_pylist()))
+        if len(ids) > _IDS_SHOWN:
+            break
+    if not ids:
+        return f"{store} is empty: nothing has been written to it yet"
+    some = ", ".join(map(repr, list(ids)[:_IDS_SHOWN])) + (" and others" if len(ids) > _IDS_SHOWN else "")
+    return f"{store} has no records of request {request_id!r}, but of {some}: name one exactly (hash_ids=1 hashes them)"
+
+
+def _chosen(records: list[TokenRecord], request_id: str, choice: int, prompt: bool) -> list[TokenRecord]:
     choices = sorted({record.choice for record in records})
     if choice not in choices:
         raise OptionError("choice", f"request {request_id!r} has no choice {choice}; it has {choices}")

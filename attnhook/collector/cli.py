@@ -68,7 +68,10 @@ def collect(
 ) -> None:
     """Take records from zmq: sinks, keep them, and serve health, stats, metrics and fingerprints over HTTP."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
-    stores = [cli_stores.writable(one, "store") for one in store]
+    stores = [cli_stores.kept(one, "store") for one in store]
+    for name, seconds in (("drain-seconds", drain_seconds), ("stop-seconds", stop_seconds)):
+        if not 0 <= seconds <= 86400:
+            raise OptionError(name.replace("-", "_"), f"--{name} {seconds:g} must be from 0 to 86400 seconds")
     try:
         size = config.size(queue)
     except ValueError as error:

@@ -57,7 +57,17 @@ def command(
     for name in (_REPORT, _THRESHOLDS, _FIGURES, _PICTURE):
         if (out / name).exists():
             raise OptionError("out", f"{out / name} is there already: name another folder with --out")
-    manifest, done = journals.read(journals.place(store, state))
+    if seed < 0:
+        raise OptionError("seed", f"--seed {seed} must be 0 or more")
+    open_store(store).close()  # what is no store is told as that
+    record = journals.place(store, state)
+    if state is None and not record.exists():
+        raise OptionError(
+            "store",
+            f"{store} is no output of attnhook probe, since {record} is not beside it: make one with attnhook probe "
+            "--out STORE, or name the run's record with --state",
+        )
+    manifest, done = journals.read(record)
     if manifest.get("probes") != probes.digest():
         raise OptionError(
             "store",

@@ -84,8 +84,9 @@ def discover(
         else:
             manifest = _stages(stages.Job(url, settings, checkpoint.folder, lambda *_: None), checkpoint, progress)
         checkpoint.publish()
-    except OptionError:
-        checkpoint.discard()  # the store or the settings must change, so there is nothing to go on with
+    except AttnhookError as error:
+        if isinstance(error, OptionError) or not checkpoint.done:
+            checkpoint.discard()  # the store or the settings must change, so there is nothing to go on with
         raise
     except OSError as error:
         raise AttnhookError(
