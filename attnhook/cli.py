@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from attnhook import __version__, cli_help, cli_options
 from attnhook import cli_run as run_command
+from attnhook.addresses import scrubbed
 from attnhook.analysis import session_cli as session_command
 from attnhook.analysis.calibration import cli as calibrate_command
 from attnhook.analysis.compare import cli as compare_command
@@ -38,7 +40,12 @@ def main() -> None:
     try:
         status = cli_help.dress(typer.main.get_command(app))(standalone_mode=False)
     except AttnhookError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # whoever wrote the message: no password or token of an address that was given to this command is printed
+        given = [*sys.argv[1:], *os.environ.get("ATTNHOOK_SINKS", "").split(",")]
+        print(
+            f"error: {scrubbed(str(error), *(word for word in given if ':' in word and ' ' not in word))}",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     except _UsageError as error:
         if len(sys.argv) == 1 or type(error).__name__ == "NoArgsIsHelpError":

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from attnhook import untrusted
+from attnhook.addresses import scrubbed, shown
 from attnhook.analysis import zones
 from attnhook.backends.transformers.runner import SINK, Answer, pieces, window_start
 from attnhook.errors import OptionError, ServerError
@@ -59,8 +60,9 @@ class Client:
         except ValueError:
             good = False
         if not good or not url.isascii() or not url.isprintable() or " " in url:
-            raise OptionError("url", f"url={url!r} must be an address such as http://127.0.0.1:8000/v1")
+            raise OptionError("url", f"url={shown(url)!r} must be an address such as http://127.0.0.1:8000/v1")
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.shown = shown(self.url)  #: for messages
         self._headers = {"Content-Type": "application/json"}
         for name, header, prefix, variable, key in (
             ("api_key", "Authorization", "Bearer ", "OPENAI_API_KEY", api_key),
@@ -81,7 +83,7 @@ class Client:
             if error.status != 404:
                 raise
             raise ServerError(
-                f"{self.url} has no attnhook: GET /v1/attention/capabilities gives HTTP 404; install attnhook there "
+                f"{self.shown} has no attnhook: GET /v1/attention/capabilities gives HTTP 404; install attnhook there "
                 "and start it with ATTNHOOK=1 vllm serve MODEL",
                 404,
             ) from error
@@ -92,8 +94,8 @@ class Client:
         if not names or (wanted is not None and wanted not in names):
             raise OptionError(
                 "model",
-                f"model {wanted!r} is not served by {self.url}, which serves {', '.join(names) or 'none'}: with --url, "
-                "give one of these names or leave --model out",
+                f"model {wanted!r} is not served by {self.shown}, which serves {', '.join(names) or 'none'}: with "
+                "--url, give one of these names or leave --model out",
             )
         return names[0] if wanted is None else wanted
 
@@ -151,16 +153,20 @@ class Client:
         choice, *_ = [*_entries(reply, "choices"), {}]
         entries = choice.get("attention_tokens")
         if choice.get("attention_error"):
-            raise ServerError(f"{self.url} could not capture: {choice['attention_error']}; the server's log says more")
+            raise ServerError(
+                f"{self.shown} could not capture: {choice['attention_error']}; the server's log says more"
+            )
         if entries is None:
             raise ServerError(
-                f"{self.url} answered without attention_tokens (it gave {', '.join(choice) or 'no choice'}): is there "
-                "a proxy that drops unknown fields? Ask the server itself"
+                f"{self.shown} answered without attention_tokens (it gave {', '.join(choice) or 'no choice'}): is "
+                "there a proxy that drops unknown fields? Ask the server itself"
             )
         prompt_ids = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
         new_ids = choice.get("token_ids") or choice.get("response_token_ids")  # vLLM's name, SGLang's in chats
         if not _are_ids(prompt_ids) or not _are_ids(new_ids):
-            raise ServerError(f"{self.url} answered without token ids: upgrade the server to one with return_token_ids")
+            raise ServerError(
+                f"{self.shown} answered without token ids: upgrade the server to one with return_token_ids"
+            )
         ids = [*prompt_ids, *new_ids]
         request = str(reply.get("id", ""))
         records = [
@@ -170,7 +176,7 @@ class Client:
         for record in records:
             if record.query_position + 1 >= len(ids) or record.token_positions.max(initial=0) >= len(ids):
                 raise ServerError(
-                    f"{self.url} gave a record of query position {record.query_position} for {len(ids)} tokens: use "
+                    f"{self.shown} gave a record of query position {record.query_position} for {len(ids)} tokens: use "
                     "the same attnhook on both sides"
                 )
         message = choice.get("message") or {}
@@ -200,14 +206,14 @@ class Client:
         reply = self.post("/detokenize", {"model": model, "tokens": list(ids), "skip_special_tokens": False})
         text = reply.get("prompt", reply.get("text"))  # vLLM's name, and SGLang's
         if not isinstance(text, str):
-            raise ServerError(f"{self.url}/detokenize answered without the text: upgrade the server")
+            raise ServerError(f"{self.shown}/detokenize answered without the text: upgrade the server")
         return text
 
     def count(self, model: str, text: str) -> int:
         """Tokens of a text, with those that the tokenizer adds before it."""
         count = self.post("/tokenize", {"model": model, "prompt": text}).get("count")
         if not isinstance(count, int):
-            raise ServerError(f"{self.url}/tokenize answered without a count: upgrade the server")
+            raise ServerError(f"{self.shown}/tokenize answered without a count: upgrade the server")
         return count
 
     def context(self, model: str) -> int | None:
@@ -246,12 +252,14 @@ class Client:
                     continue
                 chunk = self._object(path, untrusted.loads(data))
                 if "error" in chunk:
-                    raise ServerError(f"{self.url}{path} ends its stream: {_reason(data)}; the server's log says more")
+                    raise ServerError(
+                        f"{self.shown}{path} ends its stream: {_reason(data)}; the server's log says more"
+                    )
                 yield chunk
 
     def _object(self, path: str, answer: Any) -> dict[str, Any]:
         if not isinstance(answer, dict):
-            raise ServerError(f"{self.url}{path} answers {str(answer)[:80]!r}: is this an OpenAI-compatible server?")
+            raise ServerError(f"{self.shown}{path} answers {str(answer)[:80]!r}: is this an OpenAI-compatible server?")
         return answer
 
     @contextmanager
@@ -265,17 +273,17 @@ class Client:
         except urllib.error.HTTPError as error:
             with error:
                 raise ServerError(
-                    f"{self.url}{path} gives HTTP {error.code}: {_reason(error.read())}; {_remedy(error.code)}",
+                    f"{self.shown}{path} gives HTTP {error.code}: {_reason(error.read())}; {_remedy(error.code)}",
                     error.code,
                 ) from error
         except ValueError as error:
             raise ServerError(
-                f"{self.url}{path} does not answer in JSON: is this an OpenAI-compatible server?"
+                f"{self.shown}{path} does not answer in JSON: is this an OpenAI-compatible server?"
             ) from error
         except (OSError, HTTPException) as error:
-            cause = getattr(error, "reason", None) or error
+            cause = scrubbed(str(getattr(error, "reason", None) or error), self.url)
             raise ServerError(
-                f"{self.url} cannot be reached: {cause}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
+                f"{self.shown} cannot be reached: {cause}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
             ) from error
 
 

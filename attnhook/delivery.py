@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from attnhook import plugins, termination
+from attnhook.addresses import scrubbed, shown
 from attnhook.errors import DroppedError, OptionError, PluginError
 from attnhook.records import TokenRecord, without_tokens
 from attnhook.sinks import Sink
@@ -103,7 +104,9 @@ class Delivery:
         with ExitStack() as opened:
             for url in urls:
                 if url in sinks:
-                    raise PluginError(f"sink {url!r} is named twice: every record would be there twice; name it once")
+                    raise PluginError(
+                        f"sink {shown(url)!r} is named twice: every record would be there twice; name it once"
+                    )
                 sinks[url] = plugins.open_sink(url, listen_later=True) if listen_later else plugins.open_sink(url)
                 opened.callback(sinks[url].close)
             delivery = cls(sinks, queue_size=queue_size, observers=observers)
@@ -168,7 +171,7 @@ class Delivery:
         _open.discard(self)
         if not _open:
             termination.unwatch()
-        dropped = {writer.name: dict(writer.dropped) for writer in self._writers if writer.dropped}
+        dropped = {writer.shown: dict(writer.dropped) for writer in self._writers if writer.dropped}
         if dropped and not self._reported:
             self._reported = True
             logger.warning("attention records were dropped, by sink and reason: %s", dropped)
@@ -225,6 +228,7 @@ class _Writer:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.shown = shown(name)  # for logs: a sink's name is its URL
         self._inherited = False
         self._logged: set[tuple[str, str]] = set()
         self._reset()
@@ -254,7 +258,7 @@ class _Writer:
     def wake(self) -> None:
         if self._thread is None:
             # bound before it starts: a signal handler may come by here meanwhile
-            self._thread = threading.Thread(target=self._run, name=f"attnhook {self.name}", daemon=True)
+            self._thread = threading.Thread(target=self._run, name=f"attnhook {self.shown}", daemon=True)
             try:
                 self._thread.start()
                 _close_at_multiprocessing_exit()
@@ -338,7 +342,7 @@ class _Writer:
             self.dropped["close_timeout"] += lost
         logger.error(
             "gave up on %s: a write of %d records does not end, %d more wait behind it",
-            self.name,
+            self.shown,
             len(self.batch),
             lost,
         )
@@ -437,11 +441,8 @@ class _Writer:
         if key not in self._logged:
             self._logged.add(key)
             try:
-                logger.warning(
-                    message + (": %s: %s" if error is not None else ""),
-                    self.name,
-                    *(() if error is None else (key[1], error)),
-                )
+                text = "" if error is None else f": {key[1]}: {scrubbed(str(error), self.name)}"
+                logger.warning(message + "%s", self.shown, text)
             except Exception:  # a filter of the process's own: no record is to be lost for it
                 traceback.print_exc()
 

@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from attnhook.addresses import scrubbed, shown
 from attnhook.analysis.zones import COLOURS
 from attnhook.errors import OptionError, ServerError
 
@@ -42,10 +43,11 @@ class Source:
         except ValueError:
             good = False
         if not good or not url.isascii() or not url.isprintable() or " " in url:
-            raise OptionError("url", f"--url {url!r} must be an address such as http://127.0.0.1:9002")
+            raise OptionError("url", f"--url {shown(url)!r} must be an address such as http://127.0.0.1:9002")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise OptionError("token", "the token must be printable ASCII, as HTTP headers are")
         self.url = url.rstrip("/")
+        self.shown = shown(self.url)  #: for messages
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._opener = urllib.request.build_opener(_NoRedirects)
 
@@ -55,7 +57,7 @@ class Source:
             found = json.loads(self._get("/stats"))
             screen(found)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ServerError(f"{self.url}/stats is not that of a collector: {error!r}; look at --url") from error
+            raise ServerError(f"{self.shown}/stats is not that of a collector: {error!r}; look at --url") from error
         return found  # type: ignore[no-any-return]
 
     def metrics(self) -> str:
@@ -63,7 +65,7 @@ class Source:
         try:
             return self._get("/metrics").decode()
         except UnicodeDecodeError as error:
-            raise ServerError(f"{self.url}/metrics is not that of a collector: {error}; look at --url") from error
+            raise ServerError(f"{self.shown}/metrics is not that of a collector: {error}; look at --url") from error
 
     def _get(self, path: str) -> bytes:
         request = urllib.request.Request(self.url + path, headers=self._headers)
@@ -73,15 +75,15 @@ class Source:
         except urllib.error.HTTPError as error:
             with error:
                 raise ServerError(
-                    f"{self.url}{path} answers HTTP {error.code}: {_remedy(error)}", error.code
+                    f"{self.shown}{path} answers HTTP {error.code}: {_remedy(error)}", error.code
                 ) from error
         except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = scrubbed(str(getattr(error, "reason", error)), self.url)
             raise ServerError(
-                f"{self.url} cannot be reached: {reason}; is `attnhook collect` running there?"
+                f"{self.shown} cannot be reached: {reason}; is `attnhook collect` running there?"
             ) from error
         if len(data) > _REPLY_BYTES:
-            raise ServerError(f"{self.url}{path} answers with more than {_REPLY_BYTES} bytes: look at --url")
+            raise ServerError(f"{self.shown}{path} answers with more than {_REPLY_BYTES} bytes: look at --url")
         return data
 
 

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from attnhook import switch
+from attnhook.addresses import shown as shown_url
 from attnhook.errors import OptionError
 from attnhook.records import MODES, Mode
 
@@ -319,7 +320,11 @@ def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "
 def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
     urls = (value,) if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):
-        raise OptionError(name, f"{name}={shown(value)} must be sink URLs such as jsonl:records.jsonl")
+        seen = (
+            [shown_url(url) if isinstance(url, str) else url for url in urls] if isinstance(urls, Sequence) else value
+        )
+        seen = seen[0] if isinstance(value, str) else seen
+        raise OptionError(name, f"{name}={shown(seen)} must be sink URLs such as jsonl:records.jsonl")
     return tuple(urls)
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 import pluggy
 
 from attnhook import hookspecs
+from attnhook.addresses import hiding
 from attnhook.backends import Backend
 from attnhook.errors import OptionError, PluginError
 from attnhook.sinks import Sink
@@ -142,6 +143,11 @@ def open_sink(url: str, *, listen_later: bool = False) -> Sink:
     to them, and to it that no sink gets token ids unasked. Raises PluginError where the scheme is unknown (listing the
     known ones), the sink cannot open, or it has no use for token ids and is asked for them.
     """
+    with hiding(url):
+        return _open_sink(url, listen_later)
+
+
+def _open_sink(url: str, listen_later: bool) -> Sink:
     from attnhook.sinks import privacy
     from attnhook.sinks.listening import ListeningSink
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from attnhook import fingerprint as fp
+from attnhook.addresses import shown
 from attnhook.analysis.zones import ZONE_NAMES
 from attnhook.client import Client
 from attnhook.errors import AttnhookError, RecordError, ServerError
@@ -112,13 +113,13 @@ def run(url: str, *, model: str | None = None, api_key: str | None = None, atten
     client = Client(url, api_key=api_key, attention_key=attention_key)
     report = Report()
     report.sections["versions"] = own_versions()
-    report.sections["server"] = {"url": url}
+    report.sections["server"] = {"url": shown(url)}
     try:
         _check(client, model, report)
     except AttnhookError as error:
         report.problems.append(str(error))
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # an answer that nobody could foresee
-        report.problems.append(f"{client.url} answered what cannot be read: {type(error).__name__}: {error}")
+        report.problems.append(f"{client.shown} answered what cannot be read: {type(error).__name__}: {error}")
     return report
 
 
@@ -139,7 +140,7 @@ def _check(client: Client, model: str | None, report: Report) -> None:
     }
     if told.get("schema_version") != SCHEMA_VERSION:
         raise ServerError(
-            f"{client.url} speaks schema_version {told.get('schema_version')!r}, this attnhook {SCHEMA_VERSION}: use "
+            f"{client.shown} speaks schema_version {told.get('schema_version')!r}, this attnhook {SCHEMA_VERSION}: use "
             "the same attnhook on both sides"
         )
     if dtype == "float32" and told.get("device") == "cuda":

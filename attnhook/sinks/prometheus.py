@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnhook.addresses import host_port, listen_remedy
+from attnhook.addresses import host_port, listen_remedy, shown
 from attnhook.errors import PluginError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks.columns import mean_fingerprints
@@ -117,5 +117,5 @@ class PrometheusSink(ListeningSink):
 
 
 def _scheme(url: str) -> str:
-    """A sink's name without its options, which may hold a token."""
-    return url.partition("?")[0]
+    """A sink's name without its options and its user info."""
+    return shown(url).partition("?")[0]

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from attnhook.addresses import hiding, shown
 from attnhook.errors import OptionError, PluginError, RecordError, needs
 from attnhook.records import TokenRecord
 from attnhook.sinks.columns import LIGHT, NAMES, to_records
@@ -162,11 +163,18 @@ def open_store(url: str) -> Store:
 
     Raises PluginError where it is none of these, does not exist, is damaged or of a newer schema.
     """
+    with hiding(url):
+        return _open_store(url)
+
+
+def _open_store(url: str) -> Store:
     from attnhook.sinks import config
 
     scheme, colon, rest = url.partition(":")
     if scheme not in SCHEMES or not colon:
-        raise PluginError(f"{url!r} is no store that can be read; known: {', '.join(f'{name}:' for name in SCHEMES)}")
+        raise PluginError(
+            f"{shown(url)!r} is no store that can be read; known: {', '.join(f'{name}:' for name in SCHEMES)}"
+        )
     path, _ = config.split(rest)
     with needs(f"reading {scheme}:", "sinks"):
         import pyarrow  # noqa: F401
