@@ -44,24 +44,27 @@ class RowLedger:
         """Whether nothing was noted."""
         return not self._prompt and not self._generated
 
-    def check(self, tokens: Mapping[_Sequence, int]) -> tuple[list[str], int]:
+    def check(
+        self, tokens: Mapping[_Sequence, int], first: Mapping[_Sequence, int] | None = None
+    ) -> tuple[list[str], int]:
         """What does not match ``tokens``, the generated tokens of each sequence, and how many rows are concerned.
 
-        An empty list means that every token has its row, once, in order, and that positions have no gap from the
-        first row to the last.
+        ``first`` is the position of each sequence's row of step 0, where it is known. An empty list means that every
+        token has its row, once, in order, and that positions have no gap from the first row to the last.
         """
         told: list[str] = []
         concerned = 0
         for sequence in sorted({*tokens, *self._generated, *self._prompt}):
             count = tokens.get(sequence)
             steps = self._generated.get(sequence, [])
-            why = self._strange(count, steps) or self._strange_prompt(self._prompt.get(sequence, []), steps)
+            begins = None if first is None else first.get(sequence)
+            why = self._strange(count, steps, begins) or self._strange_prompt(self._prompt.get(sequence, []), steps)
             if why:
                 told.append(f"sequence {sequence[0]}, choice {sequence[1]}: {why}")
                 concerned += max(1, abs((count or 0) - len(steps)))
         return told, concerned
 
-    def _strange(self, count: int | None, rows: list[tuple[int, int]]) -> str | None:
+    def _strange(self, count: int | None, rows: list[tuple[int, int]], begins: int | None) -> str | None:
         if count is None:
             return f"{len(rows)} rows of a sequence that was not returned"
         steps = [step for step, _ in rows]
@@ -73,6 +76,8 @@ class RowLedger:
         offsets = {position - step for step, position in rows}
         if len(offsets) > 1:
             return f"positions {short([position for _, position in rows])} of {count} consecutive tokens"
+        if begins is not None and offsets and offsets != {begins}:
+            return f"the first generated row would be at position {min(offsets)}, and the prompt ends at {begins}"
         return None
 
     def _strange_prompt(self, positions: list[int], generated: list[tuple[int, int]]) -> str | None:

@@ -76,10 +76,14 @@ class Run:
             return
         total = sequences.shape[1] - self.given
         tokens = {self.identity(b): self.produced.get(b, total) for b in range(len(sequences))}
+        ends = (self.prompt_length or 0) - self.virtual - 1
+        starts = self.starts or [0] * len(sequences)
+        known = self.prompt_length is not None and len(starts) == len(sequences)
+        first = {self.identity(b): ends - start for b, start in enumerate(starts)} if known else None
         for session, ledger in self.ledgers.items():
             if not session.active or ledger.refused or not concerns(session, model, ledger):
                 continue
-            told, rows = ledger.check(tokens)
+            told, rows = ledger.check(tokens, first)
             if told:
                 error = UnsupportedError(
                     f"{type(model).__name__}.generate(): the captured rows are not those of the tokens that it returned"
