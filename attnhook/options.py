@@ -320,11 +320,11 @@ def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "
 def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
     urls = (value,) if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):
-        seen = (
-            [shown_url(url) if isinstance(url, str) else url for url in urls] if isinstance(urls, Sequence) else value
-        )
-        seen = seen[0] if isinstance(value, str) else seen
-        raise OptionError(name, f"{name}={shown(seen)} must be sink URLs such as jsonl:records.jsonl")
+        if isinstance(value, str):
+            value = shown_url(value)
+        elif isinstance(value, (list, tuple)):
+            value = [shown_url(url) if isinstance(url, str) else url for url in value]
+        raise OptionError(name, f"{name}={shown(value)} must be sink URLs such as jsonl:records.jsonl")
     return tuple(urls)
 
 
