@@ -111,6 +111,8 @@ def test_models_of_images_and_text_with_padding(make: Callable[[], Any], cache: 
     ids, mask = batch()
     inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     if make is gemma3:
+        if cache == "static" and tf.__version__.startswith("5.16."):
+            pytest.skip("5.16's own Gemma 3 fails with token types and a static cache")
         inputs["token_type_ids"] = torch.zeros_like(ids)
     with attnhook.capture(model=model, layers="all", top_k=3, spans=SPANS) as records:
         model.generate(**inputs, cache_implementation=cache)
