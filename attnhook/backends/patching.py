@@ -116,11 +116,14 @@ class EngineInstallation:
         """`patch` at the module's import, out of which a fault is raised unless ``ATTNHOOK=1`` alone asked for us."""
         try:
             self.patch(module)
-        except AttnhookError as error:
+        except Exception as error:
             if not self._by_switch:
                 raise
             self.uninstall()
-            self.refused = error
+            known = error if isinstance(error, AttnhookError) else None
+            self.refused = known or UnsupportedError(
+                f"{self.engine} {self.version} could not be hooked: {type(error).__name__}: {error}"
+            )
             switch.refuse(error)
 
     def need(self, owner: Any, name: str) -> Any:

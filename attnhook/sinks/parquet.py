@@ -208,7 +208,7 @@ class ParquetSink(Sink):
         for journal in Journal.abandoned(self._folder):
             try:
                 self._finish(journal)
-            except (OSError, ValueError) as error:  # a damaged one must not keep new records out
+            except Exception as error:  # whatever it holds, a damaged one must not keep new records out
                 journal.let_go()
                 logger.warning("parquet:%s: the journal %s was left as it is: %s", self._url, journal.path, error)
 

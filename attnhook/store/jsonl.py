@@ -123,6 +123,7 @@ def _is_fingerprint(value: object) -> bool:
         isinstance(value, list)
         and len(value) == fp.SIZE
         and all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value)
+        and all(abs(number) < 1e9 for number in value)  # neither NaN nor infinite, nor a number of a thousand digits
     )
 
 

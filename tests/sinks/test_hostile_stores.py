@@ -22,7 +22,7 @@ from attnhook import fingerprint as fp
 from attnhook import untrusted
 from attnhook.errors import AttnhookError
 from attnhook.plugins import open_sink
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.sinks.columns import arrow_schema, fingerprints_of
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import discoveries, open_store
 from tests.helpers import ROOT
@@ -123,6 +123,8 @@ def test_deep_json_is_no_torn_line(tmp_path):
         ("think_phase", [], "think_phase is"),
         ("fingerprint", [0.0] * 19, "it must be 20 numbers"),
         ("fingerprint", ["a"] * 20, "it must be 20 numbers"),
+        ("fingerprint", [float("nan")] * 20, "it must be 20 numbers"),
+        ("fingerprint", [10**400] * 20, "it must be 20 numbers"),
         ("fingerprint", {"a": 1}, "it must be 20 numbers"),
         ("fingerprint", None, "fingerprint is 'None'; it must be 20 numbers"),
         ("manifold", 3, "manifold is '3'; it must be the name of a zone"),
@@ -355,6 +357,22 @@ def test_a_marker_and_a_name_that_are_not_ours(tmp_path):
     for marker in ("[" * 2000, "[1]", "{"):
         (folder / "_attnhook.json").write_text(marker)
         assert f"parquet:{folder} cannot be used" in refused(lambda: read_all(f"parquet:{folder}"))
+
+
+def test_a_journal_of_other_columns_keeps_no_new_records_out(tmp_path, caplog):
+    folder = tmp_path / "records"
+    filled(f"parquet:{folder}", 2)
+    schema = arrow_schema()
+    changed = schema.set(0, pa.field("request_id", pa.int64()))
+    for number, kind in enumerate((changed, schema.remove(3), pa.schema([], metadata=schema.metadata))):
+        path = str(folder / "_journal" / f"{number}.arrows")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, kind) as stream:
+            if len(kind):
+                stream.write_batch(pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in kind], schema=kind))
+    filled(f"parquet:{folder}", 3)
+    assert caplog.text.count("was left as it is") == 2  # the third has no rows, and goes
+    with open_store(f"parquet:{folder}") as store:
+        assert store.count() == 5
 
 
 # -- arrays and JSON of analysis
