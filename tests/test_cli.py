@@ -70,7 +70,7 @@ def command(*arguments: str, stdin: str = "", **environ: str) -> Ran:
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment(COLUMNS="120", **{"OMP_NUM_THREADS": str(torch.get_num_threads()), **environ}),
+        env=environment(**{"COLUMNS": "120", "OMP_NUM_THREADS": str(torch.get_num_threads()), **environ}),
     )
     return Ran(run.returncode, run.stdout, run.stderr)
 
