@@ -131,6 +131,8 @@ collector_commands.register(app)
 @app.command("model-path")
 def model_path() -> None:
     """Print the folder of the default model; the first time, convert it (about 20 seconds)."""
-    from attnhook.backends.transformers.default_model import default_model_path
+    from attnhook.backends.transformers import default_model
 
-    print(default_model_path())
+    with progress("converting the default model, which is done once", measured=False):
+        path = default_model.default_model_path()
+    print(path)

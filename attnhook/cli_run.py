@@ -90,7 +90,7 @@ def run(
 
     answer: Any
     if url is None:
-        with progress("loading the model", measured=False):
+        with progress(model_files.work(model), measured=False):
             model_files.limits(model).check(wanted.layers, wanted.heads, max_new_tokens)
             ids: list[int] = []
             loaded = runner.load(

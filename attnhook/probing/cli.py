@@ -92,7 +92,7 @@ def probe(
         from attnhook.backends.transformers import model_files, runner
 
         runner.check_dtype(dtype)
-        with progress("loading the model", measured=False):
+        with progress(model_files.work(model), measured=False):
             model_files.limits(model).check(wanted.layers, wanted.heads, new_tokens)
             target = LocalTarget(model, dtype, device)
     else:

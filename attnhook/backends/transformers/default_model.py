@@ -81,10 +81,12 @@ def _find_gguf() -> tuple[Path, str]:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Dequantise a GGUF file into a Transformers folder; Transformers draws the progress bar."""
+    """Dequantise a GGUF file into a Transformers folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the command line tells how far it is
     folder, name = str(gguf.parent), gguf.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)

@@ -57,6 +57,13 @@ def find(model: str | Path) -> Place:
     return Place(place, place)
 
 
+def work(model: str | None) -> str:
+    """What loading the model is, for a person who waits: the default model is converted the first time."""
+    if model is None and default_model.source().suffix == ".gguf":
+        return "converting the default model, which is done once, and loading it"
+    return "loading the model"
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a model's config says of its size; None where it says nothing."""
