@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -42,6 +44,49 @@ class Patches:
     def names(self) -> list[str]:
         """``Owner.attribute`` of each patch in place."""
         return [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name, _, _ in self._saved]
+
+
+class ObjectPatches:
+    """What is put on an engine's live objects (layers, backends, runners), as long as they live."""
+
+    def __init__(self) -> None:
+        self._wrapped: list[tuple[weakref.ref[Any], str, weakref.ref[Any], Any]] = []
+        self._own: list[tuple[weakref.ref[Any], str]] = []
+
+    def wrap(self, owner: Any, name: str, wrapper: Any) -> None:
+        """Replace ``owner.name``, of this object alone, by a function."""
+        old = owner.__dict__.get(name, _ABSENT)
+        self._wrapped = [entry for entry in self._wrapped if entry[0]() is not None]
+        self._wrapped.append((weakref.ref(owner), name, weakref.ref(wrapper), old))
+        setattr(owner, name, wrapper)
+
+    def note(self, owner: Any, name: str, value: Any) -> Any:
+        """Set an attribute whose name is ours alone; the value."""
+        self._own = [entry for entry in self._own if entry[0]() is not None]
+        self._own.append((weakref.ref(owner), name))
+        setattr(owner, name, value)
+        return value
+
+    def undo(self) -> None:
+        """Restore every object that lives, unless somebody else has wrapped ours since: then it stays, inert."""
+        while self._wrapped:
+            reference, name, wrapper, old = self._wrapped.pop()
+            owner = reference()
+            if owner is None or owner.__dict__.get(name) is not wrapper():
+                continue
+            if old is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+        while self._own:
+            reference, name = self._own.pop()
+            owner = reference()
+            if owner is not None and name in owner.__dict__:
+                delattr(owner, name)
+
+
+#: By engine.
+objects: defaultdict[str, ObjectPatches] = defaultdict(ObjectPatches)
 
 
 class EngineInstallation:
@@ -104,6 +149,8 @@ class EngineInstallation:
             _live.discard(self)
             self.patches.undo()
             self._patched.clear()
+            if not any(other.engine == self.engine for other in _live):
+                objects[self.engine].undo()
 
     def patch(self, module: ModuleType) -> None:
         """Patch one module of the engine, once."""

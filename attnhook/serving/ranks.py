@@ -122,7 +122,7 @@ class Ranks:
             except RuntimeError as error:  # torch.distributed's, of a wait that ended without the others
                 reason = str(error).splitlines()[0][:200]
                 self.lost = (
-                    f"the workers of this model lost each other while capturing ({reason}) and capture no more: restart "
+                    f"the workers of this model lost each other in capturing ({reason}) and capture no more: restart "
                     "the server, whose log says why"
                 )
                 logger.error("attnhook: %s", self.lost)

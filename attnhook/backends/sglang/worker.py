@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnhook.backends.patching import objects
 from attnhook.backends.sglang import older, pool, refusals
 from attnhook.backends.sglang.layers import Attention, attention_layers, computing, live_backends
 from attnhook.errors import UnsupportedError
@@ -260,8 +261,8 @@ def attending(original: Original) -> Original:
             _worker = _Worker(self)
             for backend in live_backends(self):
                 if "_attnhook" not in backend.__dict__:
-                    backend._attnhook = True
-                    backend.forward = _observed(backend.forward, backend)
+                    objects["sglang"].note(backend, "_attnhook", True)
+                    objects["sglang"].wrap(backend, "forward", _observed(backend.forward, backend))
             warm_up()
         return result
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from attnhook.backends.patching import objects
 from attnhook.records import with_phase
 from attnhook.serving.reasoning import Markers, PhaseFollower
 
@@ -63,7 +64,7 @@ def _markers_of(scheduler: Any) -> Markers | None:
         except Exception as error:  # parsers raise anything for a tokenizer that they do not know
             logger.warning("the reasoning parser tells no markers (%s): think_phase is always output", error)
             known = None
-        scheduler._attnhook_markers = known
+        objects["vllm"].note(scheduler, "_attnhook_markers", known)
     return known  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 from attnhook import lifecycle
+from attnhook.backends.patching import objects
 from attnhook.backends.vllm import tokens
 from attnhook.backends.vllm.stops import Stops
 from attnhook.records import TokenRecord
@@ -58,14 +59,17 @@ def _known(scheduler: Any, output: Any) -> dict[str, Any]:
 
 
 def _stops(scheduler: Any) -> Stops:
-    return scheduler.__dict__.setdefault("_attnhook_stops", Stops())  # type: ignore[no-any-return]
+    known: Stops | None = scheduler.__dict__.get("_attnhook_stops")
+    return objects["vllm"].note(scheduler, "_attnhook_stops", Stops()) if known is None else known
 
 
 def _forward(
     scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any], requests: dict[str, Any]
 ) -> None:
     # a prompt that is computed in chunks has records before it has an output
-    waiting: dict[str, Share] = scheduler.__dict__.setdefault("_attnhook_waiting", {})
+    waiting: dict[str, Share] | None = scheduler.__dict__.get("_attnhook_waiting")
+    if waiting is None:
+        waiting = objects["vllm"].note(scheduler, "_attnhook_waiting", {})
     now: dict[str, list[bytes]] = {}
     for name, packed in shares.items():
         share = Share.unpack(packed)

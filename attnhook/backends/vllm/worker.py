@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnhook import __version__
+from attnhook.backends.patching import objects
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
 from attnhook.errors import UnsupportedError
@@ -59,7 +60,7 @@ class _Worker:
         self.sees: frozenset[int] = frozenset()  # layers that are wanted of the pass that runs
         self.shares: dict[str, dict[str, Any]] | None = None
         if "_attnhook_kept" not in runner.__dict__:  # the CPU's runner loads its model in a way of its own
-            runner._attnhook_kept = _kept_queries(runner)
+            objects["vllm"].note(runner, "_attnhook_kept", _kept_queries(runner))
         self.kept: KeptQueries | None = runner._attnhook_kept
         if self.kept is not None:
             self.served.if_missing = (
@@ -159,25 +160,35 @@ def initialising_cache(original: Original) -> Original:
         result = original(self, kv_cache_config, *args, **kwargs)
         # V2 runners before 0.29 take no such argument
         is_profiling = kwargs.get("is_profiling", args[0] if args else False)
-        if self.vllm_config.model_config.runner_type == "pooling":
-            logger.warning("attnhook captures nothing here: a pooling model generates no tokens")
+        why_not = _nothing_to_capture(self.vllm_config.model_config)
+        if why_not is not None:
+            logger.warning("attnhook captures nothing here: %s", why_not)
         elif not is_profiling:
             from attnhook.backends.vllm import check_modules
 
             check_modules()
-            worker = self._attnhook = _Worker(self)
+            worker = objects["vllm"].note(self, "_attnhook", _Worker(self))
             for number, (name, layer) in worker.layers.items():
                 if "_attnhook" not in layer.__dict__:
-                    layer._attnhook = True
+                    objects["vllm"].note(layer, "_attnhook", True)
                     hook = _Observer(number, name, layer, worker.kept)
                     if cache.is_mla(layer):
-                        layer.forward_impl = hook.latent(layer.forward_impl)
+                        objects["vllm"].wrap(layer, "forward_impl", hook.latent(layer.forward_impl))
                     else:
-                        layer.impl.forward = hook.plain(layer.impl.forward)
+                        objects["vllm"].wrap(layer.impl, "forward", hook.plain(layer.impl.forward))
             warm_up()
         return result
 
     return initialize_kv_cache
+
+
+def _nothing_to_capture(model: Any) -> str | None:
+    """Why a ModelConfig's model has nothing that could be asked for; None where it has."""
+    if model.runner_type == "pooling":
+        return "a pooling model generates no tokens"
+    if model.is_attention_free:
+        return "the model has no attention layer"
+    return None
 
 
 def _ranks(config: Any) -> Ranks:
@@ -208,8 +219,8 @@ def loading(original: Original) -> Original:
     @wraps(original)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if self.vllm_config.model_config.runner_type != "pooling":
-            self._attnhook_kept = _kept_queries(self)
+        if _nothing_to_capture(self.vllm_config.model_config) is None:
+            objects["vllm"].note(self, "_attnhook_kept", _kept_queries(self))
         return result
 
     return load_model

@@ -48,6 +48,7 @@ def offline(
     requests: Sequence[dict[str, Any]],
     *,
     together: bool = True,
+    uninstall: bool = False,
     environ: Any = None,
     **engine: Any,
 ) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def offline(
         },
         "requests": [{"sampling": {}, "fields": {}, **request} for request in requests],
         "together": together,
+        "uninstall": uninstall,
     }
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}

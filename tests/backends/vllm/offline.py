@@ -2,7 +2,7 @@
 
 JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``, and the folder of
 a LoRA ``adapter``), ``together`` (one generate call for all, or one each), or, in place of these two, ``batches`` of
-requests, a generate call each. OUT gets JSON: token ids, and
+requests, a generate call each; with ``uninstall``, what is left of attnhook afterwards. OUT gets JSON: token ids, and
 records in hexadecimal.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
+
+    from attnhook import OptionError
 
     llm = LLM(**job["engine"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -37,14 +39,57 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             for request in batch
         ]
         adapters = [adapter(request) for request in batch]
-        for result in llm.generate(prompts, params, use_tqdm=False, lora_request=adapters):
+        try:
+            results = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        except OptionError as error:
+            replies.append({"refused": str(error)})
+            continue
+        for result in results:
             replies.append(
                 {
                     "cached": result.num_cached_tokens,
                     "choices": [choice(output) for output in result.outputs],
                 }
             )
-    return {"replies": replies, "preempted": preempted}
+    result: dict[str, Any] = {"replies": replies, "preempted": preempted}
+    if job.get("uninstall"):
+        result["left"] = left_after_uninstall()
+        output = llm.generate(prompts[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)[0].outputs[0]
+        result["afterwards"] = {"ids": list(output.token_ids), "asked": hasattr(output, "attention_tokens")}
+    return result
+
+
+def left_after_uninstall() -> list[str]:
+    """Places in vLLM's modules, classes and live objects where something of attnhook's is after its uninstall()."""
+    import gc
+
+    import attnhook
+
+    attnhook.uninstall()
+    gc.collect()
+
+    def ours(value: Any) -> bool:
+        value = getattr(value, "__func__", value)
+        code = getattr(value, "__code__", None)
+        return code is not None and f"{Path(attnhook.__file__).parent}/" in code.co_filename
+
+    found = []
+    for thing in gc.get_objects():
+        if str(getattr(type(thing), "__module__", "")).startswith("attnhook"):
+            continue
+        owner = getattr(thing, "__module__", None) if isinstance(thing, type) else type(thing).__module__
+        if not str(owner).startswith("vllm") and not isinstance(thing, type(gc)):
+            continue
+        try:
+            values = dict(vars(thing))
+        except TypeError:
+            continue
+        if str(values.get("__name__", "")).startswith("attnhook"):
+            continue
+        found += [
+            f"{thing!r:.80}.{name}" for name, value in values.items() if name.startswith("_attnhook") or ours(value)
+        ]
+    return found
 
 
 def adapter(request: dict[str, Any]) -> Any:

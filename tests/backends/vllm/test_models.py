@@ -101,3 +101,21 @@ def test_a_hybrid_model(tmp_path: Path) -> None:
     bad = {**ask(ids[:9], attention_layers=[0]), "sampling": quiet}
     with pytest.raises(AssertionError, match="layer 0 does not exist: the model's attention layers are 1, 3"):
         offline(tmp_path, str(tmp_path / "model"), [bad], skip_tokenizer_init=True, max_model_len=256)
+
+
+def test_a_model_without_attention(tmp_path: Path) -> None:
+    """It starts with attnhook on, generates, and who asks is told that there is nothing to capture."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=256, hidden_size=128, state_size=16, num_hidden_layers=2, num_heads=4, head_dim=64, n_groups=1,
+        chunk_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Mamba2ForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    ids = list(range(5, 30))
+    plain = {"ids": ids, "sampling": {"max_tokens": 4, "ignore_eos": True}, "fields": {}}
+    replies = offline(tmp_path, str(tmp_path / "mamba"), [ask(ids), plain], together=False, skip_tokenizer_init=True)
+    refused, answered = replies["replies"]
+    assert "has no attention layer, so there is nothing to capture" in refused["refused"]
+    assert len(answered["choices"][0]["ids"]) == 4

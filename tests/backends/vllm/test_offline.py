@@ -146,7 +146,8 @@ def test_strides_limits_modes_heads_and_spans(
         {**base, "attention_heads": [1, 5], "attention_spans": {"head": [0, 5]}, "attention_mask_prefix": 3},
     ]
     requests = [{**ask(prompts[0], new=7), "fields": fields} for fields in asked]
-    replies = offline(tmp_path, smol_path, requests)["replies"]
+    result = offline(tmp_path, smol_path, requests, uninstall=True)
+    replies = result["replies"]
     found = [records(reply["choices"][0]["generated"]) for reply in replies]
     assert [r.decode_step for r in found[0]] == [0, 3, 6]
     assert [r.decode_step for r in found[1]] == [0, 1] and found[1][0].layers == (0, 29)
@@ -155,6 +156,9 @@ def test_strides_limits_modes_heads_and_spans(
     assert first.span_names == ("head",) and 0 < first.spans["head"] < 1
     assert first.token_positions.min() >= 3
     assert all(reply["choices"][0]["ids"] == replies[0]["choices"][0]["ids"] for reply in replies)
+    # and nothing of ours is left in the engine after uninstall(), which generates on
+    assert result["left"] == []
+    assert result["afterwards"] == {"ids": replies[0]["choices"][0]["ids"][:4], "asked": False}
 
 
 def test_kept_queries(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
