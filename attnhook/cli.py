@@ -23,6 +23,7 @@ from attnhook.collector import cli as collector_commands
 from attnhook.errors import AttnhookError
 from attnhook.probing import cli as probe_command
 
+_INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 _UsageError: Any = typer.BadParameter.__base__  # Click's, or Typer's own copy of it
 
 app = typer.Typer(
@@ -55,7 +56,9 @@ def main() -> None:
         raise SystemExit(2) from error
     except typer.Abort as error:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(_INTERRUPTED) from error
+    if status == _INTERRUPTED:  # Typer's newer way of telling it
+        print("interrupted", file=sys.stderr)
     raise SystemExit(status)
 
 

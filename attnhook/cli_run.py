@@ -83,6 +83,8 @@ def run(
     text = _prompt(words, prompt, file)
     if not text.strip():
         raise OptionError("prompt", f"the prompt is empty: give some text{_other_way(words, prompt, file)}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise OptionError("prompt", f"the prompt {text[:20]!r} is not UTF-8: encode it so, or give a file of it")
     sink = None if out is None else _Output(out)
     _check_file(html, "--html")
     if sink is not None and html is not None and sink.path is not None and sink.path.resolve() == html.resolve():

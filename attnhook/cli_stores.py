@@ -60,6 +60,8 @@ def writable(text: str, name: str = "out") -> str:
             f"{text}: no store is written compressed from the start: name {path.with_suffix('').name}, or "
             "jsonl:records.jsonl?rotate=64MB&zstd=1, which compresses what it rotates",
         )
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OptionError(name, f"cannot write {text}: it is a device or a pipe: name {_SAY}")
     if path.is_dir() and any(path.iterdir()) and not (path / _DATA_SET).exists():
         raise OptionError(name, f"cannot write {text}: it is a folder that holds other things: name {_SAY}")
     if path.is_dir() or text.endswith("/"):

@@ -7,9 +7,11 @@ import io
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -295,6 +297,7 @@ EARLY: dict[str, tuple[list[str], list[str]]] = {
     "prompt and file": (["--prompt", "a", "--file", "-"], ["--prompt and --file", "choose one"]),
     "file missing": (["--file", "nosuch.txt"], ["--file nosuch.txt", "No such file"]),
     "file is a folder": (["--file", "."], ["--file .", "directory"]),
+    "prompt is not text": (["\udcff\udcfe"], ["the prompt '\\udcff\\udcfe' is not UTF-8"]),
     "file is not text": (["--file", "binary"], ["--file binary", "UTF-8"]),
     "out in no folder": (["--out", "no/r.jsonl"], ["no/r.jsonl", "does not exist"]),
     "out is a folder": (["--out", "."], ["cannot write .", "folder"]),
@@ -533,6 +536,27 @@ def test_real_processes_end_with_one_line_and_status_2(model, arguments, named, 
     ran = command("run", *chosen, *arguments, "--out", str(tmp_path / "r.jsonl"))
     refused(ran, named, folder=tmp_path)
     assert "Traceback" not in ran.err
+
+
+def test_ctrl_c_ends_with_one_word_and_status_130(tmp_path):
+    pipe = tmp_path / "prompt"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [str(COMMAND), "run", "--file", str(pipe)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    try:
+        writer = None
+        while writer is None and process.poll() is None:
+            with contextlib.suppress(OSError):  # until it reads its prompt
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    os.close(writer)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
 def test_output_that_cannot_be_written_after_all_is_one_line(run_tiny, tmp_path, monkeypatch):

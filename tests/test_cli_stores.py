@@ -131,6 +131,7 @@ def test_run_adds_to_a_store_and_writes_a_plain_file_of_lines_anew(attnhook_cli,
         ("no/x.db", "the folder no does not exist"),
         ("sqlite:no/x.db", "the folder no does not exist"),
         ("", "the name of the store is empty"),
+        ("/dev/null", "it is a device or a pipe"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(attnhook_cli, here, out, said):  # noqa: F811
@@ -274,3 +275,9 @@ def test_collect_refuses_in_one_line(attnhook_cli, here, arguments, said):  # no
     ran = attnhook_cli("collect", *arguments)
     assert (ran.code, ran.out) == (2, "") and said in ran.err and ran.err.count("\n") == 1
     assert [path.name for path in here.iterdir() if path.name != "other.db"] == []
+
+
+@pytest.mark.parametrize("out", ["other.db", "other.db/deep/folder"])
+def test_calibrate_looks_at_its_folder_first(attnhook_cli, here, out):  # noqa: F811
+    ran = attnhook_cli("calibrate", "other.db", "--out", out)
+    assert ran.code == 2 and f"--out {out} cannot be made, since" in ran.err

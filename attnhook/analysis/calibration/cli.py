@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,9 @@ def command(
     require("attnhook calibrate", "analysis", "pyarrow", "sklearn", "matplotlib")
     store = cli_stores.readable(store)
     table = None if thresholds is None else Thresholds.load(thresholds)
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OptionError("out", f"--out {out} cannot be made, since {place} is no folder that you may write to")
     for name in (_REPORT, _THRESHOLDS, _FIGURES, _PICTURE):
         if (out / name).exists():
             raise OptionError("out", f"{out / name} is there already: name another folder with --out")
