@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import generation, modeling_utils
+from transformers import cache_utils, generation, modeling_utils
 
 import attnhook
 from attnhook import OptionError, PluginError, UnsupportedError, lifecycle, plugins
@@ -31,6 +31,7 @@ OWNERS = (
     generation.GenerationMixin,
     generation.StoppingCriteriaList,
     generation.LogitsProcessorList,
+    cache_utils.Cache,
 )
 ORIGINAL = {owner: dict(vars(owner)) for owner in OWNERS}
 
@@ -605,7 +606,7 @@ MISSING = """
 import json, os, sys
 import attnhook
 from attnhook import lifecycle
-from transformers import generation, modeling_utils
+from transformers import cache_utils, generation, modeling_utils
 import transformers
 from tests.helpers import generate, tiny_model
 owners = [

@@ -74,6 +74,41 @@ def test_a_cache_used_again_is_a_new_request() -> None:
     assert len({r.key for r in records}) == 4
 
 
+@pytest.mark.parametrize("how", ["chosen", "sliced", "repeated", "reordered", "taken back", "cut off"])
+def test_a_cache_that_holds_other_texts_now_is_of_new_requests(how: str) -> None:
+    """The second sequence of two went on as the first, and a position came twice in one request."""
+    model = llama()
+    cache = transformers.DynamicCache(config=model.config)
+    ids = torch.stack([torch.arange(2, 12), torch.arange(22, 32)])
+    more = ids[:, :1]
+    with attnhook.capture(prompt=True) as records, torch.no_grad():
+        model(ids, past_key_values=cache)
+        if how == "chosen":
+            cache.batch_select_indices(torch.tensor([1]))
+            more = more[:1]
+        elif how == "sliced":
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[1:], layer.values[1:]
+            more = more[:1]
+        elif how == "repeated":
+            cache.batch_repeat_interleave(2)
+            more = ids[:, :2].reshape(-1, 1)
+        elif how == "reordered":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        elif how == "taken back":
+            cache.crop(-4)
+        else:
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, :6], layer.values[:, :, :6]
+        first = {record.request_id for record in records}
+        model(more, past_key_values=cache)
+    later = records[20:]
+    assert len(first) == 2 and len(later) == len(more)
+    assert not first & {record.request_id for record in later}
+    assert {record.query_position for record in later} == {6 if how in ("taken back", "cut off") else 10}
+    assert len({record.key for record in records}) == len(records)
+
+
 def test_a_pass_of_one_token_does_not_vouch_for_a_model() -> None:
     """With one key every formula gives probability 1, so the rebuilt output proves nothing yet."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -199,3 +199,20 @@ def test_layers_without_compressed_keys_are_captured() -> None:
     assert len(records) == 20
     attention = {0: oracle.eager_attention(model, IDS)[0][:, :, :20]}
     oracle.check(oracle.compare(records, attention, top_k=4, windows={0: 8}, sinks=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_continuous_batching_is_refused_where_it_is_called(strict: bool) -> None:
+    """In the thread of its passes a refusal ended up in a log, and the caller got nothing."""
+    model = tiny_model()
+    small = tf.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16)
+    settings = tf.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    call: dict[str, Any] = {"inputs": [[3, 4, 5]], "generation_config": settings, "continuous_batching_config": small}
+    if strict:
+        with pytest.raises(UnsupportedError, match=r"continuous batching \(generate_batch"), attnhook.capture():
+            model.generate_batch(**call)
+        return
+    plain = [result.generated_tokens for result in model.generate_batch(**call).values()]
+    with attnhook.capture(on_error="drop") as records:
+        output = [result.generated_tokens for result in model.generate_batch(**call).values()]
+    assert output == plain and not records and records.dropped["unsupported"] >= 1

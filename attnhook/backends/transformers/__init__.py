@@ -61,6 +61,8 @@ def _patch_generation(installation: EngineInstallation, module: ModuleType) -> N
     mixin = installation.need(module, "GenerationMixin")
     installation.wrap(mixin, "generate", hooks.observing_generate)
     installation.wrap(mixin, "_sample", hooks.observing_sample)
+    if hasattr(mixin, "generate_batch"):
+        installation.wrap(mixin, "generate_batch", hooks.refusing_batches)
     installation.wrap(mixin, "_valid_auto_compile_criteria", hooks.eager_while_capturing)
     for name, mode in _REFUSED_DECODING.items():
         if hasattr(mixin, name):
@@ -77,6 +79,14 @@ def _patch_processors(installation: EngineInstallation, module: ModuleType) -> N
     installation.wrap(installation.need(module, "LogitsProcessorList"), "__call__", hooks.observing_processors)
 
 
+def _patch_caches(installation: EngineInstallation, module: ModuleType) -> None:
+    hooks = import_module("attnhook.backends.transformers.hooks")
+    cache = installation.need(module, "Cache")
+    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
+        if hasattr(cache, name):
+            installation.wrap(cache, name, hooks.observing_rearrangement)
+
+
 def _patch_peft(installation: EngineInstallation, module: ModuleType) -> None:
     hooks = import_module("attnhook.backends.transformers.hooks")
     model = getattr(module, "PeftModel", None)
@@ -89,6 +99,7 @@ _PATCHERS = {
     "transformers.generation.utils": _patch_generation,
     "transformers.generation.stopping_criteria": _patch_stopping,
     "transformers.generation.logits_process": _patch_processors,
+    "transformers.cache_utils": _patch_caches,
     "peft.peft_model": _patch_peft,
 }
 _REFUSED_DECODING = {

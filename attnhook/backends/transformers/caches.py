@@ -34,7 +34,17 @@ def cached_tokens(cache: Any) -> int:
     if cache is None:
         return 0
     if not hasattr(cache, "get_seq_length"):
+        if "Paged" in type(cache).__name__:
+            raise continuous_batching()
         raise UnsupportedError(
             f"past_key_values is a {type(cache).__name__}, which does not tell its length; pass a Transformers Cache"
         )
     return int(cache.get_seq_length())
+
+
+def continuous_batching() -> UnsupportedError:
+    """Why passes over a paged cache are refused."""
+    return UnsupportedError(
+        "continuous batching (generate_batch, a ContinuousBatchingManager, cache_implementation='paged') cannot be "
+        "captured in Transformers, whose passes mix pieces of many texts: call generate() with a padded batch"
+    )

@@ -29,11 +29,17 @@ class _Conversation:
     request: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     steps: int = 0
     first_position: int = 0  # what the model calls the position of the first token: 1 in PaliGemma
+    reach: int = 0  # tokens that its cache held after the last pass
     starts: list[int] | None = None  # padded index of each sequence's first token
     history: History = field(default_factory=History)
 
 
 _conversations: weakref.WeakKeyDictionary[Any, _Conversation] = weakref.WeakKeyDictionary()
+
+
+def forget_conversation(cache: Any) -> None:
+    """What a cache holds now are other texts: sequences were reordered, chosen or repeated, or tokens taken back."""
+    _conversations.pop(cache, None)
 
 
 class Frame:
@@ -99,6 +105,8 @@ class Frame:
         if run is None and self._conversation is None:
             # an empty cache begins a new sequence, even if it held another one before
             known = _conversations.get(self.cache) if self.past else None
+            if known is not None and (len(known.starts or ()) != batch or self.past < known.reach):
+                known = None  # its sequences, or the last of their tokens, were taken out of it
             self._conversation = known or _Conversation()
         starts, ends = self._extent(batch, q_len, self.layer_mask)
         self._starts = starts
@@ -144,6 +152,7 @@ class Frame:
             self.run.next_index = self.past + self.q_len
         elif self._conversation is not None:
             self._conversation.steps += 1
+            self._conversation.reach = self.past + self.q_len
             self._conversation.starts = [start - self.virtual for start in self._starts]
             if cache is not None:
                 _conversations[cache] = self._conversation

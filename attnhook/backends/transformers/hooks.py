@@ -16,8 +16,8 @@ import torch
 
 from attnhook.backends.transformers import midway, places, reasons, streams, virtual
 from attnhook.backends.transformers.attention import attend
-from attnhook.backends.transformers.caches import cached_tokens
-from attnhook.backends.transformers.frames import Frame
+from attnhook.backends.transformers.caches import cached_tokens, continuous_batching
+from attnhook.backends.transformers.frames import Frame, forget_conversation
 from attnhook.backends.transformers.runs import Run, concerns, local, refuse
 from attnhook.capture import sessions
 from attnhook.errors import UnsupportedError
@@ -139,6 +139,31 @@ def observing_processors(original: Original) -> Original:
             return original(self, *args, **kwargs)
 
     return __call__
+
+
+def refusing_batches(original: Original) -> Original:
+    """``generate_batch``, refused where it is called: in the thread in which its passes run nobody would see it."""
+
+    @wraps(original)
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for session in sessions():
+            if concerns(session, self):
+                refuse(session, continuous_batching())
+        return original(self, *args, **kwargs)
+
+    return generate_batch
+
+
+def observing_rearrangement(original: Original) -> Original:
+    """A method of ``Cache`` after which its rows belong to other texts than before."""
+
+    @wraps(original)
+    def rearranged(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        forget_conversation(self)
+        return result
+
+    return rearranged
 
 
 def observing_prompt(original: Original) -> Original:
