@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _POSITION, _ZONE, _NUMBER = 4, 16, 7  # columns of the table
 _WIDE = 110  # columns from which the numbers fit too
+_NARROW = 56  # columns below which the zone is told by colour alone
+_LEAST = 8  # columns that the attended tokens get in any case
 _TOKEN = 12  # columns of a token's text
 _SHOWN = 4  # attended tokens per row of the table
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences are not the model's to send
@@ -33,7 +35,7 @@ def show(answer: Answer, console: Console) -> None:
     console.print()
     if rows:
         console.print(_table(answer, rows, console.width))
-        console.print(_shares([zone.name for _, zone in rows]))
+        _show_shares([zone.name for _, zone in rows], console)
     for reason, count in answer.dropped.items():
         console.print(f"[yellow]{count} rows dropped: {reason}[/yellow]")
 
@@ -54,23 +56,25 @@ def _coloured(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]]) -> Tex
 
 def _table(answer: Answer, rows: list[tuple[TokenRecord, zones.Zone]], width: int) -> Table:
     layer = rows[0][0].layers[-1]
-    wide = width >= _WIDE
+    wide, narrow = width >= _WIDE, width < _NARROW
     table = Table(title=f"where each token looked (layer {layer})", title_justify="left", box=None, pad_edge=False)
     table.add_column("pos", justify="right", style="dim", no_wrap=True, min_width=_POSITION)
     table.add_column("token", no_wrap=True, min_width=_TOKEN)
-    table.add_column("zone", no_wrap=True, min_width=_ZONE)
+    if not narrow:
+        table.add_column("zone", no_wrap=True, min_width=_ZONE)
     if wide:
         table.add_column("entropy", justify="right", no_wrap=True, min_width=_NUMBER)
         table.add_column("mass", justify="right", no_wrap=True, min_width=_NUMBER)
-    table.add_column("looked at (position, probability)", no_wrap=True)
-    room = width - sum(w + 2 for w in (_POSITION, _TOKEN, _ZONE, *((_NUMBER, _NUMBER) if wide else ())))
+    taken = (_POSITION, _TOKEN, *(() if narrow else (_ZONE,)), *((_NUMBER, _NUMBER) if wide else ()))
+    room = max(width - sum(columns + 2 for columns in taken), _LEAST)
+    table.add_column("looked at (position, probability)"[:room], no_wrap=True, max_width=room)
     for record, zone in rows:
         position, row = record.query_position + 1, record.layers.index(layer)
         numbers = [f"{record.fingerprints[row][fingerprint.ENTROPY]:.2f}", f"{record.topk_mass[row]:.2f}"]
         table.add_row(
             str(position),
-            Text(visible(answer.tokens[position])[:_TOKEN]),
-            Text(zone.name, style=zones.COLOURS[zone.name]),
+            Text(visible(answer.tokens[position])[:_TOKEN], style=zones.COLOURS[zone.name] if narrow else ""),
+            *(() if narrow else (Text(zone.name, style=zones.COLOURS[zone.name]),)),
             *(numbers if wide else ()),
             _attended(answer, record, room),
         )
@@ -90,16 +94,19 @@ def _attended(answer: Answer, record: TokenRecord, room: int) -> Text:
     return text
 
 
-def _shares(names: list[str]) -> Table:
+def _show_shares(names: list[str], console: Console) -> None:
     counts = {name: names.count(name) for name in zones.ZONE_NAMES}
+    console.print("\nzones of the answer's tokens, attention sink left out", style="italic", highlight=False)
+    width, narrow = console.width, console.width < _NARROW
     bar = Text()
     for name, count in counts.items():
-        bar.append("█" * round(_BAR * count / len(names)), style=zones.COLOURS[name])
+        bar.append("█" * round(min(_BAR, width) * count / len(names)), style=zones.COLOURS[name])
+    bar.truncate(width)
+    console.print(bar)
     grid = Table.grid(padding=(0, 1))
-    grid.title, grid.title_justify = "\nzones of the answer's tokens, attention sink left out", "left"
-    grid.add_row("", "", bar)
     for name, count in counts.items():
         if count:
             label = Text(f"■ {name}", style=zones.COLOURS[name])
-            grid.add_row(label, f"{count / len(names):>4.0%}", zones.MEANINGS[name])
-    return grid
+            share = f"{count / len(names):>4.0%}"
+            grid.add_row(label, share, *(() if narrow else (zones.MEANINGS[name],)))
+    console.print(grid)

@@ -219,15 +219,16 @@ def test_with_json_nothing_else_is_on_standard_output(run_tiny, tmp_path):
     assert [line["layers"] for line in lines] == [entry["layers"] for entry in got["attention_tokens"]]
 
 
-@pytest.mark.parametrize("columns", ["60", "80", "200"])
+@pytest.mark.parametrize("columns", ["32", "40", "60", "80", "200"])
 def test_text_fits_the_terminal(run_tiny, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     ran = run_tiny("--prompt", "a\tb\nc <|x|> [bold]d[/bold] 文文文文", "--layers", "all")
     assert (ran.code, ran.complaints) == (0, "")
     assert [line for line in ran.out.split("\n") if cell_len(line) > int(columns)] == []
     rows = [line for line in ran.out.splitlines() if re.match(r" *\d+  ", line)]
-    assert len(rows) == 4
-    assert f"layer {LAYERS - 1}" in ran.out
+    assert [int(row.split()[0]) for row in rows] == [int(rows[0].split()[0]) + step for step in range(4)]
+    assert f"layer {LAYERS - 1}" in " ".join(ran.out.split())
+    assert "█" in ran.out and ("…" not in ran.out or int(columns) < 60)
     assert any(name in ran.out for name in zones.ZONE_NAMES)
 
 
