@@ -606,7 +606,7 @@ MISSING = """
 import json, os, sys
 import attnhook
 from attnhook import lifecycle
-from transformers import cache_utils, generation, modeling_utils
+from transformers import generation, modeling_utils
 import transformers
 from tests.helpers import generate, tiny_model
 owners = [
