@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -32,6 +32,8 @@ MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MARKER_BYTES = 4096
+_CHUNK_BYTES = 64 * 2**20  # that a column of a row group may always unpack to
+_VALUE_BYTES = 2**20  # of a row's value, on the average of a larger column
 _PLAIN = 1  # the version without token ids
 _KEY = ["request_id", "choice", "query_position"]
 
@@ -208,13 +210,23 @@ class Dataset:
         return removed
 
     def metadata(self, path: str) -> pq.FileMetaData:
-        """Metadata of one file. Raises RecordError where it is damaged or of another schema version."""
+        """Metadata of one file.
+
+        Raises RecordError where it is damaged or of another schema version, or its columns unpack to far more than
+        records do.
+        """
         with self.filesystem.open_input_file(path) as file:
             try:
                 metadata = pq.read_metadata(file)
             except pa.ArrowException as error:
                 raise RecordError(f"{path} is damaged: {error}; move it out of the data set") from error
         check_version(metadata.metadata, path)
+        for name, rows, size in _chunks(metadata):
+            if size > max(_CHUNK_BYTES, rows * _VALUE_BYTES):
+                raise RecordError(
+                    f"{path}: {name} of {rows} rows unpacks to {size:,} bytes, more than records have; move it out of "
+                    "the data set"
+                )
         return metadata
 
 
@@ -257,6 +269,28 @@ def _slug(model: str) -> str:
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def safe_batch(metadata: pq.FileMetaData, wanted: int) -> int:
+    """Rows to read at once, at most ``wanted``: fewer where records are large, or one may stand for many rows.
+
+    The sink writes records without a dictionary, so that its own files are read in whole batches.
+    """
+    for group in range(metadata.num_row_groups):
+        columns = metadata.row_group(group)
+        for column in (columns.column(i) for i in range(columns.num_columns)):
+            if column.path_in_schema == "record" and columns.num_rows:
+                rows = 1 if column.has_dictionary_page else columns.num_rows
+                wanted = min(wanted, max(1, 2 * _CHUNK_BYTES * rows // max(column.total_uncompressed_size, 1)))
+    return wanted
+
+
+def _chunks(metadata: pq.FileMetaData) -> Iterator[tuple[str, int, int]]:
+    """Column, rows and unpacked bytes of each chunk of a file, as its footer tells them."""
+    for group in range(metadata.num_row_groups):
+        columns = metadata.row_group(group)
+        for column in (columns.column(i) for i in range(columns.num_columns)):
+            yield column.path_in_schema, columns.num_rows, column.total_uncompressed_size
 
 
 def _newest_row(metadata: pq.FileMetaData) -> int:

@@ -15,7 +15,7 @@ from attnhook.errors import PluginError, RecordError
 from attnhook.records import TokenRecord
 from attnhook.sinks import config
 from attnhook.sinks.columns import arrow_schema
-from attnhook.sinks.dataset import Dataset
+from attnhook.sinks.dataset import Dataset, safe_batch
 from attnhook.sinks.parquet import S3_OPTIONS
 from attnhook.store import Filters, Store
 
@@ -98,16 +98,8 @@ class ParquetStore(Store):
             if "fingerprint" in columns and "record" not in columns and _may_lack_fingerprints(metadata):
                 wanted.append("record")
             with self._named(path):
-                scanner = self._fragment(path).scanner(
-                    schema=arrow_schema(),
-                    columns=wanted,
-                    filter=condition,
-                    batch_size=batch_size,
-                    batch_readahead=2,
-                    use_threads=False,
-                )
                 seen = 0
-                for batch in scanner.to_batches():
+                for batch in self._scan(path, metadata, wanted, condition, batch_size):
                     skipped = min(offset, batch.num_rows)
                     offset -= skipped
                     batch = batch.slice(skipped, left)
@@ -118,6 +110,45 @@ class ParquetStore(Store):
                     seen += skipped + batch.num_rows
                     if left == 0:
                         return
+
+    def _scan(
+        self, path: str, metadata: pq.FileMetaData, columns: list[str], condition: pc.Expression | None, size: int
+    ) -> Iterator[pa.RecordBatch]:
+        safe = safe_batch(metadata, size) if "record" in columns else size
+        if safe < size:
+            yield from self._slowly(path, columns, condition, safe)
+            return
+        scanner = self._fragment(path).scanner(
+            schema=arrow_schema(),
+            columns=columns,
+            filter=condition,
+            batch_size=size,
+            batch_readahead=2,
+            use_threads=False,
+        )
+        yield from scanner.to_batches()
+
+    def _slowly(
+        self, path: str, columns: list[str], condition: pc.Expression | None, size: int
+    ) -> Iterator[pa.RecordBatch]:
+        """The same, a few rows at a time: a scanner unpacks whole row groups, however large their records are."""
+        with self._dataset.filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source)
+            fields = [arrow_schema().field(name) for name in dict.fromkeys([*columns, *_FILTERED])]
+            there = [field.name for field in fields if field.name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=size, columns=there):
+                arrays = [
+                    batch.column(field.name).cast(field.type)
+                    if field.name in there
+                    else pa.nulls(len(batch), field.type)
+                    for field in fields
+                ]
+                table = pa.table(arrays, names=[field.name for field in fields])
+                chosen = table if condition is None else table.filter(condition)
+                yield from chosen.select(columns).to_batches()
+
+
+_FILTERED = ("model", "request_id", "zone", "time")  # what `_condition` asks for
 
 
 def _may_lack_fingerprints(metadata: pq.FileMetaData) -> bool:

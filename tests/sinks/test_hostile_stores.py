@@ -22,6 +22,7 @@ from attnhook import fingerprint as fp
 from attnhook import untrusted
 from attnhook.errors import AttnhookError
 from attnhook.plugins import open_sink
+from attnhook.sinks import dataset
 from attnhook.sinks.columns import arrow_schema, fingerprints_of
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import discoveries, open_store
@@ -326,6 +327,33 @@ def test_a_null_fingerprint_without_a_record_shifts_no_other_row(tmp_path):
         assert "position 1: neither its record nor its fingerprint is stored" in refused(lambda: next(records))
 
 
+def test_large_records_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """The same rows, filters and pages as otherwise."""
+    url = f"parquet:{tmp_path / 'records'}"
+    sink = open_sink(url)
+    sink.write([record(i, request_id=f"r{i % 2}") for i in range(20)])
+    sink.close()
+
+    def found() -> list[object]:
+        with open_store(url) as store:
+            return [
+                [r.to_bytes() for r in store.records()],
+                [r.key for r in store.records(request_id="r1", offset=2, limit=5)],
+                [batch.to_pydict() for batch in store.fingerprints(columns=["record", "query_token", "time"])],
+                store.count(request_id="r0"),
+            ]
+
+    before = found()
+    monkeypatch.setattr(dataset, "_CHUNK_BYTES", 300)
+    with open_store(url) as store:
+        sizes = [batch.num_rows for batch in store.fingerprints(columns=["record"])]
+    assert max(sizes) < 20 and sum(sizes) == 20
+    after = found()
+    assert after[:2] == before[:2] and after[3] == before[3]
+    rows = {name: [value for batch in after[2] for value in batch[name]] for name in before[2][0]}
+    assert rows == before[2][0]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "kind", "wanted"),
     [
@@ -346,6 +374,43 @@ def test_parquet_of_wrong_types_names_file_and_value(tmp_path, name, change, kin
     path = rewrite(tmp_path, name, change, kind)
     message = refused(lambda: read_all(url))
     assert (str(path) in message or url in message) and wanted in message, message
+
+
+@in_linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "dictionary"), [(1, False), (1500, False), (1500, True)])
+def test_a_small_parquet_file_takes_little_memory(tmp_path, rows, dictionary):
+    """One record of half a gigabyte, and one of a megabyte in 1500 rows; both pack to next to nothing."""
+    folder = tmp_path / "records"
+    filled(f"parquet:{folder}", 1)
+    make = """
+import glob, pyarrow as pa, pyarrow.parquet as pq
+(path,) = glob.glob(sys.argv[1] + "/**/*.parquet", recursive=True)
+with pq.ParquetFile(path) as file:
+    table = file.read()
+rows, dictionary = int(sys.argv[2]), sys.argv[3] == "True"
+place = table.schema.get_field_index("record")
+record = pa.array([bytes(2**29 if rows == 1 else 10**6)] * rows, pa.binary())
+table = table.take([0] * rows).set_column(place, table.schema.field(place), record)
+pq.write_table(table, path, compression="zstd", use_dictionary=dictionary, dictionary_pagesize_limit=2**30,
+               write_batch_size=8)
+"""
+    peak(make, str(folder), str(rows), str(dictionary))
+    (path,) = folder.glob("**/*.parquet")
+    assert path.stat().st_size < 300_000
+    read = """
+from attnhook.errors import RecordError
+from attnhook.store import open_store
+try:
+    with open_store(sys.argv[1]) as store:
+        list(store.records())
+except RecordError as error:
+    assert sys.argv[2] in str(error), error
+else:
+    raise SystemExit("it was read")
+"""
+    wanted = "record of 1 rows unpacks to 536,8" if rows == 1 else "not an attnhook record"
+    assert peak(read, f"parquet:{folder}", wanted) < 900
 
 
 def test_a_marker_and_a_name_that_are_not_ours(tmp_path):
