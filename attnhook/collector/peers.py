@@ -12,7 +12,10 @@ from typing import Final
 from attnhook.collector.zmtp import Peer
 
 MAX_CONNECTIONS: Final = 512
-BUDGET_BYTES: Final = 128 * 2**20  # of unfinished messages, over all connections
+#: Of unfinished and waiting messages, over all connections. From a quarter of it on, few of them are read at a time, so
+#: that they become whole one after the other; beyond it, connections are closed. In between there is room for what is
+#: read before that is looked at, and for the few (four of 16 MiB).
+BUDGET_BYTES: Final = 160 * 2**20
 HANDSHAKE_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # an unfinished message that grows no more
 #: Why connections are closed by this side; nothing that a peer sends becomes a key.
@@ -80,9 +83,10 @@ def late(connections: Iterable[Connection], now: float) -> list[tuple[Connection
 
 
 def heaviest(connections: Iterable[Connection]) -> Connection | None:
-    """Who is to go where they hold too much memory: first those that have sent nothing good, the largest of them."""
+    """Who is to go where they hold too much memory: the largest of those whose messages were bad, or else that have
+    sent none yet, or else of all."""
     holding = [one for one in connections if one.held]
-    return max(holding, key=lambda one: (one.trust <= 0, one.held, -one.heard), default=None)
+    return max(holding, key=lambda one: (one.trust < 0, one.trust == 0, one.held), default=None)
 
 
 def least(connections: Iterable[Connection], now: float) -> Connection | None:

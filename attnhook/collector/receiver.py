@@ -25,9 +25,12 @@ _CHUNK = 256 * 2**10  # bytes read from a connection at once
 _POLL_SECONDS = 0.1
 _QUIET_POLLS = 4  # at the end: so many in a row found nothing
 _LOOK_BYTES = 16 * 2**20  # read between two looks at how much is held
-_READS = 16  # a round, of connections that have sent nothing good
+_READS = 64  # a round
+_OTHER_READS = 16  # of connections that have sent nothing good
+_TIGHT_READS = 2  # of either kind, where memory is short
 _SMALL = 16  # messages of one connection in a round
 _ROUND_SECONDS = 0.02  # after which a connection's next message waits for the next round
+_TURN_SECONDS = 30.0  # at most, that a connection which was not read counts as silent
 _PAUSE = 4.0  # bad messages get a fifth of the time: after each, so many times what it took goes to others
 
 
@@ -47,7 +50,8 @@ class Receiver:
         self._into = bytearray(_CHUNK)
         self._most = peers.most_connections()
         self._bad_after = self._swept = 0.0
-        self._unseen = 0
+        self._unseen = 0  # bytes read since memory was looked at, at most
+        self._tight = False
         self.closed: Counter[str] = peers.no_counts()  #: connections that were closed here, by reason
         self.failed = 0  #: faults of the collector itself, as a rule while it handled a message
         self._stop: float | None = None
@@ -122,11 +126,8 @@ class Receiver:
         found = [key.data for key, _ in events if key.data is not None]
         if len(found) < len(events):
             self._accept()
-        trusted = [one for one in found if one.trust > 0]
-        others = sorted((one for one in found if one.trust <= 0), key=lambda one: one.heard)  # in turn
-        for one in trusted + others[:_READS]:
-            if one in self._connections:  # it may have made room for a newcomer just now
-                self._read(one)
+        self._read_some([one for one in found if one.trust > 0], _READS)
+        self._read_some([one for one in found if one.trust <= 0], _OTHER_READS)
         self._bound()
         self._serve()
         now = time.monotonic()
@@ -144,19 +145,34 @@ class Receiver:
             return min(max(self._bad_after - time.monotonic(), 0.0), _POLL_SECONDS)
         return _POLL_SECONDS
 
+    def _read_some(self, found: list[Connection], most: int) -> None:
+        """Read connections that have sent something: in turn, and where memory is short those that hold most."""
+        if self._tight:
+            found.sort(key=lambda one: -one.held)
+            most = _TIGHT_READS
+        else:
+            found.sort(key=lambda one: one.heard)
+        now = time.monotonic()
+        for one in found[most:]:
+            one.heard = max(one.heard, now - _TURN_SECONDS)  # it goes on; it is we who do not read
+        for one in found[:most]:
+            if one in self._connections:  # it may have made room for a newcomer just now
+                self._read(one)
+
     def _bound(self) -> None:
         """Close connections until they hold no more than they may; looked at after some reading, not after each."""
-        if self._unseen < _LOOK_BYTES:
+        if self._unseen < _LOOK_BYTES and not self._tight:
             return
         self._unseen = 0
-        while sum(one.held for one in self._connections) > peers.BUDGET_BYTES:
+        while (held := sum(one.held for one in self._connections)) > peers.BUDGET_BYTES:
             victim = peers.heaviest(self._connections)
             if victim is None:
-                return
+                break
             self._end(victim, "memory")
+        self._tight = held > peers.BUDGET_BYTES // 4
 
     def _accept(self) -> None:
-        for _ in range(_READS):
+        for _ in range(_OTHER_READS):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook.collector import peers as limits
+from attnhook.collector import receiver as receiver_module
 from attnhook.collector.receiver import Receiver
 from attnhook.collector.zmtp import Peer, ProtocolError
 from attnhook.errors import PluginError
@@ -277,6 +279,29 @@ def test_unfinished_messages_hold_no_more_memory_than_the_budget(monkeypatch):
         for hog in hogs:
             hog.close()
     taken.receiver.stop(0)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "newcomers"])
+def test_many_honest_peers_with_large_messages_wait_for_each_other_and_none_is_closed(monkeypatch, known):
+    """As after a restart of the collector: together they are more than the budget."""
+    monkeypatch.setattr(limits, "BUDGET_BYTES", 48 * 2**20)
+    monkeypatch.setattr(receiver_module, "_LOOK_BYTES", 2**20)
+    taken = Taken()
+    peers = [connect(taken.address) for _ in range(14)]
+    if known:
+        for sock in peers:
+            sock.sendall(message(b"hello"))
+        wait_for(lambda: len(taken.messages) == 14, "the first messages")
+    large = message(bytes(6 * 2**20))
+    senders = [threading.Thread(target=sock.sendall, args=(large,), daemon=True) for sock in peers]
+    for sender in senders:
+        sender.start()
+    wait_for(lambda: sum(len(one) == 6 * 2**20 for one in taken.messages) == 14, "all large messages", 30)
+    for sender, sock in zip(senders, peers, strict=True):
+        sender.join()
+        sock.close()
+    taken.receiver.stop(0)
+    assert closed(taken) == {}
 
 
 def test_peers_that_send_nonsense_get_a_fifth_of_the_time_and_the_others_all_they_need():
