@@ -163,6 +163,7 @@ class _Output:
             plugins.open_sink(self._url).close()  # refuses what is no store
         else:
             _check_file(self.path, "--out")
+            cli_stores.try_options(self._url)
 
     def write(self, records: list[Any]) -> None:
         if self._whole and self.path is not None:

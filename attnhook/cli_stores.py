@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
-from attnhook.errors import OptionError, PluginError
+from attnhook.errors import AttnhookError, OptionError, PluginError
 
 #: Endings of a path, and what a store of that name is.
 ENDINGS = {
@@ -51,6 +52,8 @@ def writable(text: str, name: str = "out") -> str:
     The ending of the path decides, of an existing file with another ending its first bytes. ``name`` is the
     argument's, for the error. Raises OptionError where neither tells the kind of store.
     """
+    from attnhook.sinks import config
+
     path = _path(text, name)
     if path is None:
         return _with_scheme(text)
@@ -64,7 +67,7 @@ def writable(text: str, name: str = "out") -> str:
         raise OptionError(name, f"cannot write {text}: it is a device or a pipe: name {_SAY}")
     if path.is_dir() and any(path.iterdir()) and not (path / _DATA_SET).exists():
         raise OptionError(name, f"cannot write {text}: it is a folder that holds other things: name {_SAY}")
-    if path.is_dir() or text.endswith("/"):
+    if path.is_dir() or config.split(text)[0].endswith("/"):
         return f"parquet:{text}"
     if path.suffix in ENDINGS:
         return f"{ENDINGS[path.suffix]}:{text}"
@@ -89,6 +92,34 @@ def kept(text: str, name: str = "out") -> str:
     if scheme == "memory":
         raise OptionError(name, f"--{name} memory: keeps nothing when the command ends: name {_SAY}")
     return url
+
+
+def try_options(url: str) -> None:
+    """Open a sink like this one in a folder that is thrown away, and so make nothing in its own place.
+
+    Raises what `attnhook.plugins.open_sink` does for the options that the URL has. One that is not on this machine is
+    left alone.
+    """
+    from attnhook import plugins
+    from attnhook.sinks import config
+
+    path = local_path(url)
+    if path is None:
+        return
+    scheme, _, rest = url.partition(":")
+    shown, options = config.split(rest)
+    with tempfile.TemporaryDirectory(prefix="attnhook-") as folder:
+        trial = str(Path(folder) / "records")
+        try:
+            plugins.open_sink(f"{scheme}:{config.join(trial, options)}").close()
+        except AttnhookError as error:
+            raise type(error)(*_same_but_for(error, trial, shown)) from error
+
+
+def _same_but_for(error: AttnhookError, trial: str, shown: str) -> list[str]:
+    """The arguments that make an error anew, about the path that a person knows."""
+    message = str(error).replace(trial, shown)
+    return [error.field, message] if isinstance(error, OptionError) else [message]
 
 
 def local_path(url: str) -> Path | None:

@@ -132,6 +132,10 @@ def test_run_adds_to_a_store_and_writes_a_plain_file_of_lines_anew(attnhook_cli,
         ("sqlite:no/x.db", "the folder no does not exist"),
         ("", "the name of the store is empty"),
         ("/dev/null", "it is a device or a pipe"),
+        ("y.db?nosuch=1", "unknown option 'nosuch'; known: busy, keep_days"),
+        ("other.db?keep_days=x", "keep_days='x' must be a number of days"),
+        ("y.jsonl?zstd=1", "sink jsonl:y.jsonl: zstd=1 and keep_days are for files that are rotated"),
+        ("y/?nosuch=1", "unknown option 'nosuch'"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(attnhook_cli, here, out, said):  # noqa: F811
@@ -142,6 +146,10 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(attnhook_c
     ran = attnhook_cli("run", "hi", "--model", "nosuch/model", "--out", out)
     assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1, ran.err
     assert sorted(here.rglob("*")) == before
+    if "?" in out and out != "other.db?keep_days=x":  # a run of probes has an output of its own
+        ran = attnhook_cli("probe", "--model", "nosuch/model", "--out", out)
+        assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1, ran.err
+        assert sorted(here.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ def probe(
     if concurrency is not None:
         check_concurrency(concurrency)
     out = cli_stores.kept(out)
+    if config.split(out)[1].get("tokens", "0").lower() in ("1", "true"):
+        raise PluginError(f"--out {out}: tokens=1 has nothing to add: probes have no token ids; drop it")
+    cli_stores.try_options(out)
     path = journals.place(out, state)
     going_on = resume and path.exists()
     if not going_on:
@@ -168,8 +171,6 @@ def _open(out: str, journal: journals.Journal, going_on: bool) -> Sink:
     try:
         if going_on:
             journal.settle()
-        if config.split(out)[1].get("tokens", "0").lower() in ("1", "true"):
-            raise PluginError(f"--out {out}: tokens=1 has nothing to add: probes have no token ids; drop it")
         sink = plugins.open_sink(out)
     except AttnhookError:
         if not going_on:
