@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from attnhook.serving.pieces import pieces
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.wire import ASK
 
@@ -98,3 +99,12 @@ class Place:
 
     def __del__(self) -> None:
         self.leave()
+
+
+def leave_with_the_reply(place: Place) -> None:
+    """Give a place back when the reply that this task makes is sent: until then its records take room."""
+    reply = pieces.get()
+    if reply:
+        reply.at_end(place.leave)
+    else:
+        place.leave()

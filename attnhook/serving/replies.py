@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from attnhook.records import TokenRecord, fill_zones
+from attnhook.serving.pieces import pieces
 from attnhook.serving.wire import Share, worse
 
 T = TypeVar("T")
@@ -62,16 +63,24 @@ class Attention:
 
     def fields(self) -> dict[str, Any]:
         """The JSON fields of a choice; ``attention_tokens`` is always there, the others where they hold something."""
-        fill_zones([*self.generated, *self.prompt])
-        fields: dict[str, Any] = {"attention_tokens": [record.to_dict() for record in self.generated]}
+        fields: dict[str, Any] = {"attention_tokens": entries(self.generated)}
         if self.prompt:
-            fields["prompt_attention_tokens"] = [record.to_dict() for record in self.prompt]
+            fields["prompt_attention_tokens"] = entries(self.prompt)
         if self.error:
             fields["attention_error"] = self.error
         if self.check is not None:
             # JSON has no NaN and no infinity: null is a check that failed
             fields["attention_self_check"] = {"max_error": self.check if math.isfinite(self.check) else None}
         return fields
+
+
+def entries(records: list[TokenRecord]) -> Any:
+    """The JSON of records; in an HTTP reply a mark that stands for it, until it is sent."""
+    reply = pieces.get()
+    if reply is not None and records:
+        return reply.mark([*records])
+    fill_zones(records)
+    return [record.to_dict() for record in records]
 
 
 class Stream:

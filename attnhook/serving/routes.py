@@ -1,4 +1,4 @@
-"""On a server's other routes: a request that asks for attention where no reply can carry it is told so."""
+"""Around a server's routes: records go into the replies of those that carry them; asking on another is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
+from attnhook.serving.pieces import Pieces, pieces
 from attnhook.serving.wire import ASK, FIELDS, KEY, foreign
 
 _Scope = dict[str, Any]
@@ -14,7 +15,7 @@ _Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RouteGuard:
-    """ASGI middleware: HTTP 400 for a request that asks for attention on a route that cannot carry it.
+    """ASGI middleware: records in the place of their marks (`Pieces`), HTTP 400 where a route cannot carry any.
 
     Parameters
     ----------
@@ -54,6 +55,31 @@ class RouteGuard:
             return await receive() if message is None else message
 
         await self.app(scope, again, send)
+
+    async def _carry(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        mine = Pieces()
+
+        async def sending(message: dict[str, Any]) -> None:
+            if not mine:
+                await send(message)
+            elif message["type"] == "http.response.start":  # marks are in the body already, whose length will change
+                headers = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
+                await send({**message, "headers": headers})
+            elif message["type"] == "http.response.body":
+                async for part in mine.expand(message.get("body", b"")):
+                    if part:
+                        await send({**message, "body": part, "more_body": True})
+                if not message.get("more_body"):
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await send(message)
+
+        token = pieces.set(mine)
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            pieces.reset(token)
+            mine.end()
 
 
 # where engines take a client's own parameters

@@ -21,7 +21,7 @@ from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
 from attnhook.serving.budget import check_reply
 from attnhook.serving.capabilities import attention_layers
-from attnhook.serving.gate import Gate, Place
+from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.policy import Policy
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Stream
@@ -179,7 +179,7 @@ def serving(original: Original) -> Original:
             with suppress(ValueError):  # closed by another task than the one that began it, whose context ends with it
                 _serving.reset(token)
             if ticket is None and wanted.place is not None:
-                wanted.place.leave()
+                leave_with_the_reply(wanted.place)
 
     return generate_request
 

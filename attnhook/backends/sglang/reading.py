@@ -23,7 +23,7 @@ class Reader:
     choices: dict[int, Attention] = field(default_factory=dict)  # all so far
     _accounts: dict[int, ChoiceAccount] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)  # elements per id
-    _entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON so far, of native replies
+    _native_sofar: dict[str, Attention] = field(default_factory=dict)  # of native replies, by id
 
     def read(self, result: dict[str, Any], index: int, options: RequestOptions, *, native: bool) -> None:
         """One result: its records go to ``choices`` and ``stream``, in native replies into ``meta_info``."""
@@ -57,10 +57,8 @@ class Reader:
 
     def _native(self, request: str, new: Attention) -> dict[str, Any]:
         """Fields for ``meta_info``: what is new, or all so far, as the engine does with its own lists."""
-        fields = new.fields()
         if self.incremental:
-            return fields
-        sofar = self._entries.setdefault(request, {})
-        for name, value in fields.items():
-            sofar[name] = sofar.get(name, []) + value if isinstance(value, list) else sofar.get(name, value)
-        return dict(sofar)
+            return new.fields()
+        sofar = self._native_sofar.setdefault(request, Attention())
+        sofar.extend(new)
+        return sofar.fields()

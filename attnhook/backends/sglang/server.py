@@ -12,6 +12,7 @@ from attnhook.backends.sglang import frontend
 from attnhook.errors import OptionError
 from attnhook.serving.capabilities import capabilities
 from attnhook.serving.flags import add_flags
+from attnhook.serving.gate import leave_with_the_reply
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Attention, Stream
 from attnhook.serving.routes import RouteGuard
@@ -64,7 +65,7 @@ def guarding(original: Original) -> Original:
             return _with_records(reply, ticket) if hasattr(reply, "choices") else reply
         finally:
             if not streaming:
-                place.leave()
+                leave_with_the_reply(place)
 
     return handle_request
 

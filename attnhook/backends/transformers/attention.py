@@ -99,18 +99,13 @@ def _observe(
     kind = family(implementation)
     _refuse_arguments(kwargs)
     reasons.refuse_compressed(module)
-    if mask is None and q_len > 1 and sees_a_prefix(module):
-        raise UnsupportedError(
-            f"{type(module).__name__} (layer {number}) ran over {q_len} queries without a mask, so they see later "
-            "ones; only causal attention can be captured"
-        )
     window = kwargs.get("sliding_window") if kind == FLASH else None  # elsewhere the mask holds it
     if kind == FLASH:
         _refuse_packed(kwargs)
     name = (session, id(mask), key.shape[2], window, query.device)
     if name not in frame.plans:
         try:
-            frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window)
+            frame.plans[name] = _plan(frame, step, mask, kind, query, key.shape[2], window, not sees_a_prefix(module))
         except UnsupportedError as error:
             why = reasons.sparse(module)
             raise error if why is None else UnsupportedError(why) from error
@@ -139,21 +134,29 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    frame: Frame, step: StepCapture, mask: Any, kind: str, query: torch.Tensor, kv_len: int, window: int | None
+    frame: Frame,
+    step: StepCapture,
+    mask: Any,
+    kind: str,
+    query: torch.Tensor,
+    kv_len: int,
+    window: int | None,
+    causal: bool,
 ) -> _Plan:
     batch, _, q_len, _ = query.shape
     device = query.device
     sources, indices = [row.source for row in step.rows], frame.query_index(step)
     source, index = torch.tensor(sources, device=device), torch.tensor(indices, device=device)
     position = torch.tensor([row.position for row in step.rows], device=device)
-    seen = visible(mask, kind, source, index, q_len, kv_len, window)
+    seen = visible(mask, kind, source, index, q_len, kv_len, window, causal)
     # a static cache has places for tokens to come, a sliding one has dropped the first
     own = index + (frame.past if kv_len >= frame.past + q_len else kv_len - q_len)
     if bool((seen.last != own).any()):
         t = int((seen.last != own).nonzero()[0])
         raise UnsupportedError(
             f"the last key that a row sees is number {int(seen.last[t])} of {kv_len}, and its own is {int(own[t])}: it "
-            "sees later tokens, or not itself, or keys that are no tokens; only causal attention can be captured"
+            "sees later tokens (bidirectional attention), or not itself, or keys that are no tokens; only causal "
+            "attention can be captured"
         )
     if bool((seen.count > position + 1 + frame.virtual).any()):
         raise UnsupportedError("the attention mask shows a row more keys than its sequence has tokens")

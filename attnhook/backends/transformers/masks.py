@@ -36,14 +36,23 @@ class Visible:
 
 
 def visible(
-    mask: Any, kind: str, batch: torch.Tensor, row: torch.Tensor, q_len: int, kv_len: int, window: int | None
+    mask: Any,
+    kind: str,
+    batch: torch.Tensor,
+    row: torch.Tensor,
+    q_len: int,
+    kv_len: int,
+    window: int | None,
+    causal: bool = True,
 ) -> Visible:
     """Visible keys of the rows ``row`` (int64 [T], index among q_len queries) of sequences ``batch``.
 
-    ``mask`` is what the attention function got: None, a 2-D padding mask (flash), a 4-D bool or additive
-    mask, or a BlockMask (flex). Raises UnsupportedError where a row sees anything but one unbroken range
-    that ends at itself.
+    ``mask`` is what the attention function got: None, a 2-D padding mask (flash), a 4-D bool or additive mask, or a
+    BlockMask (flex). Without one a module that is not ``causal`` sees every key. Raises UnsupportedError where a row
+    sees anything but one unbroken range.
     """
+    if mask is None and not causal:
+        return Visible(torch.full_like(row, kv_len - 1), torch.full_like(row, kv_len))
     if mask is None:
         return _unmasked(kind, row, q_len, kv_len, window)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and kind == FLASH:

@@ -11,7 +11,7 @@ from attnhook.backends.vllm import frontend
 from attnhook.errors import OptionError
 from attnhook.serving.capabilities import capabilities
 from attnhook.serving.flags import add_flags
-from attnhook.serving.gate import Gate, Place
+from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.routes import RouteGuard
 from attnhook.serving.wire import ASK
@@ -60,7 +60,7 @@ def guarded(original: Original) -> Original:
             return self.create_error_response(str(refusal), status.phrase, status, refusal.field)
         finally:
             if place is not None and not streaming:
-                place.leave()
+                leave_with_the_reply(place)
 
     return create
 

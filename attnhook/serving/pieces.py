@@ -1,0 +1,79 @@
+"""Records in HTTP replies, written piece by piece beside the event loop.
+
+A reply that brings megabytes of records would hold everybody else up while it is made. So a route's reply names them by
+a mark only, and `RouteGuard`, which sees the reply's bytes last, puts the JSON of the records in the mark's place: a
+few records at a time, made in a thread, sent before the next are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
+
+from attnhook.records import TokenRecord, fill_zones
+
+_PIECE = 4096  # numbers that are written at once: a few milliseconds
+_MARK = re.compile(rb'"(attnhook-records-[0-9a-f]{32})"')
+
+
+class Pieces:
+    """The records of one HTTP reply, by the marks that stand for them in its body."""
+
+    def __init__(self) -> None:
+        self._records: dict[bytes, Sequence[TokenRecord]] = {}
+        self._ends: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._records)
+
+    def mark(self, records: Sequence[TokenRecord]) -> str:
+        """A JSON string's value that stands for the JSON array of these records."""
+        mark = f"attnhook-records-{secrets.token_hex(16)}"
+        self._records[mark.encode()] = records
+        return mark
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Call a function once the reply is sent, or its client gone."""
+        self._ends.append(function)
+
+    def end(self) -> None:
+        """The reply is over."""
+        self._records.clear()
+        while self._ends:
+            self._ends.pop()()
+
+    async def expand(self, body: bytes) -> AsyncIterator[bytes]:
+        """A part of the body with the records in the place of their marks; no mark lies across two parts."""
+        at = 0
+        for found in _MARK.finditer(body) if self._records else ():
+            records = self._records.pop(found[1], None)
+            if records is None:
+                continue  # somebody's text that looks like one
+            yield body[at : found.start()] + b"["
+            at = found.end()
+            for n, some in enumerate(_parts(records)):
+                yield await asyncio.to_thread(_written, some, first=n == 0)
+            yield b"]"
+        yield body[at:]
+
+
+def _parts(records: Sequence[TokenRecord]) -> list[Sequence[TokenRecord]]:
+    if not records:
+        return []
+    one = records[0]
+    count = max(1, _PIECE // (one.token_positions.size * 2 + one.fingerprints.size + one.span_mass.size + 1))
+    return [records[at : at + count] for at in range(0, len(records), count)]
+
+
+def _written(records: Sequence[TokenRecord], *, first: bool) -> bytes:
+    fill_zones(records)
+    texts = [json.dumps(record.to_dict(), ensure_ascii=False, separators=(",", ":")) for record in records]
+    return (("" if first else ",") + ",".join(texts)).encode()
+
+
+#: Those of the HTTP reply that this task makes; None where nobody would put the records in.
+pieces: ContextVar[Pieces | None] = ContextVar("attnhook_pieces", default=None)
