@@ -52,7 +52,7 @@ def main() -> None:
         if len(sys.argv) == 1 or type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # the help
         else:
-            print(f"error: {cli_help.usage_error(error)}", file=sys.stderr)
+            print(f"error: {cli_help.usage_error(error, sys.argv[1:])}", file=sys.stderr)
         raise SystemExit(2) from error
     except typer.Abort as error:
         print("interrupted", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: Every command in the order of use: what it does, in one line, and an example.
@@ -55,9 +55,12 @@ def dress(group: Any) -> Any:
     return group
 
 
-def usage_error(error: Any) -> str:
-    """A wrong call as one line: what is wrong, how it is meant, and where there is more."""
+def usage_error(error: Any, words: Sequence[str]) -> str:
+    """A wrong call as one line: what is wrong, how it is meant, where there is more; ``words`` are what was typed."""
     said = " ".join(error.format_message().split()).rstrip(".")
+    value = _value(getattr(error, "param", None), words)
+    if value is not None and value not in said:
+        said += f": {value!r}"
     context = error.ctx
     if context is None:
         return said
@@ -69,6 +72,15 @@ def usage_error(error: Any) -> str:
     if known is None or getattr(context.command, "commands", None):
         return f"{said}; {more}"
     return f"{said}; for example: {known[1]} ({more})"
+
+
+def _value(option: Any, words: Sequence[str]) -> str | None:
+    """What was given for an option."""
+    for name in getattr(option, "opts", ()):
+        for word, after in zip(words, [*words[1:], None], strict=False):
+            if word == name or word.startswith(f"{name}="):
+                return after if word == name else word.partition("=")[2]
+    return None
 
 
 def _path(context: Any) -> str:

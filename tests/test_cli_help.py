@@ -93,5 +93,11 @@ def test_an_unquoted_prompt_is_told(attnhook_cli):  # noqa: F811
     assert "put the prompt in quotes" in line
 
 
+@pytest.mark.parametrize("words", [["--top-k", "abc"], ["--top-k=abc"]])
+def test_a_value_of_another_type_is_shown(attnhook_cli, words):  # noqa: F811
+    line = one_line(attnhook_cli("run", "hi", *words))
+    assert "'--top-k'" in line and "integer: 'abc'; for example: attnhook run" in line
+
+
 def test_a_near_miss_is_named(attnhook_cli):  # noqa: F811
     assert "Did you mean 'verify'?" in one_line(attnhook_cli("verfiy"))
