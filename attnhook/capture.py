@@ -87,16 +87,16 @@ class Session:
         """Note a model that is no decoder, such as an encoder beside one: it has no rows, so none is dropped."""
         if name not in self.alone:
             self.alone[name] = why
-            logger.info("%s", why)
+            logger.info("left alone: %s", why)
 
     def drop(self, reason: str, rows: int, why: str | Exception) -> None:
         """Count ``rows`` dropped rows; the first time a reason occurs, log why."""
         self.dropped[reason] += rows
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.warning(
-                "dropping attention records (%s): %s", reason, why, exc_info=why if isinstance(why, Exception) else None
-            )
+            # a refusal says all that there is to know; any other error is ours to find
+            traced = why if isinstance(why, Exception) and not isinstance(why, AttnhookError) else None
+            logger.warning("dropping attention records (%s): %s", reason, why, exc_info=traced)
 
     def refuse(self, error: Exception, rows: int) -> None:
         """Raise ``error`` in a strict session, else drop ``rows`` rows because of it."""

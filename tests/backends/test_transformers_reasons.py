@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import transformers as tf
 import attnhook
 from attnhook import UnsupportedError
 from tests import oracle
-from tests.backends.test_transformers_padding import SPANS, TEXT, compare, many
+from tests.backends.test_transformers_padding import SPANS, TEXT, batch, compare, many, qwen25_vl
 from tests.helpers import generate, tiny_model
 
 IDS = torch.arange(5, 25)[None]
@@ -139,6 +140,36 @@ def test_what_is_no_decoder_is_left_alone_beside_one(
     assert line.levelno == logging.INFO and type(other).__name__ in line.getMessage()
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_usual_runs_log_nothing(installed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    ids, mask = batch()
+    ids, settings = ids % 90, {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    window = tf.MistralForCausalLM(tf.MistralConfig(**TEXT, sliding_window=5)).eval()
+    runs = [
+        (tiny_model(), {}), (tiny_model(), {"cache_implementation": "static"}), (window, {}), (many(qwen25_vl()), {}),
+        (tiny_model(), {"prefill_chunk_size": 4}), (tiny_model(), {"do_sample": True, "num_return_sequences": 2}),
+    ]  # fmt: skip
+    with caplog.at_level(logging.DEBUG, "attnhook"):
+        if installed:
+            attnhook.install(sinks=["memory:"])
+        try:
+            for model, more in runs:
+                with nullcontext() if installed else attnhook.capture(layers="all"):
+                    model.generate(ids, **{**settings, **more})
+        finally:
+            attnhook.uninstall()
+    assert not [record.getMessage() for record in caplog.records]
+
+
+def test_a_refusal_is_logged_once_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    model = MODELS["T5"][0]().eval()
+    with caplog.at_level(logging.DEBUG, "attnhook"), attnhook.capture(on_error="drop"), torch.no_grad():
+        for _ in range(3):
+            model(IDS, decoder_input_ids=IDS)
+    (line,) = caplog.records
+    assert line.levelno == logging.WARNING and line.exc_info is None and "encoder-decoder" in line.getMessage()
+
+
 def test_a_decoder_of_its_own_code_is_refused_beside_another() -> None:
     """Its rows would be missing without a word."""
     model, other = tiny_model(), MODELS["BLOOM without a head"][0]().eval()
@@ -147,11 +178,13 @@ def test_a_decoder_of_its_own_code_is_refused_beside_another() -> None:
         other(IDS)
 
 
+@pytest.mark.parametrize("pads", [[2, 0], [0, 0]])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generated_rows_of_a_model_with_a_bidirectional_prefix(cache: str) -> None:
+def test_generated_rows_of_a_model_with_a_bidirectional_prefix(cache: str, pads: list[int]) -> None:
     """PaliGemma was refused as an encoder; its generated rows are causal, its prompt's are not."""
     model = paligemma()
-    ids = torch.tensor([[0, 0, *[295] * 4, *range(5, 15)], [*[295] * 4, *range(20, 32)]])
+    first = [0, 0, *[295] * 4, *range(5, 15)] if any(pads) else [*[295] * 4, *range(5, 17)]
+    ids = torch.tensor([first, [*[295] * 4, *range(20, 32)]])
     mask = (ids != 0).long()
     inputs = {
         "input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 8, 8), "max_new_tokens": 3,
@@ -159,7 +192,7 @@ def test_generated_rows_of_a_model_with_a_bidirectional_prefix(cache: str) -> No
     }  # fmt: skip
     with attnhook.capture(layers="all", top_k=5, spans=SPANS) as records:
         model.generate(**inputs, cache_implementation=cache)
-    compare(records, model, inputs, [2, 0], 3)
+    compare(records, model, inputs, pads, 3)
     with pytest.raises(UnsupportedError, match="bidirectional"), attnhook.capture(prompt=True):
         model.generate(**inputs)
 
