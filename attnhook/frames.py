@@ -45,7 +45,7 @@ _AFTER = 1 + len(_NAME)
 
 _Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 _Reason = Annotated[str, Meta(max_length=_MAX_REASON)]
-_Natural = Annotated[int, Meta(ge=0)]
+_Natural = Annotated[int, Meta(ge=0, le=2**53)]  # what the first release let pass
 
 
 class _Head(Struct, array_like=True, forbid_unknown_fields=True):

@@ -80,6 +80,7 @@ class Ledger:
 
     def frame(self, frame: Frame) -> Arrival:
         """Count a frame that came."""
+        first, dropped = _count(frame.first), _counts(frame.dropped)  # a journal's entry may hold anything
         known = self._producers.get(frame.producer)
         if known is None:
             known = self._producers[frame.producer] = Numbers(), {}
@@ -91,7 +92,7 @@ class Ledger:
             self._producers.move_to_end(frame.producer)
         numbers, said = known
         gaps = len(numbers.gaps)
-        arrival = numbers.arrive(frame.first, len(frame.rows))
+        arrival = numbers.arrive(first, len(frame.rows))
         self._note_gaps(frame.producer, gaps, len(numbers.gaps))
         while self._gaps > _MAX_ALL_GAPS:  # they stay counted as lost
             name = next(iter(self._gapped))
@@ -101,7 +102,7 @@ class Ledger:
         self.lost = _sum(self.lost, arrival.lost - arrival.found)
         self.received = _sum(self.received, len(frame.rows) - arrival.repeated)
         self.repeated = _sum(self.repeated, arrival.repeated)
-        for reason, count in frame.dropped.items():
+        for reason, count in dropped.items():
             more = count - said.get(reason, 0)
             if more > 0:  # frames may overtake each other
                 self.producer_dropped[reason] = _sum(self.producer_dropped[reason], more)

@@ -235,14 +235,16 @@ class Collector:
             self._count_again(frame, entry.meta[1], len(block), entry.meta[2] if len(entry.meta) > 2 else bad)
         elif entry.kind == "passed":
             _, (producer, first, count, dropped, end), skip, good, bad = entry.meta
+            if type(count) is not int or not 0 <= count <= frames.MAX_BYTES:  # an empty row takes two bytes
+                raise ValueError(f"a frame of {str(count)[:40]} records")
             dropped = frames.known_reasons(dropped)
             self._count_again(frames.Frame(producer, first, dropped, [b""] * count, end), skip, good, bad)
         elif entry.kind != "ack":
             raise ValueError(f"an entry of kind {entry.kind!r}" if entry.kind else "its bytes are damaged")
 
     def _count_again(self, frame: frames.Frame, skip: Iterable[str], good: int, bad: Mapping[str, int]) -> None:
-        self.ledger.frame(frame)
         self.ledger.damaged(bad)
+        self.ledger.frame(frame)
         for url in skip:
             self.ledger.drop(url.partition("?")[0], "queue_full", good)
 

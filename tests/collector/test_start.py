@@ -92,6 +92,10 @@ BAD = {
     "a frame that is nested deeply": entry(["frame", []], b"\x91" * 100_000),
     "a passed frame of too few fields": entry(["passed", [b"p"], [], 0, {}]),
     "a passed frame of text": entry(["passed", [b"p" * 16, "0", 1, {}, False], [], 1, {}]),
+    "a passed frame of more records than fit any": entry(["passed", [b"p" * 16, 0, 2**60, {}, False], [], 1, {}]),
+    "a passed frame of a negative number": entry(["passed", [b"p" * 16, 0, -1, {}, False], [], 1, {}]),
+    "a passed frame with text for counts": entry(["passed", [b"p" * 16, 0, 1, {"nan": "x"}, False], [], 1, {}]),
+    "a frame with text for its damaged records": entry(["frame", [], {"damaged_record": "x"}], good_frame(1)),
     "a kind that nobody knows": entry(["frobnicate", 1]),
     "meta that is no list": entry({"a": 1}),
     "an empty list": entry([]),
@@ -151,3 +155,21 @@ def test_damaged_records_take_no_room_in_the_journal_and_are_counted_after_a_kil
     stats = run_and_stop(tmp_path)
     assert stats["records"]["bad"] == {"damaged_record": 10, "record_version": 1}
     assert (stats["records"]["received"], stats["records"]["lost"], stored(tmp_path)) == (12, 0, 1)
+
+
+def test_numbers_up_to_the_last_that_msgpack_has_stop_at_the_bound_at_every_start(tmp_path):
+    abandon(started(tmp_path))
+    (segment,) = (tmp_path / "j").glob("*.journal")
+    most = 2**64 - 1
+    with open(segment, "ab") as file:
+        said = dict.fromkeys((*frames.DROP_REASONS, "one", "two"), most)
+        file.write(
+            entry(["passed", [b"p" * 16, most, 1, said, False], [url(tmp_path)], most, {"damaged_record": most}])
+        )
+        file.write(entry(["passed", [b"q" * 16, most - 1, 5, said, True], [], 0, {}]))
+    for _ in range(3):
+        stats = run_and_stop(tmp_path)
+        assert stats["journal"]["unusable"] == 0
+        assert stats["records"]["lost"] == stats["records"]["bad"]["damaged_record"] == MAX_COUNT
+        assert set(stats["producers"]["dropped"].values()) == {MAX_COUNT}
+        assert stats["records"]["dropped"] == {url(tmp_path): {"queue_full": MAX_COUNT}}
