@@ -128,7 +128,7 @@ def test_a_forked_child_and_a_pool_end_so_too(path):
             delivery.put(records(100))
             print("ready", flush=True)
             time.sleep(60)
-        delivery = Delivery({"slow": Lines(PATH, 0.004)})
+        delivery = Delivery({"slow": Lines(PATH, 0.02)})  # two seconds of work
         context = multiprocessing.get_context("fork")
         process = context.Process(target=child)
         process.start()
