@@ -12,7 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         'attnhook run "What is the capital of France?" --html report.html',
     ),
     "verify": ("Check versions, hooks and numbers; for bug reports.", "attnhook verify"),
-    "probe": ("Run prompts that excite known kinds of attention.", "attnhook probe --out probes.db"),
+    "probe": ("Run prompts that excite known kinds of attention.", "attnhook probe --prompt-rows --out probes.db"),
     "session": (
         "One request over its tokens: hubs, layers, zones.",
         "attnhook session probes.db probe/brackets/brackets-00",

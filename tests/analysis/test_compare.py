@@ -263,7 +263,7 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
         .replace('"schema_version":1', '"schema_version":3')
     )
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RecordError, match="schema version 3"):
+    with pytest.raises(RecordError, match="schema version '?3"):
         read(Source(f"jsonl:{path}"), name="A")
 
 
@@ -371,6 +371,7 @@ def test_the_command_writes_a_report_that_is_the_same_again(tmp_path, monkeypatc
 def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     store("sqlite:a.db", probes(1, 12))
+    store("sqlite:few.db", probes(1, 1))
     (tmp_path / "there").mkdir()
     for arguments, message in (
         (("a.db", "sqlite:a.db"), "same rows of a.db: give filters such as --a-model and --b-model"),
@@ -381,13 +382,21 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
         (("a.db", "a.db", "--b-since", "2020-01-01", "--out", "x/y"), "the folder x does not exist"),
         (("a.db", "a.db", "--b-since", "yesterday"), "--b-since 'yesterday' must be a time"),
         (("a.db", "a.db", "--b-since", "2020-01-01", "--rows", "some"), "must be one of all, prompt, generated"),
-        (("a.db", "a.db", "--b-since", "2100-01-01"), "side B (sqlite:a.db) has no rows among the 0"),
+        (
+            ("a.db", "a.db", "--b-since", "2100-01-01"),
+            "side B (sqlite:a.db) has no rows among the 0 that --b-since let through: check the store and --b-since",
+        ),
+        (
+            ("a.db", "few.db"),
+            "side B (sqlite:few.db) has 1 requests; intervals over fewer than 10 mean nothing: store more\n",
+        ),
+        (("a.db", "few.db", "--b-model", "m", "--b-since", "2020-01-01"), "or widen --b-model and --b-since\n"),
         (("a.db", "a.db", "--b-until", "2100-01-01", "--resamples", "1"), "resamples=1 must be from 100"),
     ):
         code, out, err = attnhook(monkeypatch, capsys, "compare", *arguments)
         assert code == 2 and not out, err
         assert message in err and len(err.strip().splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir() if "a.db" not in path.name) == ["there"]
+    assert sorted(path.name for path in tmp_path.iterdir() if ".db" not in path.name) == ["there"]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):

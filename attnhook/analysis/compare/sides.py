@@ -53,6 +53,11 @@ class Source:
     since: datetime | None = None
     until: datetime | None = None
 
+    def filters(self, name: str) -> str:
+        """The options of the command line that leave rows of side ``name`` out, as text; empty where there are none."""
+        given = {"model": self.model, "since": self.since, "until": self.until}
+        return " and ".join(f"--{name.lower()}-{option}" for option, value in given.items() if value is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class Side:
@@ -142,11 +147,10 @@ def read(
     if not found.requests:
         kind = "" if rows == "all" else f" {rows}"
         model = "" if source.model is None else f" of model {source.model!r}"
-        raise OptionError(
-            name.lower(),
-            f"side {name} ({source.url}) has no{kind} rows{model} among the {seen} that its filters let through: check "
-            "the store and the filters",
-        )
+        given = source.filters(name)
+        among = f"the {seen} that {given} let through" if given else f"its {seen}"
+        remedy = f"check the store and {given}" if given else "check the store" if rows == "all" else "check --rows"
+        raise OptionError(name.lower(), f"side {name} ({source.url}) has no{kind} rows{model} among {among}: {remedy}")
     if not mixed:
         _refuse_mixture(found, name, source)
     return found.side(source, name)

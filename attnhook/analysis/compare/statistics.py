@@ -168,10 +168,11 @@ def compare(a: Side, b: Side, settings: Settings | None = None, *, progress: Pro
 
 def _enough(name: str, side: Side, count: int, what: str) -> None:
     if count < MIN_REQUESTS:
+        filters = side.source.filters(name)
         raise OptionError(
             name.lower(),
             f"side {name} ({side.source.url}) has {count} {what}; intervals over fewer than {MIN_REQUESTS} mean "
-            "nothing: store more, or widen the filters",
+            f"nothing: store more{filters and f', or widen {filters}'}",
         )
 
 
