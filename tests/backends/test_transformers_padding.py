@@ -173,6 +173,17 @@ def test_zeros_between_ones_are_told_with_their_place() -> None:
         model(ids % 90, attention_mask=mask)
 
 
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_padding_on_the_right_of_a_prompt_is_refused_for_what_it_does(more: dict[str, Any], new: int) -> None:
+    model = tiny_model()
+    ids, mask = batch([0, 0])
+    mask[1, 9:] = 0
+    said = r"of sequence 1 has zeros behind ones \(the first is column 9\).*padding_side='left'"
+    with pytest.raises(UnsupportedError, match=said), attnhook.capture():
+        model.generate(ids % 90, attention_mask=mask, max_new_tokens=new, **more)
+
+
 def ready_made(mask: torch.Tensor, kind: str) -> torch.Tensor:
     """The 4-D mask of a padded batch: causal, no row sees padding."""
     length = mask.shape[1]

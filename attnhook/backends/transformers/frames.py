@@ -101,6 +101,8 @@ class Frame:
                 self.past = behind  # a cache of states (RecurrentGemma) tells no length; generate's own tokens do
             elif self.past != behind:
                 raise _evicted(self.past, behind)
+        if run is not None and run.wrong:
+            raise UnsupportedError(run.wrong)
         total = self.past + q_len
         if run is None and self._conversation is None:
             # an empty cache begins a new sequence, even if it held another one before

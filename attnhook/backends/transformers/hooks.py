@@ -70,13 +70,15 @@ def observing_sample(original: Original) -> Original:
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         outer, aside = local.run, local.aside
         before = virtual.of_generation(self)
+        starts, wrong = places.prompts(kwargs.get("attention_mask"))
         run = local.run = Run(
             choices=getattr(config, "num_return_sequences", None) or 1,
             prompt_length=before + input_ids.shape[1] if chunked else None,
             sequences=input_ids,
             given=input_ids.shape[1],
             virtual=before,
-            starts=places.starts_of(kwargs.get("attention_mask")),
+            starts=starts,
+            wrong=wrong,
             # who listens from here on must get every row
             ledgers={session: RowLedger() for session in sessions()},
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.transformers.places import starts_of
+from attnhook.backends.transformers.places import prompts
 from attnhook.backends.transformers.runs import Run
 from attnhook.backends.transformers.virtual import of_generation
 from attnhook.errors import UnsupportedError
@@ -64,12 +64,14 @@ def _run(sample: FrameType) -> Run:
                 "steps are unknown: open capture() before generate(), or call attnhook.install() first"
             )
         before = of_generation(names["self"])
+        starts, wrong = prompts(names.get("model_kwargs", {}).get("attention_mask"))
         run = Run(
             choices=getattr(settings, "num_return_sequences", None) or 1,
             prompt_length=before + given if getattr(settings, "prefill_chunk_size", None) is not None else None,
             given=given,
             virtual=before,
-            starts=starts_of(names.get("model_kwargs", {}).get("attention_mask")),
+            starts=starts,
+            wrong=wrong,
         )
         _known.settings, _known.run = weakref.ref(settings), run
     run.sequences = ids

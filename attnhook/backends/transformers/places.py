@@ -62,16 +62,23 @@ def behind(starts: list[int], virtual: int, some: list[bool] | None = None) -> l
     return [start + virtual for start in starts]
 
 
-def starts_of(mask: Any) -> list[int]:
-    """Padding at the left of each sequence by ``generate``'s own mask; empty where that is none of padding.
+def prompts(mask: Any) -> tuple[list[int], str | None]:
+    """Padding at the left of each prompt by ``generate``'s own mask, and what is wrong with it, if anything.
 
-    Its passes may get another kind of mask. Zeros between ones are left to those that do not.
+    The list is empty where the mask is none of padding. Passes of the ``generate`` may get another kind of mask.
     """
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return []
+        return [], None
     real = mask.to(torch.bool)
-    starts: list[int] = torch.where(real.any(-1), real.to(torch.uint8).argmax(-1), real.shape[1]).tolist()
-    return starts
+    starts = torch.where(real.any(-1), real.to(torch.uint8).argmax(-1), real.shape[1])
+    behind_ones = ~real & (real.to(torch.int64).cumsum(-1) > 0)
+    if not bool(behind_ones.any()):
+        return starts.tolist(), None
+    b, column = behind_ones.nonzero()[0].tolist()
+    return starts.tolist(), (
+        f"attention_mask of sequence {b} has zeros behind ones (the first is column {column}), and generate() goes on "
+        "from the last column, so a row of padding makes the first token: tokenize with padding_side='left'"
+    )
 
 
 def text_positions(given: Any) -> torch.Tensor | None:

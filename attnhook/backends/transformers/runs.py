@@ -46,6 +46,7 @@ class Run:
     given: int = 0  # n of its start; prompts given as embeddings have none
     virtual: int = 0  # tokens that come before the prompt and are none of it (prefix and prompt tuning)
     starts: list[int] = field(default_factory=list)  # each sequence's padding at its left; empty: none has any
+    wrong: str | None = None  # why no row of it can be captured
     produced: dict[int, int] = field(default_factory=dict)  # finished sequence -> tokens it got
     ledgers: dict[Session, RowLedger] = field(default_factory=dict)
 
