@@ -160,7 +160,9 @@ def place(out: str, state: Path | None) -> Path:
         return state
     path = _path(out)
     if path is None:
-        raise OptionError("state", f"{out} is no file of this machine beside which the run could be recorded: add --state FILE")
+        raise OptionError(
+            "state", f"{out} is no file of this machine beside which the run could be recorded: add --state FILE"
+        )
     return path.with_name(f"{path.name}.probes")
 
 
