@@ -29,13 +29,12 @@ class RouteGuard:
         self.app, self.carrying = app, carrying
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Look at the body of a request to another route before the route does."""
-        if (
-            scope["type"] != "http"
-            or scope["method"] not in ("POST", "PUT", "PATCH")
-            or _path(scope) in self.carrying()
-        ):
+        """Carry records, or look at the body of a request to another route before the route does."""
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self.app(scope, receive, send)
+            return
+        if _path(scope) in self.carrying():
+            await self._carry(scope, receive, send)
             return
         messages = []
         while True:  # a route reads its body whole, too
