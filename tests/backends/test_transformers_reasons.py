@@ -208,6 +208,18 @@ def test_a_mask_that_is_one_off_is_refused(kind: str) -> None:
         tiny_model()(**inputs)
 
 
+def test_a_prefix_without_any_mask_has_no_causal_prompt_rows() -> None:
+    """Without a mask such a model attends in both directions, where others are causal."""
+    ids = torch.tensor([[*[295] * 4, *range(5, 17)]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8), "max_new_tokens": 2, "do_sample": False}
+    with attnhook.capture(top_k=5, spans=SPANS) as records:
+        paligemma().generate(**inputs, pad_token_id=0)
+    assert [record.query_position for record in records] == [15, 16]
+    refused = pytest.raises(UnsupportedError, match=r"sees later tokens .bidirectional attention.")
+    with refused, attnhook.capture(prompt=True):
+        paligemma().generate(**inputs, pad_token_id=0)
+
+
 def test_an_encoder_of_a_decoders_class_is_none() -> None:
     """Embedding models of Gemma's classes attend in both directions, and nothing is generated."""
     model = tf.Gemma3TextModel(tf.Gemma3TextConfig(**TEXT, head_dim=8, use_bidirectional_attention=True)).eval()
