@@ -19,15 +19,18 @@ class ChoiceAccount:
         self._tokens = 0  # that are settled
         self._offset: int | None = None  # position of the row that gives token 0
         self._told = False
+        self._early: list[TokenRecord] = []  # rows that came before their tokens
 
     def settle(self, new: Attention, tokens: int, *, finished: bool) -> Attention:
-        """``new`` without the rows of tokens that were not kept, and with an error where rows do not match.
+        """What of ``new`` belongs to the tokens that the choice has, with an error where rows do not match.
 
-        ``tokens`` is how many tokens the choice has now. An engine that accepts several at once computes rows beyond
-        the one at which it then stops: those go.
+        ``tokens`` is how many tokens the choice has now. Rows of later ones wait for them. An engine that accepts
+        several at once computes rows beyond the one at which it then stops: where it has ``finished``, those go.
         """
         before, self._tokens = self._tokens, max(self._tokens, tokens)
-        kept = [record for record in new.generated if record.decode_step is None or record.decode_step < tokens]
+        rows = [*self._early, *new.generated]
+        kept = [record for record in rows if (record.decode_step or 0) < tokens]
+        self._early = [record for record in rows if (record.decode_step or 0) >= tokens]
         error = new.error
         if error is not None:
             self._told = True  # what is missing then is known

@@ -43,6 +43,15 @@ def test_rows_beyond_the_tokens_that_are_kept_go() -> None:
     assert first.error is None and last.error is None
 
 
+def test_rows_that_come_before_their_tokens_wait() -> None:
+    account = ChoiceAccount(RequestOptions())
+    first = account.settle(Attention(generated(0, 1, 2)), 1, finished=False)
+    second = account.settle(Attention(), 2, finished=False)
+    last = account.settle(Attention(), 3, finished=True)
+    assert [[record.decode_step for record in part.generated] for part in (first, second, last)] == [[0], [1], [2]]
+    assert not (first.error or second.error or last.error)
+
+
 CASES: list[tuple[str, RequestOptions, Attention, int, str]] = [
     ("missing", RequestOptions(), Attention(generated(0, 1, 3)), 4, "need rows of the decode steps [0, 1, 2, 3]"),
     ("twice", RequestOptions(), Attention(generated(0, 1, 1)), 2, "[0, 1, 1] came"),

@@ -108,7 +108,7 @@ def with_capabilities(original: list[Any]) -> _Routes:
         name, layers, heads = frontend.model_shape()
         return capabilities(
             "sglang", SglangBackend().version(), name, layers, heads, frontend.policy(),
-            dtype=frontend.model_dtype(), device=frontend.model_device(),
+            dtype=frontend.model_dtype(), device=frontend.model_device(), generates=frontend.generates(),
         )  # fmt: skip
 
     return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])

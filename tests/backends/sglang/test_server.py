@@ -391,12 +391,32 @@ def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path)
     assert len(lines) == wanted and all(line["mode"] == "fingerprint" for line in lines)
 
 
+def test_an_embedding_server(smol_path: str, tmp_path: Path) -> None:
+    """It serves on, and who asks for rows of tokens that it does not generate is told so."""
+    with serve(tmp_path, smol_path, "--is-embedding") as running:
+        told = running.get("/v1/attention/capabilities")
+        assert told["generates"] is False and told["layers"] == []
+        for path, body in {
+            "/generate": {"text": "hi", "sampling_params": {"max_new_tokens": 2}},
+            "/v1/completions": {"model": "smol", "prompt": "hi", "max_tokens": 2},
+            "/v1/embeddings": {"model": "smol", "input": "hi"},
+            "/encode": {"text": "hi"},
+        }.items():
+            status, reply = running.post(path, {**body, **ASK})
+            assert status == 400 and "generates no tokens" in str(reply), (path, status, reply)
+        status, reply = running.post("/generate", {"text": "hi", "sampling_params": {"custom_params": ASK}})
+        assert status == 400 and "return_attention_tokens" in str(reply), reply
+        status, reply = running.post("/v1/embeddings", {"model": "smol", "input": "hi"})
+        assert status == 200 and len(reply["data"][0]["embedding"]) == 576
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "named"),
     [
         ("speculative_algorithm", "EAGLE", "speculative decoding"),
         ("disaggregation_mode", "prefill", "disaggregation"),
         ("enable_dp_attention", True, "data-parallel attention"),
+        ("attn_dp_size", 2, "data-parallel attention"),
         ("attn_cp_size", 2, "context parallelism"),
         ("smg_grpc_mode", True, "gRPC"),
     ],
