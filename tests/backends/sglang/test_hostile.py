@@ -36,7 +36,10 @@ ROUTES = [
     Route("/v1/responses", lambda n: {"model": "smol", "input": "word " * n, "max_output_tokens": NEW}),
     Route("/v1/messages", lambda n: {"model": "smol", "messages": chat(n), "max_tokens": NEW}),
     Route("/v1/embeddings", lambda n: {"model": "smol", "input": "word " * n}),
-    Route("/vertex_generate", lambda n: {"instances": [{"text": "word " * n}], "parameters": {"sampling_params": sampling()}}),
+    Route(
+        "/vertex_generate",
+        lambda n: {"instances": [{"text": "word " * n}], "parameters": {"sampling_params": sampling()}},
+    ),
     Route("/tokenize", lambda n: {"model": "smol", "prompt": "word " * n}),
 ]  # fmt: skip
 HIDDEN: list[Any] = [
