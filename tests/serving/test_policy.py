@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import threading
 from itertools import pairwise
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from attnhook import OptionError
 from attnhook.options import RequestOptions
+from attnhook.serving.flags import add_flags
 from attnhook.serving.gate import Gate, Place
-from attnhook.serving.policy import Policy
+from attnhook.serving.policy import FLAGS, Policy
 from attnhook.serving.refusal import Refusal
 
 FINGERPRINT = RequestOptions(mode="fingerprint")
@@ -176,3 +178,14 @@ def test_a_place_that_is_collected_inside_the_gate_does_not_stop_it() -> None:
 def test_bad_guard_rails_are_named(name: str, value: str) -> None:
     with pytest.raises(OptionError, match=f"{name}=.*{value.strip('-')}"):
         Policy.from_environ({name: value})
+
+
+def test_a_key_stays_out_of_the_arguments_that_engines_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in FLAGS:
+        monkeypatch.setenv(flag.variable, "")  # restored afterwards
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    given = parser.parse_args(["--attention-tokens-api-key", "sesame", "--attention-tokens-span-width", "32"])
+    assert "sesame" not in repr(given) and given.attention_tokens_span_width == 32
+    policy = Policy.from_environ()
+    assert policy.api_key == "sesame" and policy.span_width == 32
