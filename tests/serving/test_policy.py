@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import threading
 from itertools import pairwise
 from typing import Any
@@ -181,8 +182,8 @@ def test_bad_guard_rails_are_named(name: str, value: str) -> None:
 
 
 def test_a_key_stays_out_of_the_arguments_that_engines_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flag in FLAGS:
-        monkeypatch.setenv(flag.variable, "")  # restored afterwards
+    plain = {name: value for name, value in os.environ.items() if name not in {flag.variable for flag in FLAGS}}
+    monkeypatch.setattr(os, "environ", plain)
     parser = argparse.ArgumentParser()
     add_flags(parser)
     given = parser.parse_args(["--attention-tokens-api-key", "sesame", "--attention-tokens-span-width", "32"])
