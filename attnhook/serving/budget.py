@@ -39,6 +39,25 @@ def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int) -> 
     return (rows + before) * entry + layers * kept * (_POSITION + _NUMBER)
 
 
+#: A stream that repeats what it has sent may come to so many times as much as one reply, over all of its events.
+REPEATED = 16
+
+
+def check_repeating(options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int) -> None:
+    """Raise OptionError where a stream whose every event holds all rows so far comes to too many bytes altogether."""
+    last = reply_bytes(options, layers, prompt, new)
+    first = reply_bytes(options, layers, prompt, min(new, 1))  # the rows of the prompt, which each event repeats
+    size = choices * (first * new + (last - first) * (new - 1) // 2)
+    if size > REPEATED * limit:
+        raise OptionError(
+            ASK,
+            f"{ASK}=true with a stream of {new} tokens: each event repeats all before it, which may come to {size} "
+            f"bytes of attention altogether; this server allows {REPEATED * limit} ({REPEATED} times "
+            "--attention-tokens-max-bytes): ask without a stream, for less, or on a server with "
+            "--incremental-streaming-output",
+        )
+
+
 def check_reply(
     options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int, *, already: int = 0
 ) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from attnhook import OptionError, TokenRecord
 from attnhook.options import RequestOptions
-from attnhook.serving.budget import check_reply, reply_bytes
+from attnhook.serving.budget import REPEATED, check_repeating, check_reply, reply_bytes
 from attnhook.serving.replies import Attention
 
 
@@ -67,3 +67,21 @@ def test_too_much_is_refused_with_the_numbers_and_the_remedies() -> None:
         assert part in str(caught.value)
     with pytest.raises(OptionError, match=f"and {size} of the request's other prompts"):
         check_reply(options, 30, 500, 4, 1, 2 * size - 1, already=size)
+
+
+@pytest.mark.parametrize("options", [RequestOptions(), RequestOptions(prompt=True, layers="all", top_k=8)])
+def test_a_stream_that_repeats_is_measured_by_all_of_its_events(options: RequestOptions) -> None:
+    prompt, new = 60, 12
+    total = sum(reply(options, 3, prompt, tokens) for tokens in range(1, new + 1))
+    most = next(limit for limit in range(1000, 10**7, 500) if _allowed(options, prompt, new, limit))
+    assert total <= most * REPEATED <= 2.5 * total
+    with pytest.raises(OptionError, match="each event repeats all before it"):
+        check_repeating(options, 3, prompt, new, 1, most - 500)
+
+
+def _allowed(options: RequestOptions, prompt: int, new: int, limit: int) -> bool:
+    try:
+        check_repeating(options, 3, prompt, new, 1, limit)
+    except OptionError:
+        return False
+    return True

@@ -7,7 +7,6 @@ the request's scope (`server`); ``/generate`` and `Engine` ask with the same fie
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -19,15 +18,13 @@ from typing import Any, NamedTuple
 from attnhook.backends.sglang.reading import Reader
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_reply
+from attnhook.serving.budget import check_repeating, check_reply
 from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.policy import Policy
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Stream
 from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options, unpack_options
-
-logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 
@@ -132,6 +129,7 @@ class _Asked(NamedTuple):
 
     options: list[RequestOptions | None]
     place: Place | None  # None for who calls the engine in Python
+    repeats: bool = False  # whether each event of its stream holds all rows so far
 
     def of(self, prompt: int) -> RequestOptions | None:
         return self.options[prompt if len(self.options) > 1 else 0]
@@ -158,7 +156,8 @@ def serving(original: Original) -> Original:
         reader = Reader(bool(getattr(obj, "stream", False) and _streams_what_is_new(self)))
         if ticket is not None:
             reader.stream, ticket.reader = ticket.stream, reader
-        token = _serving.set(wanted if asks else None)
+        repeats = ticket is None and bool(getattr(obj, "stream", False)) and not reader.incremental
+        token = _serving.set(wanted._replace(repeats=repeats) if asks else None)
         try:
             async with aclosing(original(self, obj, request, *args, **kwargs)) as results:
                 async for result in results:
@@ -199,24 +198,20 @@ def counting(original: Original) -> Original:
             check_reach(options.spans, tokens, REQUEST_FIELDS["spans"])
             known = _serving.get()
             if reply and known is not None and known.place is not None:
-                _measure(known.place, options, len(input_ids), tokens, params.get("n") or 1)
+                _measure(known, options, len(input_ids), tokens, params.get("n") or 1)
         return result
 
     return _validate_one_request
 
 
-def _measure(place: Place, options: RequestOptions, prompt: int, tokens: int, choices: int) -> None:
+def _measure(known: _Asked, options: RequestOptions, prompt: int, tokens: int, choices: int) -> None:
     """Refuse what tells more than this server allows, or comes to more bytes."""
+    place, new = known.place, max(0, tokens - prompt)
+    assert place is not None
     policy().check_spans(options, tokens)
-    size = check_reply(
-        options,
-        _layer_count(options),
-        prompt,
-        max(0, tokens - prompt),
-        choices,
-        policy().max_bytes,
-        already=place.bytes,
-    )
+    if known.repeats:
+        check_repeating(options, _layer_count(options), prompt, new, choices, policy().max_bytes)
+    size = check_reply(options, _layer_count(options), prompt, new, choices, policy().max_bytes, already=place.bytes)
     try:
         place.reserve(size, policy().max_bytes_in_flight)
     except Refusal as refusal:
