@@ -57,7 +57,11 @@ class Pieces:
                 continue  # somebody's text that looks like one
             yield body[at : found.start()] + b"["
             at = found.end()
-            for n, some in enumerate(_parts(records)):
+            parts = _parts(records)
+            if len(parts) == 1:  # as most chunks of streams: a thread would cost more than the writing
+                yield _written(records, first=True)
+                parts = []
+            for n, some in enumerate(parts):
                 began = time.perf_counter()
                 yield await asyncio.to_thread(_written, some, first=n == 0)
                 # the thread has held the interpreter: the loop gets as long for everybody else

@@ -132,9 +132,10 @@ class Policy:
         """Raise Refusal (403) for a client that may not capture; nothing that it sent is looked at before."""
         if not self.allowed:
             raise Refusal(403, ASK, f"{ASK}=true: this server forbids capture (--no-return-attention-tokens)")
-        # compared in constant time, as bytes: a header may hold any character
+        # compared in constant time, as bytes: a header may hold any character, and servers read its bytes as Latin-1
         key = headers.get(KEY_HEADER, "")
-        if self.api_key is not None and not hmac.compare_digest(key.encode(), self.api_key.encode()):
+        sent = (key.encode(), key.encode("latin-1", "replace"))
+        if self.api_key is not None and not any([hmac.compare_digest(one, self.api_key.encode()) for one in sent]):
             raise Refusal(403, ASK, f"{ASK}=true: this server wants its capture key in the header X-Attention-Key")
 
     def apply(self, options: RequestOptions) -> RequestOptions:

@@ -26,6 +26,7 @@ FINGERPRINT = RequestOptions(mode="fingerprint")
 def test_who_may_ask() -> None:
     policy = Policy.from_environ({"ATTNHOOK_API_KEY": "s\u00e9same"})
     policy.admit({"x-attention-key": "s\u00e9same"})
+    policy.admit({"x-attention-key": "s\u00e9same".encode().decode("latin-1")})  # as servers hand it on
     for headers in ({}, {"x-attention-key": "Sesame"}, {"x-attention-key": "s\u00e9same "}):
         with pytest.raises(Refusal, match="capture key") as caught:
             policy.admit(headers)

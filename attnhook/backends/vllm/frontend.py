@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
+from attnhook import switch
 from attnhook.backends.vllm.refusing import client_error
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
@@ -229,7 +230,7 @@ def mark(params: Any, options: RequestOptions, *, reply: bool = True) -> None:
         params.skip_reading_prefix_cache = True  # a cached row is not computed, so it could not be captured
 
 
-_serves = False  # whether other people's requests come to this process
+_serves = switch.serving()  # whether other people's requests come to this process
 
 
 def serving() -> None:
