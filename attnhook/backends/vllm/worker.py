@@ -186,7 +186,7 @@ def _nothing_to_capture(model: Any) -> str | None:
     """Why a ModelConfig's model has nothing that could be asked for; None where it has."""
     if model.runner_type == "pooling":
         return "a pooling model generates no tokens"
-    if model.is_attention_free:
+    if getattr(model, "is_attention_free", False):
         return "the model has no attention layer"
     return None
 
