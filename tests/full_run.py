@@ -21,6 +21,8 @@ class FullRun:
     """A pytest plugin of the process that runs, or hands out, the tests."""
 
     def __init__(self) -> None:
+        # taken out: runs of pytest that a test starts are not the whole run
+        self.whole, self.again = os.environ.pop(WHOLE, ""), os.environ.pop(AGAIN, "")
         self.compared: dict[str, str] = {}  # outcome of each server's test of `same_json`, by node id
         self.skipped: list[str] = []  # node ids
 
@@ -34,9 +36,9 @@ class FullRun:
     @property
     def problem(self) -> str | None:
         """What this run left out, or None."""
-        if os.environ.get(AGAIN):
+        if self.again:
             return f"skipped when run again: {', '.join(self.skipped)}" if self.skipped else None
-        if not os.environ.get(WHOLE):
+        if not self.whole:
             return None
         skipped = sorted(name for name, outcome in self.compared.items() if outcome == "skipped")
         if len(self.compared) < 2:
@@ -50,8 +52,8 @@ class FullRun:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.problem is None:
             return
-        if os.environ.get(WHOLE):
-            Path(os.environ[WHOLE]).write_text(self.problem + "\n", encoding="utf-8")
+        if self.whole:
+            Path(self.whole).write_text(self.problem + "\n", encoding="utf-8")
         if session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -147,6 +147,9 @@ def test_the_collector_serves_it(small_map, tmp_path):
         assert status == 200 and json.loads(reply)["results"] == wanted
         body = json.dumps({"fingerprints": [[float("nan")] * 20], "classifier": "clusters"}).encode()
         status, reply = server.get("/classify", data=body)
+        assert status == 400 and b"no JSON" in reply  # which has no NaN
+        body = json.dumps({"fingerprints": [[7.0] * 20], "classifier": "clusters"}).encode()
+        status, reply = server.get("/classify", data=body)
         assert status == 400 and b"fingerprint 0" in reply
         body = json.dumps({"fingerprints": rows.tolist()}).encode()
         assert json.loads(server.get("/classify", data=body)[1])["results"][0]["label"] in wanted[0]["zone"]
