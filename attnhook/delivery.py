@@ -34,6 +34,7 @@ logger = logging.getLogger("attnhook")
 Observer = Callable[[TokenRecord], object]
 
 BATCH = 1024  # most records that one `Sink.write` gets
+SWEEP_SECONDS = 0.5  # that an ending writer waits for the lock
 LINGER_SECONDS = 0.02  # a writer that wakes up waits so long for more: a busy producer need not wake it again
 FLUSH_SECONDS = 1.0  # a sink that never runs dry is flushed this often
 STALL_SECONDS = 60.0  # `close` gives up on a sink that has finished no write for so long
@@ -370,8 +371,13 @@ class _Writer:
             if not self._done.is_set():
                 self._finish()
                 self._done.set()
-            with self.lock:
-                self.sweep()
+            # not for long: a signal handler may have interrupted a put that holds it, and waits for us. That put then
+            # sweeps itself, should it ever go on.
+            if self.lock.acquire(timeout=SWEEP_SECONDS):
+                try:
+                    self.sweep()
+                finally:
+                    self.lock.release()
         finally:
             self.awake = False
             self._claim.release()
