@@ -26,8 +26,8 @@ from tests.backends.servers import Server
 
 KEY = "open-sesame"
 PREFIX, WIDTH, LIMIT = 50, 16, 6
-#: Requests of a run; ATTNHOOK_HOSTILE=500 is the long one.
-COUNT = int(os.environ.get("ATTNHOOK_HOSTILE", "60"))
+#: Requests of a run; HOSTILE_REQUESTS=500 is the long one.
+COUNT = int(os.environ.get("HOSTILE_REQUESTS", "60"))
 ENVIRONMENT = {
     "ATTNHOOK_API_KEY": KEY,
     "ATTNHOOK_FINGERPRINT_ONLY": "1",

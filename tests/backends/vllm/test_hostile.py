@@ -51,7 +51,7 @@ def test_hostile_clients(smol_path: str, tmp_path: Path) -> None:
         small = {"model": "smol", "prompt": "Hi", "max_tokens": 2}
         hostile_run(server, ROUTES, HIDDEN, small, sink)
         log = server.log.read_text(errors="replace")
-    if os.environ.get("ATTNHOOK_HOSTILE_LOG"):
+    if os.environ.get("HOSTILE_LOG"):
         print(log)
     assert KEY not in log, "the key is in the server's log"
     assert "attention records of this step are lost" not in log and "capture failed" not in log
