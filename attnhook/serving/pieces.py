@@ -27,15 +27,22 @@ class Pieces:
 
     def __init__(self) -> None:
         self._records: dict[bytes, Sequence[TokenRecord]] = {}
+        self._texts: dict[int, bytes] = {}  # of records that come again, by their identity
+        self._again: dict[int, TokenRecord] = {}  # those records, which keeps their identities theirs
         self._ends: list[Callable[[], None]] = []
 
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    def mark(self, records: Sequence[TokenRecord]) -> str:
-        """A JSON string's value that stands for the JSON array of these records."""
+    def mark(self, records: Sequence[TokenRecord], *, again: bool = False) -> str:
+        """A JSON string's value that stands for the JSON array of these records.
+
+        ``again``: they come under later marks too, for which their texts are kept.
+        """
         mark = f"attnhook-records-{secrets.token_hex(16)}"
         self._records[mark.encode()] = records
+        if again:
+            self._again.update((id(record), record) for record in records)
         return mark
 
     def at_end(self, function: Callable[[], None]) -> None:
@@ -45,6 +52,8 @@ class Pieces:
     def end(self) -> None:
         """The reply is over."""
         self._records.clear()
+        self._texts.clear()
+        self._again.clear()
         while self._ends:
             self._ends.pop()()
 
@@ -59,15 +68,22 @@ class Pieces:
             at = found.end()
             parts = _parts(records)
             if len(parts) == 1:  # as most chunks of streams: a thread would cost more than the writing
-                yield _written(records, first=True)
+                yield self._written(records, first=True)
                 parts = []
             for n, some in enumerate(parts):
                 began = time.perf_counter()
-                yield await asyncio.to_thread(_written, some, first=n == 0)
+                yield await asyncio.to_thread(self._written, some, first=n == 0)
                 # the thread has held the interpreter: the loop gets as long for everybody else
                 await asyncio.sleep(time.perf_counter() - began)
             yield b"]"
         yield body[at:]
+
+    def _written(self, records: Sequence[TokenRecord], *, first: bool) -> bytes:
+        new = [record for record in records if id(record) not in self._texts]
+        fill_zones(new)
+        texts = {id(record): msgspec.json.encode(record.to_dict()) for record in new}
+        self._texts.update((name, text) for name, text in texts.items() if name in self._again)
+        return (b"" if first else b",") + b",".join(texts.get(id(r)) or self._texts[id(r)] for r in records)
 
 
 def _parts(records: Sequence[TokenRecord]) -> list[Sequence[TokenRecord]]:
@@ -76,12 +92,6 @@ def _parts(records: Sequence[TokenRecord]) -> list[Sequence[TokenRecord]]:
     one = records[0]
     count = max(1, _PIECE // (one.token_positions.size * 2 + one.fingerprints.size + one.span_mass.size + 1))
     return [records[at : at + count] for at in range(0, len(records), count)]
-
-
-def _written(records: Sequence[TokenRecord], *, first: bool) -> bytes:
-    fill_zones(records)
-    texts = [msgspec.json.encode(record.to_dict()) for record in records]
-    return (b"" if first else b",") + b",".join(texts)
 
 
 #: Those of the HTTP reply that this task makes; None where nobody would put the records in.

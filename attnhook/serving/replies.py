@@ -61,11 +61,14 @@ class Attention:
             return Attention(error=NOTHING_CAME)
         return self
 
-    def fields(self) -> dict[str, Any]:
-        """The JSON fields of a choice; ``attention_tokens`` is always there, the others where they hold something."""
-        fields: dict[str, Any] = {"attention_tokens": entries(self.generated)}
+    def fields(self, *, again: bool = False) -> dict[str, Any]:
+        """The JSON fields of a choice; ``attention_tokens`` is always there, the others where they hold something.
+
+        ``again``: the same records come in later fields too, so what is written of them is kept.
+        """
+        fields: dict[str, Any] = {"attention_tokens": entries(self.generated, again=again)}
         if self.prompt:
-            fields["prompt_attention_tokens"] = entries(self.prompt)
+            fields["prompt_attention_tokens"] = entries(self.prompt, again=again)
         if self.error:
             fields["attention_error"] = self.error
         if self.check is not None:
@@ -74,11 +77,11 @@ class Attention:
         return fields
 
 
-def entries(records: list[TokenRecord]) -> Any:
+def entries(records: list[TokenRecord], *, again: bool = False) -> Any:
     """The JSON of records; in an HTTP reply a mark that stands for it, until it is sent."""
     reply = pieces.get()
     if reply is not None and records:
-        return reply.mark([*records])
+        return reply.mark([*records], again=again)
     fill_zones(records)
     return [record.to_dict() for record in records]
 

@@ -130,3 +130,21 @@ def test_a_place_is_free_when_the_reply_is_sent_and_not_before() -> None:
     place = gate.place(1)
     leave_with_the_reply(place)  # where nobody sends anything later
     assert gate.count == 0
+
+
+def test_records_that_come_again_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, written = [record(position) for position in range(5)], []
+    whole = TokenRecord.to_dict
+    monkeypatch.setattr(TokenRecord, "to_dict", lambda self: written.append(self.query_position) or whole(self))
+
+    async def lines() -> AsyncIterator[str]:
+        for count in range(1, 6):
+            fields = Attention(rows[:count], rows[:2]).fields(again=True)
+            yield f"data: {json.dumps({'meta_info': fields})}\n\n"
+
+    _, body = answer(lambda: StreamingResponse(lines(), media_type="text/event-stream"))
+    assert sorted(written) == [0, 1, 2, 3, 4]
+    monkeypatch.undo()
+    events = [json.loads(event.removeprefix("data: "))["meta_info"] for event in body.decode().strip().split("\n\n")]
+    assert [event["attention_tokens"] for event in events] == [plain(rows[:count]) for count in range(1, 6)]
+    assert all(event["prompt_attention_tokens"] == plain(rows[:2]) for event in events)

@@ -178,7 +178,8 @@ def test_a_place_that_is_collected_inside_the_gate_does_not_stop_it() -> None:
     ],
 )
 def test_bad_guard_rails_are_named(name: str, value: str) -> None:
-    with pytest.raises(OptionError, match=f"{name}=.*{value.strip('-')}"):
+    shown = value if name == "ATTNHOOK_MASK_PREFIX" else repr(value)  # that one is an option of requests too
+    with pytest.raises(OptionError, match=f"{name}={shown} must be"):
         Policy.from_environ({name: value})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnhook.options import RequestOptions
 from attnhook.serving.account import ChoiceAccount
+from attnhook.serving.pieces import pieces
 from attnhook.serving.replies import Attention, Stream
 from attnhook.serving.wire import KEY, Share, reason
 
@@ -24,7 +25,8 @@ class Reader:
     _accounts: dict[int, ChoiceAccount] = field(default_factory=dict)
     _tokens: dict[int, int] = field(default_factory=dict)  # per choice, so far
     _seen: dict[str, int] = field(default_factory=dict)  # elements per id
-    _native_sofar: dict[str, Attention] = field(default_factory=dict)  # of native replies, by id
+    _native_sofar: dict[str, Attention] = field(default_factory=dict)  # of native HTTP replies, by id
+    _entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same in Python, as JSON
 
     def read(self, result: dict[str, Any], index: int, options: RequestOptions, *, native: bool) -> None:
         """One result: its records go to ``choices`` and ``stream``, in native replies into ``meta_info``."""
@@ -59,9 +61,17 @@ class Reader:
         return new
 
     def _native(self, request: str, new: Attention) -> dict[str, Any]:
-        """Fields for ``meta_info``: what is new, or all so far, as the engine does with its own lists."""
+        """Fields for ``meta_info``: what is new, or all so far, as the engine does with its own lists.
+
+        What is sent again with every event is written once.
+        """
         if self.incremental:
             return new.fields()
-        sofar = self._native_sofar.setdefault(request, Attention())
-        sofar.extend(new)
-        return sofar.fields()
+        if pieces.get() is not None:
+            whole = self._native_sofar.setdefault(request, Attention())
+            whole.extend(new)
+            return whole.fields(again=True)
+        sofar = self._entries.setdefault(request, {})
+        for name, value in new.fields().items():
+            sofar[name] = sofar.get(name, []) + value if isinstance(value, list) else sofar.get(name, value)
+        return dict(sofar)

@@ -43,8 +43,7 @@ def test_aborted_requests_leave_nothing(tmp_path: Path) -> None:
     seen, resident = result["seen"], result["resident"]
     print(seen, [f"{size / MB:.1f}" for size in resident])
     assert seen["without a token"] + seen["after a token"] == REQUESTS
-    # enough of them: how many end before they are told to depends on how busy the machine is
-    assert seen["aborted"] > REQUESTS // 4 and seen["after a token"] > REQUESTS // 4
+    assert seen["aborted"] > REQUESTS // 2 and seen["after a token"] > REQUESTS // 4
     assert seen["records"] > REQUESTS // 2 and seen.get("errors", 0) == 0
     assert result["kept"] == [] and result["after"] == 8
     growth = [(later - before) / MB for before, later in itertools.pairwise(resident)]
