@@ -25,15 +25,17 @@ def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        shares = getattr(model_runner_output, "attnhook", None) or {}
+        waiting = self.__dict__.get("_attnhook_waiting") or {}
+        if not shares and not waiting:
+            return original(self, scheduler_output, model_runner_output)
         # taken now: the scheduler forgets a request when it ends
-        requests = safely(_known, self, model_runner_output) or {}
+        requests = safely(_known, self, {*shares, *waiting}) or {}
         outputs = original(self, scheduler_output, model_runner_output)
-        shares = getattr(model_runner_output, "attnhook", None)
-        if shares or self.__dict__.get("_attnhook_waiting"):
-            try:
-                _forward(self, shares or {}, outputs, requests)
-            except Exception:
-                logger.exception("attention records of this step are lost")
+        try:
+            _forward(self, shares, outputs, requests)
+        except Exception:
+            logger.exception("attention records of this step are lost")
         return outputs
 
     return update_from_output
@@ -50,9 +52,8 @@ def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
-def _known(scheduler: Any, output: Any) -> dict[str, Any]:
-    """The requests whose records a step may bring; those with stop strings are followed from here on."""
-    names = {*(getattr(output, "attnhook", None) or ()), *scheduler.__dict__.get("_attnhook_waiting", ())}
+def _known(scheduler: Any, names: set[str]) -> dict[str, Any]:
+    """The requests of these names; those with stop strings are followed from here on."""
     requests = {name: scheduler.requests[name] for name in names if name in scheduler.requests}
     _stops(scheduler).follow(scheduler, requests)
     return requests

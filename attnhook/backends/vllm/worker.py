@@ -51,7 +51,7 @@ class _Worker:
             # a cache that cannot be read is refused now; its view needs no requests
             cache.view(layer, layer.kv_cache, torch.zeros(0, 0, dtype=torch.int32))
         heads = {number: layer.impl.num_heads for number, (_, layer) in self.layers.items()}
-        self.served = Served(served_name(runner.model_config), heads, _ranks(runner.vllm_config))
+        self.served = Served(served_name(runner.model_config), heads, _ranks(runner))
         if not self.served.whole:
             raise UnsupportedError("vLLM's model has no attention layer that attnhook can capture")
         self.asks: dict[str, tuple[str, int]] = {}  # request -> packed options, position of its prompt's last token
@@ -191,11 +191,14 @@ def _nothing_to_capture(model: Any) -> str | None:
     return None
 
 
-def _ranks(config: Any) -> Ranks:
-    """The groups of vLLM that this worker's part of the model is in."""
+def _ranks(runner: Any) -> Ranks:
+    """The groups that this worker's part of the model is in; made once, for each takes connections and threads."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-    parallel = config.parallel_config
+    known: Ranks | None = runner.__dict__.get("_attnhook_ranks")
+    if known is not None:
+        return known
+    parallel = runner.vllm_config.parallel_config
     for name, size in (
         ("decode context", getattr(parallel, "decode_context_parallel_size", 1)),
         ("prefill context", getattr(parallel, "prefill_context_parallel_size", 1)),
@@ -210,7 +213,9 @@ def _ranks(config: Any) -> Ranks:
             "vLLM with dual batch overlap cannot be captured: its halves run their attention apart. Start without "
             "--enable-dbo, or without ATTNHOOK=1"
         )
-    return Ranks.of(get_tp_group(), get_pp_group())
+    ranks = Ranks.of(get_tp_group(), get_pp_group())
+    objects["vllm"].note(runner, "_attnhook_ranks", ranks)
+    return ranks
 
 
 def loading(original: Original) -> Original:
@@ -232,7 +237,7 @@ def _kept_queries(runner: Any) -> KeptQueries | None:
     if asked is None and not config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         return None
     layers = {number: layer for number, (_, layer) in _attention_layers(runner).items()}
-    whole = _ranks(config).everywhere({number: 1 for number in layers})
+    whole = _ranks(runner).everywhere({number: 1 for number in layers})
     chosen = layers.keys() & set(resolve_layers(asked or "auto", list(whole), "ATTNHOOK_GRAPH_LAYERS"))
     shapes = {number: (layers[number].impl.num_heads, _query_dim(layers[number])) for number in chosen}
     rows = config.scheduler_config.max_num_seqs * (1 + (config.num_speculative_tokens or 0))
