@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from attnhook.errors import OptionError
 from attnhook.fingerprint import BINS, SIZE
-from attnhook.options import RequestOptions
+from attnhook.options import RequestOptions, resolve_layers
+from attnhook.serving.gate import Place
+from attnhook.serving.policy import Policy
 from attnhook.serving.wire import ASK
 
 # JSON of a reply, with 7 decimals and no spaces: a number with its comma, and the names around the numbers
@@ -56,6 +60,24 @@ def check_repeating(options: RequestOptions, layers: int, prompt: int, new: int,
             "--attention-tokens-max-bytes): ask without a stream, for less, or on a server with "
             "--incremental-streaming-output",
         )
+
+
+def count_layers(options: RequestOptions, layers: Sequence[int] | None, config: Any) -> int:
+    """How many layers the options name, as far as a front end can tell: of ``layers``, or of a model's ``config``."""
+    known = layers or range(getattr(config, "num_hidden_layers", None) or 128)
+    return len(resolve_layers(options.layers, known))
+
+
+def measure(
+    policy: Policy, place: Place, options: RequestOptions, layers: int, prompt: int, new: int, choices: int
+) -> None:
+    """Refuse a prompt of a request that tells more than a server allows, or comes to more bytes; else take the room.
+
+    Raises OptionError, and Refusal where there is no room now.
+    """
+    policy.check_spans(options, prompt + new)
+    size = check_reply(options, layers, prompt, new, choices, policy.max_bytes, already=place.bytes)
+    place.reserve(size, policy.max_bytes_in_flight)
 
 
 def check_reply(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from attnhook.serving.pieces import Pieces, pieces
@@ -33,7 +33,7 @@ class RouteGuard:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self.app(scope, receive, send)
             return
-        if _path(scope) in self.carrying():
+        if path_of(scope) in self.carrying():
             await self._carry(scope, receive, send)
             return
         messages = []
@@ -45,7 +45,7 @@ class RouteGuard:
         body = b"".join(message.get("body", b"") for message in messages)
         name = asks(body)
         if name is not None:
-            await _refuse(name, _path(scope), sorted(self.carrying()), send)
+            await _refuse(name, path_of(scope), sorted(self.carrying()), send)
             return
         left = iter(messages)
 
@@ -112,7 +112,8 @@ def _hidden(fields: dict[str, Any], depth: int = 3) -> str | None:
     return None
 
 
-def _path(scope: _Scope) -> str:
+def path_of(scope: Mapping[str, Any]) -> str:
+    """A request's path as the application's routes have it, without the prefix of a proxy."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return (path.removeprefix(root) if root else path).rstrip("/")
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from attnhook.backends.sglang.reading import Reader
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_repeating, check_reply
+from attnhook.serving.budget import check_repeating, count_layers, measure
 from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.policy import Policy
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Stream
+from attnhook.serving.routes import path_of
 from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options, unpack_options
 
 Original = Callable[..., Any]
@@ -96,13 +97,6 @@ def options_of(fields: Mapping[str, Any]) -> RequestOptions | None:
         if heads:
             check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
     return options
-
-
-def _layer_count(options: RequestOptions) -> int:
-    """How many layers the options name, as far as this front end can tell."""
-    config = getattr(getattr(_manager, "model_config", None), "hf_text_config", None)
-    layers = model_shape()[1] or range(getattr(config, "num_hidden_layers", None) or 128)
-    return len(resolve_layers(options.layers, list(layers)))
 
 
 @dataclass
@@ -208,12 +202,12 @@ def _measure(known: _Asked, options: RequestOptions, prompt: int, tokens: int, c
     """Refuse what tells more than this server allows, or comes to more bytes."""
     place, new = known.place, max(0, tokens - prompt)
     assert place is not None
-    policy().check_spans(options, tokens)
+    config = getattr(getattr(_manager, "model_config", None), "hf_text_config", None)
+    layers = count_layers(options, model_shape()[1], config)
     if known.repeats:
-        check_repeating(options, _layer_count(options), prompt, new, choices, policy().max_bytes)
-    size = check_reply(options, _layer_count(options), prompt, new, choices, policy().max_bytes, already=place.bytes)
+        check_repeating(options, layers, prompt, new, choices, policy().max_bytes)
     try:
-        place.reserve(size, policy().max_bytes_in_flight)
+        measure(policy(), place, options, layers, prompt, new, choices)
     except Refusal as refusal:
         raise Refused(refusal) from refusal
 
@@ -279,8 +273,7 @@ def _is_native(request: Any) -> bool:
         return not _serves()
     scope = _scope(request)
     route = getattr(scope.get("route"), "path", None)
-    path = str(scope.get("path", "")).removeprefix(str(scope.get("root_path", "")))
-    return (path if route is None else route) == GENERATE
+    return (path_of(scope) if route is None else route) == GENERATE
 
 
 def _serves() -> bool:

@@ -16,7 +16,7 @@ from attnhook import switch
 from attnhook.backends.vllm.refusing import client_error
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_reply
+from attnhook.serving.budget import count_layers, measure
 from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
@@ -93,14 +93,6 @@ def check_model(options: RequestOptions) -> None:
         check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
 
 
-def layer_count(options: RequestOptions) -> int:
-    """How many layers the options name, as far as this front end can tell."""
-    layers = model_shape()[1] or range(
-        getattr(getattr(_model, "hf_text_config", None), "num_hidden_layers", None) or 128
-    )
-    return len(resolve_layers(options.layers, list(layers)))
-
-
 class Admitted(NamedTuple):
     """A request of a route that may ask, with its options as this server serves them."""
 
@@ -174,11 +166,8 @@ def _measure(known: Admitted, prompt: int | None, params: Any) -> None:
         policy().check_spans(options, None)
         return
     check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
-    policy().check_spans(options, prompt + new)
-    size = check_reply(
-        options, layer_count(options), prompt, new, params.n or 1, policy().max_bytes, already=place.bytes
-    )
-    place.reserve(size, policy().max_bytes_in_flight)
+    layers = count_layers(options, model_shape()[1], getattr(_model, "hf_text_config", None))
+    measure(policy(), place, options, layers, prompt, new, params.n or 1)
 
 
 def refusing_capture(original: Original) -> Original:
