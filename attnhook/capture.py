@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnhook import fingerprint
+from attnhook import fingerprint, forks
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, RequestOptions
 from attnhook.records import RowName, TokenRecord, pack_rows
@@ -119,13 +118,10 @@ class Session:
             self.active = False
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     global _lock
     _lock, spent._lock = threading.Lock(), threading.Lock()  # another thread of the parent may have held them
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def sessions() -> tuple[Session, ...]:

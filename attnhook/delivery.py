@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, cast
 
-from attnhook import plugins, termination
+from attnhook import forks, plugins, termination
 from attnhook.addresses import scrubbed, shown
 from attnhook.errors import DroppedError, OptionError, PluginError
 from attnhook.records import TokenRecord, without_tokens
@@ -553,6 +552,7 @@ def _close_soon(seconds: float) -> None:
         delivery.close(max(deadline - time.monotonic(), 0.0))
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     for delivery in _open:
         delivery._after_fork()
@@ -565,7 +565,3 @@ def _close_at_multiprocessing_exit() -> None:
         from multiprocessing.util import Finalize
 
         Finalize(None, _close_all, exitpriority=0)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

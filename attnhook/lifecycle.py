@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from attnhook import plugins, switch
+from attnhook import forks, plugins, switch
 from attnhook.backends import Installation
 from attnhook.capture import Session
 from attnhook.delivery import Delivery
@@ -246,13 +245,11 @@ def _switch(before: CaptureOptions, options: CaptureOptions) -> None:
         raise
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()  # another thread of the parent may have held it
 
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 # at interpreter start `ATTNHOOK=1` only made a note; who comes by here is to find it done
 if (_startup := sys.modules.get("attnhook._startup")) is not None:

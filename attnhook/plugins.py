@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 from collections.abc import Callable
 from importlib import metadata
 
 import pluggy
 
-from attnhook import hookspecs
+from attnhook import forks, hookspecs
 from attnhook.addresses import hiding
 from attnhook.backends import Backend
 from attnhook.errors import OptionError, PluginError
@@ -23,13 +22,10 @@ _lock = threading.RLock()  # a plugin may ask for the manager while it is import
 _manager: pluggy.PluginManager | None = None
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def manager() -> pluggy.PluginManager:

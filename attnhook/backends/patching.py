@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import weakref
@@ -13,7 +12,7 @@ from typing import Any
 
 import wrapt
 
-from attnhook import switch
+from attnhook import forks, switch
 from attnhook.errors import AttnhookError, UnsupportedError
 
 _ABSENT = object()
@@ -201,10 +200,7 @@ def _imported(module: ModuleType) -> None:
             installation.imported(module)
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

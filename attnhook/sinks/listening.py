@@ -6,6 +6,7 @@ import os
 import time
 from abc import abstractmethod
 
+from attnhook import forks
 from attnhook.errors import DroppedError, PluginError
 from attnhook.sinks import Sink
 
@@ -94,12 +95,9 @@ class ListeningSink(Sink):
         self.abandon()
 
 
+@forks.in_child
 def _after_fork_in_child() -> None:
     inherited = list(_listening)
     _listening.clear()
     for sink in inherited:
         sink._after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
