@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 
+from attnhook.system import moved
+
 TYPE_CHECKING = False  # type checkers take it for true; importing typing takes longer than all of this
 
 if TYPE_CHECKING:
-    from attnhook.capture import Captured, capture
     from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError, UnsupportedError
-    from attnhook.hookspecs import hookimpl
-    from attnhook.lifecycle import install, uninstall
-    from attnhook.records import TokenRecord
+    from attnhook.plugins.hookspecs import hookimpl
+    from attnhook.process.capturing import Captured, capture
+    from attnhook.process.lifecycle import install, uninstall
+    from attnhook.record.token_record import TokenRecord
 
     __version__: str
 
@@ -36,14 +38,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "capture": ("Captured", "capture"),
     "errors": ("AttnhookError", "OptionError", "PluginError", "RecordError", "UnsupportedError"),
-    "hookspecs": ("hookimpl",),
-    "lifecycle": ("install", "uninstall"),
-    "records": ("TokenRecord",),
+    "plugins.hookspecs": ("hookimpl",),
+    "process.capturing": ("Captured", "capture"),
+    "process.lifecycle": ("install", "uninstall"),
+    "record.token_record": ("TokenRecord",),
 }
-# as attributes of the package, for who writes attnhook.lifecycle.dropped() after `import attnhook`
-_MODULES = frozenset({"delivery", "errors", "hookspecs", "lifecycle", "options", "plugins", "records", "sinks"})
+# as attributes of the package, for who writes attnhook.process.lifecycle.dropped() after `import attnhook`
+_MODULES = frozenset({"client", "errors", "options", "plugins", "process", "record", "sinks", "store"})
+# that were such attributes before 0.2
+_OLD = frozenset({"delivery", "hookspecs", "lifecycle", "records"})
 
 
 _Module = type(sys)
@@ -73,7 +77,7 @@ if not TYPE_CHECKING:  # a type checker is to know each name, and that there are
                 value = "0.0.0"
         elif home := next((home for home, names in _HOMES.items() if name in names), None):
             value = getattr(import_module(f"attnhook.{home}"), name)
-        elif name in _MODULES:
+        elif name in _MODULES or name in _OLD:
             return import_module(f"attnhook.{name}")
         else:
             raise AttributeError(f"module 'attnhook' has no attribute {name!r}")
@@ -82,3 +86,4 @@ if not TYPE_CHECKING:  # a type checker is to know each name, and that there are
 
 
 sys.modules[__name__].__class__ = _Package
+moved.watch()

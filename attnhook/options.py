@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from attnhook import switch
-from attnhook.addresses import shown as shown_url
 from attnhook.errors import OptionError
-from attnhook.records import MODES, Mode
+from attnhook.record.token_record import MODES, Mode
+from attnhook.system import switch
+from attnhook.system.addresses import shown as shown_url
 
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 
 BATCH = 1024  # what a delivery hands to a sink at most
 
@@ -187,7 +187,7 @@ def main() -> None:
         produce(address, name, int(count), int(top_k))
         return
     if sys.argv[1:2] == ["--collect"]:
-        from attnhook.cli import main as attnhook
+        from attnhook.cli.app import main as attnhook
 
         sys.argv[1:2] = []
         attnhook()

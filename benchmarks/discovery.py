@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from attnhook.analysis.classify import FingerprintClassifier
 from attnhook.analysis.manifold.quality import agreement, trustworthiness
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.record.columns import fingerprints_of
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from benchmarks.planted import planted
 
@@ -104,7 +104,7 @@ def process(*arguments: str, limit: float) -> tuple[float, float, float]:
 
 def discover(url: str, out: Path, limit: float) -> tuple[float, float, float]:
     """The command, whole."""
-    code = "from attnhook.cli import main; main()"
+    code = "from attnhook.cli.app import main; main()"
     return process("-c", code, "discover", url, "--out", str(out), limit=limit)
 
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.drift import Baseline, DriftSettings, fit
+from attnhook.record import fingerprint as fp
 
 SETTINGS = DriftSettings(window=50, false_alarm_rate=0.05, horizon=200)
 SMALL = DriftSettings(window=20, false_alarm_rate=0.05, horizon=50, simulations=400)  # for many baselines

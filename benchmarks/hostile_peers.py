@@ -23,9 +23,9 @@ from itertools import cycle
 import msgspec
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook import frames
 from attnhook.collector.zmtp import GREETING
+from attnhook.record import fingerprint as fp
+from attnhook.sinks import frames
 from benchmarks.collector import make_records
 
 _HALF_OPEN = 600  # connections that are held open, of each kind of port

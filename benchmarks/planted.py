@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnhook import fingerprint as fp
+from attnhook.record import fingerprint as fp
 
 _STARTS = np.array(fp.BIN_STARTS, np.float64)
 _ENDS = np.array([*fp.BIN_STARTS[1:], 2 * fp.BIN_STARTS[-1]], np.float64)
@@ -44,7 +44,8 @@ def planted(count: int, *, seed: int = 0, kinds: tuple[Kind, ...] = KINDS) -> tu
     """Fingerprints float32 [count, 20] of query rows at positions 2048 to 4095, and the kind of each, int64 [count].
 
     Histogram and entropy are those of one made-up row of attention each, so that every invariant of
-    `attnhook.fingerprint` holds: bins sum to 1, masses are sums of bins, keys beyond the row's position have none.
+    `attnhook.record.fingerprint` holds:
+    bins sum to 1, masses are sums of bins, keys beyond the row's position have none.
     """
     rng = np.random.default_rng(seed)
     labels = rng.choice(len(kinds), count, p=_shares(len(kinds)))

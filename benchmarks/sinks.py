@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from attnhook import fingerprint as fp
-from attnhook.delivery import BATCH, Delivery
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks.delivery import BATCH, Delivery
+from attnhook.sinks.opening import open_sink
 
 STEP = 64  # records that one engine step puts at once: a batch of 64 sequences
 

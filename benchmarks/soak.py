@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnhook.errors import DroppedError
-from attnhook.records import TokenRecord
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.zmq import ZmqSink
 from benchmarks.collector import collector, make_records
 

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-ENTROPY = 3  # its place in a fingerprint, see attnhook.fingerprint
+ENTROPY = 3  # its place in a fingerprint, see attnhook.record.fingerprint
 
 
 def with_duckdb(folder: str) -> dict[str, dict[str, float]]:

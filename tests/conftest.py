@@ -29,7 +29,7 @@ _LONGEST = ("backends/vllm", "backends/sglang", "backends")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from attnhook import cli_progress
+    from attnhook.cli import progress as cli_progress
 
     # a command that a test runs in this process says nothing of its progress, however busy the machine is
     cli_progress.FIRST = 3600.0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from attnhook import TokenRecord
-from attnhook.fingerprint import BIN_STARTS, BINS, ENTROPY, HISTOGRAM, LOCAL, LONG, MID
+from attnhook.record.fingerprint import BIN_STARTS, BINS, ENTROPY, HISTOGRAM, LOCAL, LONG, MID
 
 PROBABILITY = 2e-5  # max |dP| against eager at float32 (DESIGN section 3)
 FEATURE = 1e-4  # histogram, masses, entropy

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnhook.plugins import open_sink
+from attnhook.sinks.opening import open_sink
 from tests.helpers import ROOT, environment
 from tests.sinks.samples import lean
 

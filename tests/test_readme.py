@@ -8,8 +8,8 @@ import shlex
 import pytest
 from rich.cells import cell_len
 
+from tests.cli.test_run import command, commands
 from tests.helpers import ROOT
-from tests.test_cli import command, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _SCORE = re.compile(r"\b0\.\d{3}\b")

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.explain import sentence
 from attnhook.analysis.manifold.artifact import MANIFEST, load
 from attnhook.analysis.manifold.model import Model
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
 from attnhook.errors import AttnhookError, RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.record.zones import ZONE_NAMES, classify_many
 
 logger = logging.getLogger("attnhook")
 

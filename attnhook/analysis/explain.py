@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook.analysis.zones import classify
+from attnhook.record import fingerprint as fp
+from attnhook.record.zones import classify
 
 if TYPE_CHECKING:
     from pathlib import Path

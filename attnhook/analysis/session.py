@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook.analysis import zones
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record import zones
+from attnhook.record.token_record import TokenRecord
+from attnhook.record.without_sink import without_sink
 
 #: Captured span that holds position 0 alone, the attention sink; zones are judged without it where it is there.
 SINK = "sink"
@@ -130,7 +131,7 @@ def measure(records: Sequence[TokenRecord]) -> Session:
     shared = amounts / amounts.sum()
     hubs = [int(i) for i in np.argsort(-amounts, kind="stable")[:_HUBS] if amounts[i] > 0]
     free = all(SINK in record.span_names for record in rows)
-    named = zones.without_sink(rows, SINK) if free else _zones(rows)
+    named = without_sink(rows, SINK) if free else _zones(rows)
     agreed = [consensus(record, without_sink=True) for record in rows]
     moments = tuple(
         Moment(

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
+from attnhook.record.zones import ZONE_NAMES, classify_many
 
 
 class Classifier(Protocol):
@@ -20,7 +20,7 @@ class Classifier(Protocol):
 
 
 class Zones:
-    """The rule-based zones of `attnhook.analysis.zones`."""
+    """The rule-based zones of `attnhook.record.zones`."""
 
     def classify(self, fingerprints: np.ndarray) -> list[dict[str, Any]]:
         """Zone and confidence of each."""

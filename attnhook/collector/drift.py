@@ -13,8 +13,8 @@ import numpy as np
 
 from attnhook.analysis.drift.baseline import Baseline
 from attnhook.analysis.drift.monitor import IDLE_SECONDS, DriftMonitor
-from attnhook.rowblock import RowBlock
-from attnhook.tally import short
+from attnhook.record.block import RowBlock
+from attnhook.record.tally import short
 
 logger = logging.getLogger("attnhook")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from attnhook import metrics
 from attnhook.collector.drift import STATES
+from attnhook.sinks import metrics
 
 if TYPE_CHECKING:
     from attnhook.collector.service import Collector

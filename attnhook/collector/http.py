@@ -17,13 +17,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from attnhook.addresses import is_loopback, same_token
 from attnhook.collector import clients
 from attnhook.collector.classifiers import Classifier, Zones
 from attnhook.collector.exposition import families
 from attnhook.errors import AttnhookError, OptionError, RecordError
-from attnhook.metrics import registry
+from attnhook.sinks.metrics import registry
 from attnhook.store import open_store
+from attnhook.system.addresses import is_loopback, same_token
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -244,7 +244,7 @@ def _arrow(first: pa.RecordBatch | None, batches: Iterator[pa.RecordBatch]) -> I
 
     import pyarrow as pa
 
-    from attnhook.sinks.columns import LIGHT, arrow_schema
+    from attnhook.record.columns import LIGHT, arrow_schema
 
     whole = arrow_schema()
     schema = (

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from attnhook.frames import Frame, known_reasons
+from attnhook.sinks.frames import Frame, known_reasons
 
 #: Where every sum stops: the largest number that JSON, floats and the journal all keep exactly.
 MAX_COUNT: Final = 2**53

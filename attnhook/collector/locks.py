@@ -7,7 +7,7 @@ import sys
 
 from attnhook.errors import PluginError
 from attnhook.sinks import config
-from attnhook.store import SCHEMES
+from attnhook.store.base import SCHEMES
 
 if sys.platform != "win32":
     import fcntl

@@ -12,12 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from attnhook.addresses import host_port, is_loopback, listener
 from attnhook.collector import peers
 from attnhook.collector.peers import Connection
 from attnhook.collector.zmtp import ProtocolError
 from attnhook.errors import PluginError
-from attnhook.frames import MAX_BYTES
+from attnhook.sinks.frames import MAX_BYTES
+from attnhook.system.addresses import host_port, is_loopback, listener
 
 logger = logging.getLogger("attnhook")
 

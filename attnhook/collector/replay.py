@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from attnhook.errors import PluginError
-from attnhook.rowblock import RowBlock
+from attnhook.record.block import RowBlock
 
 Key = tuple[str, int, int]
 
@@ -33,7 +33,8 @@ def not_stored(
 
 
 def _stored(url: str, requests: set[str]) -> set[Key]:
-    from attnhook.store import SCHEMES, open_store
+    from attnhook.store import open_store
+    from attnhook.store.base import SCHEMES
 
     if url.partition(":")[0] not in SCHEMES:
         return set()  # it cannot be read back

@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from attnhook.addresses import host_port, listener, require_token
+from attnhook.system.addresses import host_port, listener, require_token
 
 
 class Server:

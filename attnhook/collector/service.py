@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from attnhook import __version__, frames
+from attnhook import __version__
 from attnhook.collector.drift import DriftWatch
 from attnhook.collector.journal import Entry, Journal
 from attnhook.collector.ledger import Ledger
@@ -20,9 +20,9 @@ from attnhook.collector.receiver import Receiver
 from attnhook.collector.replay import not_stored
 from attnhook.collector.writer import StoreWriter
 from attnhook.errors import PluginError
-from attnhook.rowblock import RowBlock, read_rows
-from attnhook.sinks import config
-from attnhook.tally import Tally
+from attnhook.record.block import RowBlock, read_rows
+from attnhook.record.tally import Tally
+from attnhook.sinks import config, frames
 
 logger = logging.getLogger("attnhook")
 

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from attnhook import plugins
 from attnhook.errors import PluginError
-from attnhook.rowblock import RowBlock, joined
-from attnhook.sinks import Sink
-from attnhook.sinks.columns import now_us
+from attnhook.plugins.contracts import Sink
+from attnhook.record.block import RowBlock, joined
+from attnhook.record.columns import now_us
+from attnhook.record.tally import short
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.privacy import id_in, wants_tokens
-from attnhook.tally import short
 
 logger = logging.getLogger("attnhook")
 
@@ -46,7 +46,7 @@ class StoreWriter:
         self.records = 0  #: written since the start
         self.retries = 0
         self.refused = 0  #: records that the store could never take
-        self._sink: Sink = plugins.open_sink(url)
+        self._sink: Sink = open_sink(url)
         self._max_bytes = max_bytes
         self._written, self._refused = written, refused
         self._queue: deque[_Waiting] = deque()
@@ -201,7 +201,7 @@ class StoreWriter:
         self.retries += 1
         if failures % _REOPEN_AFTER == 0:  # the file may have been replaced, or the disk mounted again
             try:
-                fresh = plugins.open_sink(self.url)
+                fresh = open_sink(self.url)
             except PluginError as problem:
                 self.error = str(problem)
                 return

@@ -27,10 +27,10 @@ from string import Template
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.explorer.inline import policy_hash, script_json
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 
 _SCALE = 65535
 _SCRIPTS = ("data.js", "words.js", "panel.js", "map.js", "report.js")  # each uses those before it

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attnhook import untrusted
 from attnhook.errors import AttnhookError, OptionError
+from attnhook.system import untrusted
 
 if sys.platform != "win32":
     import fcntl

@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from attnhook.errors import PluginError
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink
+from attnhook.plugins.contracts import Sink
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.privacy import id_in
-from attnhook.store import SCHEMES, open_store
+from attnhook.store import open_store
+from attnhook.store.base import SCHEMES
 
 _KEYS = ("request_id", "choice", "query_position")
 

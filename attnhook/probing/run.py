@@ -11,10 +11,10 @@ from typing import Any
 
 from attnhook.analysis.probes import Probe, Prompt, build
 from attnhook.errors import AttnhookError, OptionError
+from attnhook.plugins.contracts import Sink
 from attnhook.probing.journal import Journal
 from attnhook.probing.repeats import Repeats
 from attnhook.probing.targets import Outcome, Target
-from attnhook.sinks import Sink
 
 
 @dataclass

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attnhook.analysis.probes import Prompt
-from attnhook.client import Client, engine_of
+from attnhook.client.client import Client, engine_of
 from attnhook.errors import OptionError, ServerError
-from attnhook.records import TokenRecord
+from attnhook.record.answer import SINK
+from attnhook.record.token_record import TokenRecord
 
 _PATIENCE = 60.0  # seconds that a server may say "too many captures" before the run ends
 _BUSY = 429
@@ -78,13 +79,13 @@ class LocalTarget(Target):
 
     def run(self, prompt: Prompt, new_tokens: int, options: Mapping[str, Any]) -> Outcome:
         from attnhook.backends.transformers import runner
-        from attnhook.capture import capture
+        from attnhook.process.capturing import capture
 
         loaded = self._loaded
         ids = None if prompt.messages is None else loaded.encode_chat(prompt.messages)
         if ids is None:
             ids = loaded.encode_text(prompt.transcript)
-        spans = {runner.SINK: (0, 1), **prompt.spans}
+        spans = {SINK: (0, 1), **prompt.spans}
         with capture(model=loaded.model, spans=spans, **options) as records:
             output = runner.generate(loaded, ids, new_tokens)[0].tolist()
         text = loaded.tokenizer.decode(output[len(ids) :], skip_special_tokens=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnhook.capture import wants_row
+from attnhook.capture.ledger import short
+from attnhook.capture.rows import wants_row
 from attnhook.options import RequestOptions
-from attnhook.records import TokenRecord
-from attnhook.rowledger import short
+from attnhook.record.token_record import TokenRecord
 from attnhook.serving.replies import NOTHING_CAME, Attention
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnhook.errors import OptionError
-from attnhook.fingerprint import BINS, SIZE
 from attnhook.options import RequestOptions, resolve_layers
+from attnhook.record.fingerprint import BINS, SIZE
 from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
 from attnhook.serving.wire import ASK

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnhook.fingerprint import BIN_STARTS, NAMES
-from attnhook.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
 from attnhook.options import TOP_K_MAX, RequestOptions
-from attnhook.records import MODES, SCHEMA_VERSION
+from attnhook.record.fingerprint import BIN_STARTS, NAMES
+from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
+from attnhook.record.token_record import MODES, SCHEMA_VERSION
 from attnhook.serving.policy import Policy
 
 

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 
 import msgspec.json
 
-from attnhook.records import TokenRecord, fill_zones
+from attnhook.record.token_record import TokenRecord, fill_zones
 
 _PIECE = 4096  # numbers that are written at once: a few milliseconds
 _MARK = re.compile(rb'"(attnhook-records-[0-9a-f]{32})"')

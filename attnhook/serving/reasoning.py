@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnhook.records import ThinkPhase
+from attnhook.record.token_record import ThinkPhase
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from attnhook.records import TokenRecord, fill_zones
+from attnhook.record.token_record import TokenRecord, fill_zones
 from attnhook.serving.pieces import pieces
 from attnhook.serving.wire import Share, worse
 

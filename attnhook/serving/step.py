@@ -15,14 +15,15 @@ from zlib import crc32
 
 import torch
 
-from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
-from attnhook.capture import Row, StepCapture, wants_row
+from attnhook.capture.ranks import Ranks
+from attnhook.capture.rebuild import KEYS_THAT_TELL, check_output
+from attnhook.capture.rows import Row, wants_row
+from attnhook.capture.step import StepCapture
 from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.kernels.topk import LayerRows, PagedKeys, TopKStep, topk_attention
 from attnhook.kernels.topk.cpu import gather
 from attnhook.options import RequestOptions, check_heads, resolve_layers
-from attnhook.records import TokenRecord, join_layers
-from attnhook.serving.ranks import Ranks
+from attnhook.record.token_record import TokenRecord, join_layers
 from attnhook.serving.wire import Share, reason, unpack_options, worse
 
 logger = logging.getLogger("attnhook")

@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
-from attnhook.sinks.columns import SCHEMA_VERSION, VERSION_KEY, Columns, check_version
-from attnhook.untrusted import loads
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import SCHEMA_VERSION, VERSION_KEY, Columns, check_version
+from attnhook.system.untrusted import loads
 
 MARKER = "_attnhook.json"
 _LONGEST_NAME = 150  # bytes of a folder's name that hold a model's; file systems allow 255

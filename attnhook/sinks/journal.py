@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from attnhook.sinks.columns import arrow_schema, check_version, now_us, upgraded
+from attnhook.record.columns import arrow_schema, check_version, now_us, upgraded
 
 if sys.platform != "win32":
     import fcntl

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.records import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, TokenRecord, fill_zones
-from attnhook.sinks import Sink
+from attnhook.plugins.contracts import Sink
+from attnhook.record.token_record import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, TokenRecord, fill_zones
 from attnhook.sinks.config import parse
 from attnhook.sinks.rotation import OPTIONS, Rotation, open_rotated
-from attnhook.untrusted import TooDeepError, lines, loads
+from attnhook.system.untrusted import TooDeepError, lines, loads
 
 if sys.platform != "win32":
     import fcntl
@@ -172,7 +172,7 @@ def read_jsonl(path: str | os.PathLike[str], *, tolerate_torn_tail: bool = False
     With ``tolerate_torn_tail`` a line that a crash cut short is skipped with a log warning: the last one, or
     one that a later run continued below. Nothing else is ever skipped.
     Raises OSError where the file cannot be read, RecordError naming the line that is no record, or has more than
-    `attnhook.untrusted.LINE_BYTES`.
+    `attnhook.system.untrusted.LINE_BYTES`.
     """
     return (entry for _, entry in numbered(path, tolerate_torn_tail=tolerate_torn_tail))
 

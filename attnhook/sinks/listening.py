@@ -6,9 +6,9 @@ import os
 import time
 from abc import abstractmethod
 
-from attnhook import forks
 from attnhook.errors import DroppedError, PluginError
-from attnhook.sinks import Sink
+from attnhook.plugins.contracts import Sink
+from attnhook.system import forks
 
 RETRY_SECONDS = 10.0  # a port that was taken is tried again so often, while records come
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from attnhook.errors import PluginError
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink
+from attnhook.plugins.contracts import Sink
+from attnhook.record.token_record import TokenRecord
 
 
 class MemorySink(Sink):

@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from attnhook.errors import PluginError, needs
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config
-from attnhook.sinks.columns import mean_fingerprints
-from attnhook.tally import MEASURES
+from attnhook.plugins.contracts import Sink
+from attnhook.record.columns import mean_fingerprints
+from attnhook.record.tally import MEASURES
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks import config
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -95,7 +96,7 @@ class OtlpSink(Sink):
         """Count the records with their requests. Raises RecordError where one has no valid fingerprint."""
         if self._provider is None:
             raise ValueError("sink otlp: is closed")
-        from attnhook.analysis.zones import classify_many
+        from attnhook.record.zones import classify_many
 
         if self._pid != os.getpid():  # forked: the requests so far are the parent's, and its thread is not here
             self._start()
@@ -197,7 +198,7 @@ class _Request:
         self.last = now
 
     def attributes(self, request_id: str, model: str) -> dict[str, Any]:
-        from attnhook.analysis.zones import ZONE_NAMES
+        from attnhook.record.zones import ZONE_NAMES
 
         records = self.zones.total()
         means = (self.sums / records).tolist()

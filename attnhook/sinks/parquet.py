@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnhook.errors import PluginError, needs
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config
-from attnhook.sinks.columns import Columns, from_records
+from attnhook.plugins.contracts import Sink
+from attnhook.record.columns import Columns, from_records
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks import config
 from attnhook.sinks.retention import Retention
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class ParquetSink(Sink):
         """Files in the place of a journal."""
         import pyarrow as pa
 
-        from attnhook.sinks.columns import arrow_schema
+        from attnhook.record.columns import arrow_schema
 
         table = pa.Table.from_batches(journal.read(), arrow_schema())
         if table.num_rows:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from attnhook.errors import PluginError
-from attnhook.records import TokenRecord, has_tokens, row_without_tokens, without_tokens
-from attnhook.sinks import Sink, config
-from attnhook.sinks.columns import Columns, is_lean
+from attnhook.plugins.contracts import Sink
+from attnhook.record.columns import Columns, is_lean
+from attnhook.record.token_record import TokenRecord, has_tokens, row_without_tokens, without_tokens
+from attnhook.sinks import config
 
 KEY_VARIABLE = "ATTNHOOK_HASH_KEY"
 _KEY_BYTES = 32

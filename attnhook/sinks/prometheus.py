@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnhook.addresses import host_port, listen_remedy, shown
 from attnhook.errors import PluginError, needs
-from attnhook.records import TokenRecord
-from attnhook.sinks.columns import mean_fingerprints
+from attnhook.record.columns import mean_fingerprints
+from attnhook.record.tally import Tally
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.listening import ListeningSink
-from attnhook.tally import Tally
+from attnhook.system.addresses import host_port, listen_remedy, shown
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -51,7 +51,7 @@ class PrometheusSink(ListeningSink):
         """Raises PluginError where the port is taken."""
         from prometheus_client import start_http_server
 
-        from attnhook.metrics import registry
+        from attnhook.sinks.metrics import registry
 
         host, port = self._address
         self._tally = Tally()
@@ -68,7 +68,7 @@ class PrometheusSink(ListeningSink):
         Raises RecordError where one has no valid fingerprint (none is then counted), DroppedError where it cannot
         listen.
         """
-        from attnhook.analysis.zones import classify_many
+        from attnhook.record.zones import classify_many
 
         self.ready(len(batch))
         fingerprints = mean_fingerprints(batch)
@@ -91,14 +91,12 @@ class PrometheusSink(ListeningSink):
     def _families(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily
 
-        from attnhook import lifecycle, metrics
-        from attnhook.capture import spent
+        from attnhook.capture.session import spent
+        from attnhook.sinks import metrics, outlet
 
         yield from metrics.of_tally(self._tally)
-        yield metrics.counter(
-            "attnhook_capture_dropped_rows", "Rows that capture dropped.", "reason", lifecycle.dropped()
-        )
-        stats = {_scheme(name): counts for name, counts in lifecycle.sink_stats().items()}
+        yield metrics.counter("attnhook_capture_dropped_rows", "Rows that capture dropped.", "reason", outlet.dropped())
+        stats = {_scheme(name): counts for name, counts in outlet.sink_stats().items()}
         dropped = CounterMetricFamily(
             "attnhook_sink_dropped_records", "Records that a sink dropped.", labels=["sink", "reason"]
         )

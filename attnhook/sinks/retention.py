@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from attnhook.errors import AttnhookError
-from attnhook.sinks.columns import now_us
+from attnhook.record.columns import now_us
 
 logger = logging.getLogger("attnhook")
 

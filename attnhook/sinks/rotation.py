@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from attnhook.errors import PluginError, needs
 from attnhook.sinks import config
 from attnhook.sinks.retention import Retention
-from attnhook.untrusted import count_lines
+from attnhook.system.untrusted import count_lines
 
 logger = logging.getLogger("attnhook")
 

@@ -7,9 +7,10 @@ import sqlite3
 from collections.abc import Sequence
 from itertools import chain
 
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config, database
-from attnhook.sinks.columns import Columns, from_records
+from attnhook.plugins.contracts import Sink
+from attnhook.record.columns import Columns, from_records
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks import config, database
 from attnhook.sinks.retention import Retention
 
 _CACHED_BYTES = 16 * 2**20  # of the names of sessions and models that are remembered with their numbers

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from attnhook.addresses import host_port, listener, require_token, same_token
 from attnhook.errors import DroppedError, PluginError, needs
-from attnhook.records import SCHEMA_VERSION, TokenRecord, fill_zones
+from attnhook.record.token_record import SCHEMA_VERSION, TokenRecord, fill_zones
 from attnhook.sinks import config
 from attnhook.sinks.listening import ListeningSink
+from attnhook.system.addresses import host_port, listener, require_token, same_token
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

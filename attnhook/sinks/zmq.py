@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnhook.errors import DroppedError, PluginError, RecordError, needs
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink, config
+from attnhook.plugins.contracts import Sink
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks import config
 
 HIGH_WATER_MARK = 64  # frames that may wait here; the system's sockets hold some more
 LINGER_SECONDS = 5.0
@@ -86,7 +87,7 @@ class ZmqSink(Sink):
         RecordError where a record does not fit the binary row or a frame (none of the batch is sent). Where there is
         no room at all, no record is looked at.
         """
-        from attnhook import frames
+        from attnhook.sinks import frames
 
         if self._socket is None:
             raise ValueError(f"sink zmq:{self._address} is closed")
@@ -114,7 +115,7 @@ class ZmqSink(Sink):
         if self._pid != os.getpid():  # the parent's, and nothing was written here
             self._context = self._socket = None
             return
-        from attnhook import frames
+        from attnhook.sinks import frames
 
         if self.sent or self.dropped:
             import zmq
@@ -157,7 +158,7 @@ class ZmqSink(Sink):
 
 def _pieces(rows: Sequence[bytes]) -> list[tuple[int, int]]:
     """Slices of rows that make one frame each."""
-    from attnhook.frames import MAX_ROWS
+    from attnhook.sinks.frames import MAX_ROWS
 
     pieces, start, size = [], 0, 0
     for i, row in enumerate(rows):

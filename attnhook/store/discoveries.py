@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook import untrusted
 from attnhook.errors import PluginError, RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import now_us
 from attnhook.sinks import database
-from attnhook.sinks.columns import now_us
+from attnhook.system import untrusted
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
-from attnhook.records import MODES, PHASES
-from attnhook.sinks.columns import Columns, from_entries
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import Columns, from_entries
+from attnhook.record.token_record import MODES, PHASES
 from attnhook.sinks.jsonl import numbered
 from attnhook.sinks.rotation import rotated_files
-from attnhook.store import Filters, Store
+from attnhook.store.base import Filters, Store
 
 
 class JsonlStore(Store):

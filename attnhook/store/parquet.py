@@ -12,12 +12,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.records import TokenRecord
+from attnhook.record.columns import arrow_schema
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks import config
-from attnhook.sinks.columns import arrow_schema
 from attnhook.sinks.dataset import Dataset, safe_batch
 from attnhook.sinks.parquet import S3_OPTIONS
-from attnhook.store import Filters, Store
+from attnhook.store.base import Filters, Store
 
 
 class ParquetStore(Store):

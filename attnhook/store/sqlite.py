@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from attnhook import fingerprint as fp
 from attnhook.errors import RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import arrow_schema, fixed_list
 from attnhook.sinks import database
-from attnhook.sinks.columns import arrow_schema, fixed_list
-from attnhook.store import Filters, Store
+from attnhook.store.base import Filters, Store
 
 _PLACES = {"request_id": "s.request_id", "choice": "s.choice", "model": "m.name"}
 _FROM = "FROM records r JOIN sessions s ON s.id = r.session JOIN models m ON m.id = r.model"

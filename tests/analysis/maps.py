@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.record.columns import fingerprints_of
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks.opening import open_sink
 
 #: Small enough for a test: a fit takes less than a second, after the first has compiled UMAP.
 SMALL = Settings(sample=400, epochs=40, repeats=1, min_cluster_share=0.03)

@@ -9,15 +9,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from attnhook import fingerprint as fp
-from attnhook.analysis import probes, zones
+from attnhook.analysis import probes
 from attnhook.analysis.calibration import judge as judging
 from attnhook.analysis.calibration.fit import fit, predictions
 from attnhook.analysis.calibration.report import MEAN
 from attnhook.analysis.calibration.rows import Rows, collect
 from attnhook.analysis.calibration.run import calibrate
-from attnhook.analysis.zones import ZONE_NAMES, Thresholds
 from attnhook.errors import RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.record import zones
+from attnhook.record.zones import ZONE_NAMES, Thresholds
 from tests.probing.test_probe import attnhook as command
 from tests.probing.test_probe import refused
 

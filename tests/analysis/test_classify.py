@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from attnhook import fingerprint as fp
 from attnhook.analysis import explain
 from attnhook.analysis.classify import FingerprintClassifier
 from attnhook.analysis.manifold import artifact
 from attnhook.analysis.manifold.fit import Components
 from attnhook.analysis.manifold.run import discover
 from attnhook.errors import PluginError, RecordError
+from attnhook.record import fingerprint as fp
 from benchmarks.planted import KINDS, planted
 from tests.analysis.maps import SMALL, stored
 from tests.collector.processes import collect

@@ -10,16 +10,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from attnhook import cli
-from attnhook import fingerprint as fp
-from attnhook.analysis import zones
 from attnhook.analysis.compare import Settings, Side, Source, compare, read, report, sides
 from attnhook.analysis.compare import statistics as numbers
 from attnhook.analysis.compare.distances import energy_distance, jensen_shannon
 from attnhook.analysis.compare.resampling import bootstrap_sums, estimate, holm, labels
+from attnhook.cli import app as cli
 from attnhook.errors import AttnhookError, OptionError, RecordError
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record import zones
+from attnhook.record.token_record import TokenRecord
+from attnhook.record.without_sink import without_sink
+from attnhook.sinks.opening import open_sink
 from tests.sinks.samples import small_disk
 
 LAYERS = (3, 29)
@@ -197,7 +198,7 @@ def test_a_side_sums_what_its_records_say(tmp_path, monkeypatch):
         i = side.requests.index(records[0].request_id)
         assert side.sums[i] == pytest.approx(sum(record.fingerprint.astype(float) for record in records), abs=1e-5)
         assert side.zones[i].tolist() == [sum(r.zone == name for r in records) for name in zones.ZONE_NAMES]
-        free = [zone.name for zone in zones.without_sink(records, "sink")]
+        free = [zone.name for zone in without_sink(records, "sink")]
         assert side.free_zones[i].tolist() == [free.count(name) for name in zones.ZONE_NAMES]
         assert side.sink[i] == pytest.approx(sum(record.spans["sink"] for record in records))
         assert side.layer_sums[i] == pytest.approx(sum(r.fingerprints.astype(float) for r in records), abs=1e-5)

@@ -21,21 +21,22 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
-from attnhook import fingerprint as fp
-from attnhook.analysis import probes, zones
+from attnhook.analysis import probes
 from attnhook.analysis.manifold import artifact, fit, quality, source
 from attnhook.analysis.manifold.run import STAGES, discover
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
-from attnhook.cli import app
+from attnhook.cli.app import app
 from attnhook.errors import OptionError
+from attnhook.record import fingerprint as fp
+from attnhook.record import zones
+from attnhook.record.zones import ZONE_NAMES, classify_many
 from attnhook.store import discoveries
 from benchmarks.planted import KINDS, planted
 from tests.analysis.maps import SMALL, Stop, contents, kinds_of, records, stored, write
 from tests.collector.processes import PATIENCE, wait_for
 from tests.helpers import environment, python
 
-MAIN = "from attnhook.cli import main; main()"
+MAIN = "from attnhook.cli.app import main; main()"
 
 
 def test_planted_kinds_are_found_again(tmp_path):

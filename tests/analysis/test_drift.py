@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from attnhook import cli
-from attnhook import fingerprint as fp
 from attnhook.analysis import drift
 from attnhook.analysis.drift import Baseline, DriftMonitor, DriftSettings
+from attnhook.cli import app as cli
 from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks.opening import open_sink
 from benchmarks import drift as made
 from tests.sinks.samples import small_disk
 

@@ -9,10 +9,11 @@ from itertools import islice
 
 import pytest
 
-from attnhook.analysis import probes, zones
+from attnhook.analysis import probes
 from attnhook.analysis.packs import stories
 from attnhook.analysis.packs.draft import data
 from attnhook.errors import OptionError
+from attnhook.record import zones
 from tests.helpers import byte_tokenizer, python
 
 #: Changes with any probe: a change of a text is a new version of what is measured, and is told in CHANGELOG.md.

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnhook
-from attnhook import fingerprint as fp
-from attnhook import plugins
-from attnhook.analysis import session, zones
+from attnhook.analysis import session
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
+from attnhook.record.without_sink import without_sink
+from attnhook.sinks.opening import open_sink
 from tests.probing.test_probe import attnhook as command
 from tests.probing.test_probe import refused
 
@@ -128,7 +129,7 @@ def test_a_real_answer(real):
     assert found.hubs[0][0] == 0  # the attention sink
     assert found.hubness > found.hubness_without_sink > 0
     assert 0 < found.consensus_without_sink < found.consensus < 1
-    assert [m.zone for m in found.moments] == [z.name for z in zones.without_sink(real, session.SINK)]
+    assert [m.zone for m in found.moments] == [z.name for z in without_sink(real, session.SINK)]
     assert [m.entropy for m in found.moments] == [pytest.approx(float(r.fingerprint[3])) for r in real]
     dense = np.zeros((len(real), len(found.layers), found.visible))
     for i, row in enumerate(real):
@@ -141,7 +142,7 @@ def test_a_real_answer(real):
 @pytest.mark.model
 def test_the_command(real, tmp_path):
     store = f"sqlite:{tmp_path / 'r.db'}"
-    sink = plugins.open_sink(store)
+    sink = open_sink(store)
     sink.write(real)
     sink.close()
     request_id = real[0].request_id
@@ -160,7 +161,7 @@ def test_the_command(real, tmp_path):
 @pytest.mark.model
 def test_a_store_of_fingerprints_says_what_is_missing(real, tmp_path):
     store = f"sqlite:{tmp_path / 'f.db'}"
-    sink = plugins.open_sink(f"{store}?fingerprints=1")
+    sink = open_sink(f"{store}?fingerprints=1")
     sink.write(real)
     sink.close()
     refused(

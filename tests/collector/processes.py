@@ -39,7 +39,7 @@ class Collect:
         command = [
             sys.executable,
             "-c",
-            "from attnhook.cli import main; main()",
+            "from attnhook.cli.app import main; main()",
             "collect",
             "--listen",
             listen,

@@ -8,13 +8,13 @@ import os
 import pytest
 from prometheus_client import generate_latest
 
-from attnhook import frames
 from attnhook.collector.exposition import families
 from attnhook.collector.service import Collector
-from attnhook.metrics import registry
-from attnhook.rowblock import read_rows
+from attnhook.record.block import read_rows
+from attnhook.record.tally import Tally, short
+from attnhook.sinks import frames
+from attnhook.sinks.metrics import registry
 from attnhook.sinks.sqlite import SqliteSink
-from attnhook.tally import Tally, short
 from tests.collector.test_writer import abandon
 from tests.sinks.samples import lean, record
 

@@ -12,8 +12,8 @@ import pytest
 from attnhook.analysis import drift
 from attnhook.analysis.drift import Baseline, DriftMonitor, DriftSettings
 from attnhook.collector.drift import DriftWatch
-from attnhook.records import TokenRecord
-from attnhook.rowblock import RowBlock, read_rows
+from attnhook.record.block import RowBlock, read_rows
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.zmq import ZmqSink
 from benchmarks.drift import traffic
 from tests.collector.processes import collect, wait_for

@@ -14,7 +14,7 @@ import msgpack
 import pytest
 import zmq
 
-from attnhook import frames
+from attnhook.sinks import frames
 from attnhook.store import open_store
 from tests.collector.processes import PATIENCE, Collect, collect, outcome, producer, wait_for
 from tests.sinks.samples import record, small_disk

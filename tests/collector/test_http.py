@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attnhook.analysis.zones import classify_many
+from attnhook.record.zones import classify_many
 from attnhook.sinks.zmq import ZmqSink
 from tests.collector.processes import collect, wait_for
 from tests.sinks.samples import record

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnhook.collector import ledger as ledger_module
 from attnhook.collector.ledger import MAX_COUNT, Ledger, Numbers
-from attnhook.frames import MAX_NUMBER, OTHER, Frame
+from attnhook.sinks.frames import MAX_NUMBER, OTHER, Frame
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=30))

@@ -12,14 +12,14 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from attnhook import monitor
+from attnhook.collector import monitor
 from attnhook.errors import OptionError, ServerError
 from attnhook.sinks.zmq import ZmqSink
 from tests.collector.processes import collect, wait_for
 from tests.helpers import python
 from tests.sinks.samples import record
 
-MAIN = "from attnhook.cli import main; main()"
+MAIN = "from attnhook.cli.app import main; main()"
 
 
 def shown(stats: dict) -> str:

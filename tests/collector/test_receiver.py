@@ -22,7 +22,7 @@ from attnhook.collector import receiver as receiver_module
 from attnhook.collector.receiver import Receiver
 from attnhook.collector.zmtp import Peer, ProtocolError
 from attnhook.errors import PluginError
-from attnhook.frames import MAX_BYTES
+from attnhook.sinks.frames import MAX_BYTES
 from tests.collector.peers import (
     GREETING,
     command,

@@ -9,10 +9,10 @@ from zlib import crc32
 import msgpack
 import pytest
 
-from attnhook import frames
 from attnhook.collector.journal import Journal
 from attnhook.collector.ledger import MAX_COUNT
 from attnhook.collector.service import Collector
+from attnhook.sinks import frames
 from attnhook.store import open_store
 from tests.collector.test_writer import abandon
 from tests.sinks.samples import record

@@ -8,12 +8,15 @@ from typing import ClassVar
 
 import pytest
 
-from attnhook import frames, hookimpl, plugins
+from attnhook import hookimpl
 from attnhook.collector.service import Collector
 from attnhook.collector.writer import StoreWriter
 from attnhook.errors import PluginError
-from attnhook.rowblock import read_rows
-from attnhook.sinks import Sink
+from attnhook.plugins import manager as plugins
+from attnhook.plugins.contracts import Sink
+from attnhook.record.block import read_rows
+from attnhook.sinks import frames
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.collector.processes import wait_for
 from tests.sinks.samples import record, with_ids
@@ -126,7 +129,7 @@ def test_what_was_written_and_not_acknowledged_is_not_written_twice(tmp_path, st
     for start in range(0, 200, 20):  # its writers never start: it is killed before they could
         first._handle(frames.encode(bytes(16), start, {}, [one.to_bytes() for one in records[start : start + 20]]))
     abandon(first)
-    before = plugins.open_sink(url)
+    before = open_sink(url)
     before.write(records[:100])
     before.close()
 

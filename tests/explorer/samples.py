@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.explorer.report import Report
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 
 LEGEND = {
     "near": ("#0072b2", "Looks at its neighbours."),

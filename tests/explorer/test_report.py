@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnhook import fingerprint as fp
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.explorer import report as report_module
 from attnhook.explorer.report import render, write
+from attnhook.record import fingerprint as fp
 from tests.explorer.samples import ANSWER, LAYERS, LEGEND, PROMPT, K, hostile_report, make_records, make_report
 
 

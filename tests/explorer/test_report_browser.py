@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnhook import fingerprint as fp
 from attnhook.explorer.report import Report, write
+from attnhook.record import fingerprint as fp
 from tests.explorer.samples import ANSWER, HOSTILE, LAYERS, LEGEND, PROMPT, K, hostile_report, make_records, make_report
 
 Show = Callable[..., Any]

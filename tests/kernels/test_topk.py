@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from attnhook.errors import OptionError
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels import topk
 from attnhook.kernels.topk import again, compiled, jobs, naive, triton_plan
 from attnhook.kernels.topk import cpu as torch_kernel
 from attnhook.kernels.topk import triton as triton_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 from tests.kernels.cases import (
     LAYOUTS,
     TOLERANCE,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from attnhook.fingerprint import BINS
 from attnhook.kernels.topk import LayerRows, TopK, split
 from attnhook.kernels.topk import triton as kernel
 from attnhook.kernels.topk.types import PagedKeys
+from attnhook.record.fingerprint import BINS
 from tests.kernels.cases import (
     TOLERANCE,
     Case,

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnhook import cli
-from attnhook import fingerprint as fp
 from attnhook.analysis import probes
+from attnhook.cli import app as cli
 from attnhook.probing.run import is_right
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.store import open_store
 from tests.backends.vllm.engine import needs_vllm, serve
+from tests.client.test_client import CAPABILITIES, CHAT, MODELS, TEXT, server
 from tests.helpers import byte_tokenizer, environment, tiny_model
-from tests.test_client import CAPABILITIES, CHAT, MODELS, TEXT, server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMMAND = Path(sys.executable).with_name("attnhook")

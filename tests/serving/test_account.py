@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook import TokenRecord
-from attnhook.capture import wants_row
+from attnhook.capture.rows import wants_row
 from attnhook.options import RequestOptions
 from attnhook.serving.account import ChoiceAccount
 from attnhook.serving.replies import NOTHING_CAME, Attention

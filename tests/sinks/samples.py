@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from attnhook import fingerprint as fp
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 from tests.helpers import python
-from tests.test_records import token_records
+from tests.record.test_token_record import token_records
 
 
 def record(position: int = 0, **changes: object) -> TokenRecord:
@@ -96,7 +96,7 @@ def write_around_a_fork(url: str) -> None:
         "-W", "ignore", "-c",
         f"""
         import os
-        from attnhook.plugins import open_sink
+        from attnhook.sinks import open_sink
         from tests.sinks.samples import record
         sink = open_sink("{url}")
         sink.write([record(0)])

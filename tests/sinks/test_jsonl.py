@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnhook import fingerprint as fp
 from attnhook.errors import PluginError, RecordError
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.record import fingerprint as fp
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks import jsonl
 from attnhook.sinks.jsonl import read_jsonl
+from attnhook.sinks.opening import open_sink
 
 ROOT = Path(__file__).parents[2]
 TORN = b'{"request_id":"old","choice":0,"mo'

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import attnhook
-from attnhook import lifecycle, plugins
 from attnhook.errors import PluginError
+from attnhook.process import lifecycle
 from attnhook.sinks import listening
+from attnhook.sinks.opening import open_sink
 from tests.helpers import python
 from tests.sinks.samples import record
 
@@ -22,7 +23,7 @@ SCHEMES = ("prometheus", "websocket")
 PRELUDE = """
 import json, os, socket, sys, time
 import transformers  # a script's own import, which every child repeats
-from attnhook import lifecycle
+from attnhook.process import lifecycle
 from tests.sinks.samples import record
 
 def answers(port):
@@ -105,7 +106,7 @@ def test_a_port_that_is_taken_is_tried_again(scheme, monkeypatch, caplog):
         port = taken.getsockname()[1]
         url = f"{scheme}:127.0.0.1:{port}"
         with pytest.raises(PluginError, match="another process has that port"):
-            plugins.open_sink(url)  # asked for now, it is refused now
+            open_sink(url)  # asked for now, it is refused now
         attnhook.install(sinks=url)
         try:
             lifecycle.publish([record(0)])

@@ -24,9 +24,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 import attnhook
-from attnhook import plugins
-from attnhook.analysis.zones import ZONE_NAMES
 from attnhook.errors import PluginError
+from attnhook.record.zones import ZONE_NAMES
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.otlp import OtlpSink
 from attnhook.sinks.prometheus import PrometheusSink
 from attnhook.sinks.websocket import WebsocketSink
@@ -85,7 +85,7 @@ def test_prometheus_shows_capture_seconds_and_the_sinks_of_this_process():
     attnhook.install(sinks=[f"prometheus::{port}", "memory:"])
     try:
         generate(model)
-        from attnhook import lifecycle
+        from attnhook.process import lifecycle
 
         assert lifecycle.flush(60)
         values = dict(line.rsplit(" ", 1) for line in scrape(port).splitlines() if not line.startswith("#"))
@@ -101,7 +101,7 @@ def test_prometheus_shows_capture_seconds_and_the_sinks_of_this_process():
 def test_bad_addresses_are_refused(config):
     for scheme in ("prometheus", "websocket"):
         with pytest.raises(PluginError, match=f"sink {scheme}:.*such as 127.0.0.1:9464"):
-            plugins.open_sink(f"{scheme}:{config}")
+            open_sink(f"{scheme}:{config}")
 
 
 # -- otlp
@@ -156,7 +156,7 @@ def spans_of(server) -> dict[str, tuple]:
 
 
 def test_one_span_per_request_over_real_http(receiver):
-    sink = plugins.open_sink(f"otlp:{receiver.url}")
+    sink = open_sink(f"otlp:{receiver.url}")
     records = [record(i, request_id=f"r{i % 3}", decode_step=None if i < 3 else i) for i in range(30)]
     sink.write(records[:17])
     sink.write(records[17:])
@@ -190,7 +190,7 @@ def test_a_request_that_is_silent_ends_by_itself():
 
 def test_a_receiver_that_refuses_is_counted(receiver):
     receiver.status = 400
-    sink = plugins.open_sink(f"otlp:{receiver.url}/v1/traces")
+    sink = open_sink(f"otlp:{receiver.url}/v1/traces")
     sink.write([record(0, request_id=name) for name in "abc"])
     sink.close()
     assert sink.dropped == {"export_failed": 3}
@@ -198,7 +198,7 @@ def test_a_receiver_that_refuses_is_counted(receiver):
 
 @pytest.mark.slow
 def test_no_receiver_does_not_hold_up_the_close():
-    sink = plugins.open_sink("otlp:http://127.0.0.1:9")
+    sink = open_sink("otlp:http://127.0.0.1:9")
     sink.write([record(0)])
     began = time.monotonic()
     sink.close()
@@ -233,7 +233,7 @@ def test_a_forked_child_sends_its_own_requests_only(receiver):
 def test_otlp_wants_an_http_address():
     for config in ("", "127.0.0.1:4318", "grpc://127.0.0.1:4317"):
         with pytest.raises(PluginError, match=r"otlp:http://127\.0\.0\.1:4318"):
-            plugins.open_sink(f"otlp:{config}")
+            open_sink(f"otlp:{config}")
 
 
 # -- websocket
@@ -296,9 +296,9 @@ def test_a_slow_client_is_dropped_and_the_others_see_everything():
 
 def test_who_may_watch():
     with pytest.raises(PluginError, match="give a token"):
-        plugins.open_sink("websocket:0.0.0.0:0")
+        open_sink("websocket:0.0.0.0:0")
     with pytest.raises(PluginError, match="at least 8"):
-        plugins.open_sink("websocket:127.0.0.1:0?token=short")
+        open_sink("websocket:127.0.0.1:0?token=short")
     sink = WebsocketSink()
     sink.open("127.0.0.1:0?token=long-enough&origin=https://explorer.example")
     url = f"ws://127.0.0.1:{sink.port}"

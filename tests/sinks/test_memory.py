@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from attnhook.errors import PluginError
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks.opening import open_sink
 
 
 def records(count: int) -> list[TokenRecord]:

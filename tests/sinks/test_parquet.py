@@ -21,14 +21,14 @@ import pytest
 from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.plugins import open_sink
-from attnhook.sinks.columns import VERSION_KEY, from_records
+from attnhook.record.columns import VERSION_KEY, from_records
 from attnhook.sinks.dataset import MARKER, Dataset
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import environment, python
+from tests.record.test_token_record import assert_same
 from tests.sinks.samples import lean, record, small_disk, with_ids, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
-from tests.test_records import assert_same
 
 DAY = 86_400_000_000
 
@@ -211,7 +211,7 @@ def test_the_journal_of_a_killed_process_is_taken_over(path):
         "-c",
         f"""
         import os, signal
-        from attnhook.plugins import open_sink
+        from attnhook.sinks import open_sink
         from tests.sinks.samples import lean
         sink = open_sink("parquet:{path}")
         for start in range(0, 300, 100):
@@ -282,7 +282,7 @@ def test_the_journal_of_a_living_process_is_left_to_it(path):
 def test_processes_share_a_data_set(path):
     code = f"""
 import sys
-from attnhook.plugins import open_sink
+from attnhook.sinks import open_sink
 from tests.sinks.samples import lean
 sink = open_sink("parquet:{path}?rotate=20KB")
 for start in range(0, 1000, 100):

@@ -13,17 +13,17 @@ import torch
 from hypothesis import given, settings
 
 import attnhook
-from attnhook.delivery import Delivery
 from attnhook.errors import PluginError
 from attnhook.options import CaptureOptions
-from attnhook.plugins import open_sink
-from attnhook.records import TokenRecord, without_tokens
+from attnhook.record.columns import from_records, to_records
+from attnhook.record.token_record import TokenRecord, without_tokens
 from attnhook.sinks import privacy
-from attnhook.sinks.columns import from_records, to_records
+from attnhook.sinks.delivery import Delivery
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python, tiny_model
+from tests.record.test_token_record import assert_same
 from tests.sinks.samples import batches, lean, record, with_ids
-from tests.test_records import assert_same
 
 URLS = {
     "jsonl": "jsonl:{}/records.jsonl?rotate=4096&",

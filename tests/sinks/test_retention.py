@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from attnhook.plugins import open_sink
-from attnhook.sinks import columns, journal, retention
+from attnhook.record import columns
+from attnhook.sinks import journal, retention
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.retention import DAY_US
 from attnhook.store import open_store
 from tests.sinks.samples import record

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from attnhook.errors import PluginError
-from attnhook.plugins import open_sink
 from attnhook.sinks import rotation
 from attnhook.sinks.jsonl import read_jsonl
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.retention import DAY_US
 from attnhook.store import open_store
 from tests.helpers import environment
@@ -73,7 +73,7 @@ def test_a_file_that_is_old_enough_is_put_away(path):
 def test_processes_that_rotate_one_file_lose_no_line(path):
     code = f"""
 import sys
-from attnhook.plugins import open_sink
+from attnhook.sinks import open_sink
 from tests.sinks.samples import lean
 sink = open_sink("jsonl:{path}?rotate=32KiB&zstd=1")
 for start in range(0, 600, 20):

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
-from attnhook.plugins import open_sink
-from attnhook.records import TOKENS_VERSION, TokenRecord
-from attnhook.sinks import columns
+from attnhook.record import columns
+from attnhook.record.token_record import TOKENS_VERSION, TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python
+from tests.record.test_token_record import assert_same
 from tests.sinks.samples import batches, lean, record
-from tests.test_records import assert_same
 
 MAKE = {
     "sqlite": "sqlite:{}/records.db?tokens=1",
@@ -258,7 +258,7 @@ def test_what_is_queued_is_stored_when_a_process_ends(scheme, tmp_path):
     run = python(
         "-c",
         f"""
-        from attnhook.delivery import Delivery
+        from attnhook.sinks.delivery import Delivery
         from tests.sinks.samples import lean
         delivery = Delivery.from_urls(["{url}"], observe=False)
         delivery.put([lean(i) for i in range(5000)])

@@ -17,9 +17,9 @@ from pathlib import Path
 import polars
 import pytest
 
-from attnhook.delivery import Delivery
 from attnhook.errors import PluginError
-from attnhook.plugins import open_sink
+from attnhook.sinks.delivery import Delivery
+from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python
 from tests.sinks.samples import lean, record, write_around_a_fork
@@ -102,7 +102,7 @@ def journals(tmp_path: Path) -> list[Path]:
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("-c", "from attnhook.cli import main; main()", "sinks", *arguments)
+    return python("-c", "from attnhook.cli.app import main; main()", "sinks", *arguments)
 
 
 def test_records_come_back_from_s3(server, tmp_path):
@@ -177,7 +177,7 @@ def test_what_is_queued_when_the_interpreter_ends_is_uploaded(server, tmp_path):
     run = python(
         "-c",
         f"""
-        from attnhook.delivery import Delivery
+        from attnhook.sinks.delivery import Delivery
         from tests.sinks.samples import record
         delivery = Delivery.from_urls(["{url}"])
         delivery.put([record(i) for i in range(10)])
@@ -195,7 +195,7 @@ def test_the_journal_of_a_killed_process_is_uploaded_once(server, tmp_path):
         "-c",
         f"""
         import os, signal
-        from attnhook.plugins import open_sink
+        from attnhook.sinks import open_sink
         from tests.sinks.samples import record
         sink = open_sink("{url}")
         sink.write([record(i) for i in range(10)])

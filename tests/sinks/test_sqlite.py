@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from attnhook.errors import PluginError
-from attnhook.plugins import open_sink
+from attnhook.record.columns import from_records
 from attnhook.sinks import database
-from attnhook.sinks.columns import from_records
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.sqlite import SqliteSink
 from attnhook.store import open_store
 from tests.helpers import environment, python
+from tests.record.test_token_record import assert_same
 from tests.sinks.samples import lean, record, small_disk, with_ids, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
-from tests.test_records import assert_same
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_batch_is_committed_when_write_returns(path):
         "-c",
         f"""
         import os, signal
-        from attnhook.plugins import open_sink
+        from attnhook.sinks import open_sink
         from tests.sinks.samples import lean
         sink = open_sink("sqlite:{path}")
         for start in range(0, 300, 100):
@@ -79,7 +79,7 @@ def test_a_batch_is_committed_when_write_returns(path):
 
 def test_killed_in_the_middle_nothing_is_half_stored(path):
     code = f"""
-from attnhook.plugins import open_sink
+from attnhook.sinks import open_sink
 from tests.sinks.samples import lean
 sink = open_sink("sqlite:{path}")
 for start in range(0, 10**9, 50):
@@ -141,7 +141,7 @@ def test_pruned_records_and_their_sessions_go(path):
 def test_two_processes_share_one_file(path):
     code = f"""
 import sys
-from attnhook.plugins import open_sink
+from attnhook.sinks import open_sink
 from tests.sinks.samples import lean
 sink = open_sink("sqlite:{path}")
 for start in range(0, 2000, 50):

@@ -7,14 +7,15 @@ import time
 import pytest
 import zmq
 
-from attnhook import frames, plugins
-from attnhook.delivery import Delivery
 from attnhook.errors import DroppedError, PluginError
-from attnhook.rowblock import read_rows
+from attnhook.record.block import read_rows
+from attnhook.sinks import frames
 from attnhook.sinks import zmq as zmq_sink
+from attnhook.sinks.delivery import Delivery
+from attnhook.sinks.opening import open_sink
 from attnhook.sinks.zmq import ZmqSink
+from tests.record.test_token_record import assert_same
 from tests.sinks.samples import record, with_ids
-from tests.test_records import assert_same
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_frames_are_numbered_and_the_last_one_says_how_many(pull):
 def test_token_ids_travel_only_where_the_url_asks(pull):
     pull, address = pull
     for option, expected in (("", None), ("?tokens=1", 101)):
-        sink = plugins.open_sink(f"zmq:{address}{option}")
+        sink = open_sink(f"zmq:{address}{option}")
         sink.write([with_ids(1), record(2)])
         sink.close()
         rows = frames.decode(pull.recv()).rows
@@ -139,4 +140,4 @@ def test_bad_addresses_are_refused(config):
 def test_bad_options_are_refused():
     for config in ("tcp://127.0.0.1:9?hwm=0", "tcp://127.0.0.1:9?linger=5", "tcp://127.0.0.1:9?hwn=5"):
         with pytest.raises(PluginError):
-            plugins.open_sink(f"zmq:{config}")
+            open_sink(f"zmq:{config}")

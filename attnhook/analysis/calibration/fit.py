@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from attnhook.analysis import zones
 from attnhook.analysis.calibration.judge import recalls
 from attnhook.analysis.calibration.rows import Rows
-from attnhook.analysis.zones import Thresholds
+from attnhook.record import zones
+from attnhook.record.zones import Thresholds
 
 #: Values that are tried for each fitted threshold; the others keep their defaults.
 GRID: dict[str, tuple[float, ...]] = {

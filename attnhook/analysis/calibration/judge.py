@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnhook.analysis import zones
 from attnhook.analysis.calibration.rows import Rows
+from attnhook.record import zones
 
 ROUNDS = 1000  # bootstraps, and permutations
 BLOCK = 10  # probes of about the same length, among which labels are permuted

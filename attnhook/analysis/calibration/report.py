@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from attnhook.analysis import zones
 from attnhook.analysis.calibration.judge import ROUNDS, Control, Judgement
 from attnhook.analysis.calibration.reference import NAMES
 from attnhook.analysis.calibration.rows import Rows
-from attnhook.analysis.zones import Thresholds
 from attnhook.errors import needs
+from attnhook.record import zones
+from attnhook.record.zones import Thresholds
 
 MEAN = "mean"
 SERVED = "mean, sink included"  # what a record's own zone is: no sink left out, no periodicity

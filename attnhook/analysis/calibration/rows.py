@@ -9,10 +9,11 @@ from itertools import groupby
 
 import numpy as np
 
-from attnhook.analysis import periodicity, probes, zones
+from attnhook.analysis import probes
 from attnhook.analysis.session import SINK
 from attnhook.errors import RecordError
-from attnhook.records import TokenRecord
+from attnhook.record import periodicity, zones
+from attnhook.record.token_record import TokenRecord
 
 MOST_ROWS = 32  # of one probe
 CONTROLS = 8  # rows of a prompt, beside the one that is judged

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attnhook.analysis import zones
 from attnhook.analysis.calibration import reference
 from attnhook.analysis.calibration.fit import fit, predictions
 from attnhook.analysis.calibration.judge import Judgement, against_controls, judge, shares
 from attnhook.analysis.calibration.report import MEAN, SERVED, Calibration
 from attnhook.analysis.calibration.rows import Rows
-from attnhook.analysis.zones import Thresholds
 from attnhook.errors import RecordError
+from attnhook.record import zones
+from attnhook.record.zones import Thresholds
 
 MIN_PROBES = 3  # of a zone in each half: of fewer nothing can be said
 

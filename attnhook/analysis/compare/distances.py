@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.compare.resampling import labels, p_value
 from attnhook.errors import RecordError
+from attnhook.record import fingerprint as fp
 
 _TINY = 1e-300
 

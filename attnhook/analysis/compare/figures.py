@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.compare.resampling import Estimate
 from attnhook.analysis.compare.statistics import MEASURES, Comparison, Depth, ZoneRow
+from attnhook.record import fingerprint as fp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook.analysis import zones
 from attnhook.errors import OptionError, RecordError
-from attnhook.records import TokenRecord
-from attnhook.sinks.columns import fingerprints_of, show_layer_sets
+from attnhook.record import fingerprint as fp
+from attnhook.record import zones
+from attnhook.record.columns import fingerprints_of, show_layer_sets
+from attnhook.record.token_record import TokenRecord
 from attnhook.store import open_store
 
 if TYPE_CHECKING:

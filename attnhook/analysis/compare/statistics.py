@@ -8,12 +8,12 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.compare.distances import Distance, Energy, against_null, energy_distance, jensen_shannon
 from attnhook.analysis.compare.resampling import Estimate, bootstrap_sums, estimate, holm, labels, p_value
 from attnhook.analysis.compare.sides import MIN_REQUESTS, Side
-from attnhook.analysis.zones import ZONE_NAMES
 from attnhook.errors import OptionError
+from attnhook.record import fingerprint as fp
+from attnhook.record.zones import ZONE_NAMES
 
 Design = Literal["auto", "paired", "independent"]
 DESIGNS: tuple[Design, ...] = get_args(Design)

@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from attnhook import __version__, untrusted
-from attnhook import fingerprint as fp
+from attnhook import __version__
 from attnhook.analysis.drift.calibration import null_maxima, whiten
 from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.system import untrusted
 
 FORMAT: Final = "attnhook-drift-baseline"
 FORMAT_VERSION: Final = 1

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.drift.baseline import Baseline
 from attnhook.errors import RecordError
+from attnhook.record import fingerprint as fp
 
 State = Literal["filling", "ok", "warning", "alarm"]
 IDLE_SECONDS: Final = 30.0

@@ -8,9 +8,9 @@ from datetime import datetime
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.errors import OptionError, RecordError
-from attnhook.sinks.columns import fingerprints_of, layer_sets
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import fingerprints_of, layer_sets
 from attnhook.store import open_store
 
 ROWS = ("all", "prompt", "generated")

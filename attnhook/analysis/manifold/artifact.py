@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import __version__, untrusted
-from attnhook import fingerprint as fp
+from attnhook import __version__
 from attnhook.analysis.manifold.model import Model
 from attnhook.errors import PluginError, RecordError, install
+from attnhook.record import fingerprint as fp
+from attnhook.system import untrusted
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnhook import untrusted
 from attnhook.analysis.manifold.artifact import MANIFEST, sha256, write_json
 from attnhook.errors import OptionError, PluginError
+from attnhook.system import untrusted
 
 if sys.platform != "win32":
     import fcntl

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
 from attnhook.errors import OptionError, needs
+from attnhook.record import fingerprint as fp
 
 #: Standard deviation from which on a column counts: captured probabilities are exact to 1e-5 (docs/numerics.md), so
 #: what varies less is rounding, and standardising would blow it up.

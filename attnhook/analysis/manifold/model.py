@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.manifold.fit import Components
 from attnhook.errors import RecordError, needs
+from attnhook.record import fingerprint as fp
 
 NEAREST = 5  # sampled fingerprints that a place is made of
 _CHUNK = 16384  # rows at a time: temporaries stay in the processor's cache

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attnhook import fingerprint as fp
 from attnhook.analysis.manifold import artifact, stages
 from attnhook.analysis.manifold.checkpoint import Checkpoint
 from attnhook.analysis.manifold.settings import Settings
 from attnhook.errors import AttnhookError, OptionError
+from attnhook.record import fingerprint as fp
 
 #: Name and function of each stage, in order.
 STAGES: tuple[tuple[str, Callable[[stages.Job], list[Path]]], ...] = (

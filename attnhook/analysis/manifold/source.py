@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
 from attnhook.analysis import probes
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
-from attnhook.analysis.zones import ZONE_NAMES, classify_many, without_key
 from attnhook.errors import OptionError, RecordError
-from attnhook.sinks.columns import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets, to_records
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets, to_records
+from attnhook.record.zones import ZONE_NAMES, classify_many, without_key
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from attnhook.records import TokenRecord
+    from attnhook.record.token_record import TokenRecord
 
 ROWS = 65536  # of a row group: what is in memory at a time
 _KEYS = ("request_id", "choice", "query_position", "model")

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from attnhook import fingerprint as fp
-from attnhook import untrusted
 from attnhook.analysis.explain import sentence
 from attnhook.analysis.manifold import artifact, fit, picture, quality, source
 from attnhook.analysis.manifold.model import Model
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.analysis.zones import ZONE_NAMES, classify_many
 from attnhook.errors import RecordError
-from attnhook.sinks.columns import fingerprints_of
+from attnhook.record import fingerprint as fp
+from attnhook.record.columns import fingerprints_of
+from attnhook.record.zones import ZONE_NAMES, classify_many
+from attnhook.system import untrusted
 
 POINTS, ASSIGNMENTS, CLUSTERS = "points.parquet", "assignments.parquet", "clusters.parquet"
 PNG, HTML = "map.png", "map.html"

@@ -14,11 +14,11 @@ from functools import partial, reduce
 from importlib import import_module, metadata
 from types import ModuleType
 
-from attnhook import switch
-from attnhook.backends.patching import EngineInstallation
 from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
+from attnhook.plugins.patching import EngineInstallation
 from attnhook.serving.policy import Policy
+from attnhook.system import switch
 
 _WANTED = "SGLang 0.5.11 or newer (tested: 0.5.11, 0.5.21, 0.5.23)"
 _SRT = "sglang.srt"
@@ -120,7 +120,7 @@ def load() -> None:
     """
     try:
         if enabled():
-            from attnhook import lifecycle
+            from attnhook.process import lifecycle
 
             lifecycle.start()
     except AttnhookError as error:

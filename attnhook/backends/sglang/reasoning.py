@@ -6,7 +6,7 @@ import logging
 from functools import cache
 from typing import Any
 
-from attnhook.records import ThinkPhase
+from attnhook.record.token_record import ThinkPhase
 from attnhook.serving.reasoning import Markers, PhaseFollower
 
 logger = logging.getLogger("attnhook")

@@ -49,7 +49,7 @@ def check(arguments: Any) -> None:
             "SGLang's Rust front end (SGLANG_RUST_SERVER) cannot carry attention: unset it, or start without ATTNHOOK=1"
         )
     workers = getattr(arguments, "tokenizer_worker_num", 1) or 1
-    if workers > 1 and "attnhook._startup" not in sys.modules:
+    if workers > 1 and "attnhook.process.startup" not in sys.modules:
         raise UnsupportedError(
             f"tokenizer_worker_num={workers}: SGLang loads no plugins in its extra HTTP workers, and attnhook.pth, "
             "which would, is not in this environment's site-packages: reinstall attnhook there, or start with "

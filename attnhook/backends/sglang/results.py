@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from attnhook import lifecycle, tokens
 from attnhook.backends.sglang.reasoning import phase_of_last
 from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser
-from attnhook.records import TokenRecord, with_phase
+from attnhook.record import tokens
+from attnhook.record.token_record import TokenRecord, with_phase
 from attnhook.serving.step import safely
 from attnhook.serving.wire import KEY, Share
+from attnhook.sinks import outlet
 
 logger = logging.getLogger("attnhook")
 
@@ -47,9 +48,9 @@ def _collect(req: Any, logits: Any) -> None:
         elements = req.customized_info.setdefault(KEY, [])
         elements += [None] * (token - len(elements))
         elements.append(share.pack() if share.generated or share.prompt or share.error else None)
-    if lifecycle.publishes():
+    if outlet.publishes():
         records = [TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)]
-        lifecycle.publish(_with_tokens(records, req, ask) if lifecycle.publishes_tokens() else records)
+        outlet.publish(_with_tokens(records, req, ask) if outlet.publishes_tokens() else records)
 
 
 def _with_tokens(records: list[TokenRecord], req: Any, ask: Asking) -> list[TokenRecord]:

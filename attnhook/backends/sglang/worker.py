@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.backends.patching import objects
 from attnhook.backends.sglang import older, pool, refusals
 from attnhook.backends.sglang.layers import Attention, attention_layers, computing, live_backends
+from attnhook.capture.ranks import Ranks
 from attnhook.errors import UnsupportedError
 from attnhook.options import graph_layers, resolve_layers
+from attnhook.plugins.patching import objects
 from attnhook.serving.graphs import KeptQueries
-from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
 from attnhook.serving.wire import KEY, reason, unpack_options
 

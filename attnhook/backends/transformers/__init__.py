@@ -11,8 +11,8 @@ from functools import partial
 from importlib import import_module, metadata
 from types import ModuleType
 
-from attnhook.backends.patching import EngineInstallation
 from attnhook.options import CaptureOptions
+from attnhook.plugins.patching import EngineInstallation
 
 
 class TransformersBackend:

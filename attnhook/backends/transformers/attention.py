@@ -13,7 +13,8 @@ from attnhook.backends.transformers.frames import Frame
 from attnhook.backends.transformers.layers import is_causal_attention, layer_number, sees_a_prefix
 from attnhook.backends.transformers.masks import FLASH, SDPA, Visible, family, visible
 from attnhook.backends.transformers.runs import local, refuse
-from attnhook.capture import Session, StepCapture
+from attnhook.capture.session import Session
+from attnhook.capture.step import StepCapture
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
 

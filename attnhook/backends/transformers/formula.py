@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.backends.transformers.masks import Visible
+from attnhook.capture.rebuild import KEYS_THAT_TELL, check_output
 
 _checked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from attnhook import tokens
 from attnhook.backends.transformers import places, reasons, virtual
 from attnhook.backends.transformers.caches import cache_among, cache_of, cached_tokens
 from attnhook.backends.transformers.layers import attention_layers
 from attnhook.backends.transformers.runs import concerns, local
 from attnhook.backends.transformers.tokens import History
-from attnhook.capture import Row, Session, StepCapture, over_limit, wants_row
+from attnhook.capture.rows import Row, over_limit, wants_row
+from attnhook.capture.session import Session
+from attnhook.capture.step import StepCapture
 from attnhook.errors import UnsupportedError
 from attnhook.options import check_heads, resolve_layers
-from attnhook.records import TokenRecord
+from attnhook.record import tokens
+from attnhook.record.token_record import TokenRecord
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Frame:
 
     def _virtual(self, arguments: dict[str, Any]) -> int:
         if self.outer:
-            return self.outer[0].virtual
+            outermost: Frame = self.outer[0]
+            return outermost.virtual
         count = virtual.before(arguments, self.cache)
         run = self.run
         if run is not None and count and not run.so_far:

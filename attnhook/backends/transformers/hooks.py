@@ -19,10 +19,10 @@ from attnhook.backends.transformers.attention import attend
 from attnhook.backends.transformers.caches import cached_tokens, continuous_batching
 from attnhook.backends.transformers.frames import Frame, forget_conversation
 from attnhook.backends.transformers.runs import Run, concerns, local, refuse
-from attnhook.capture import sessions
+from attnhook.capture.ledger import RowLedger
+from attnhook.capture.session import sessions
 from attnhook.errors import UnsupportedError
-from attnhook.records import TokenRecord
-from attnhook.rowledger import RowLedger
+from attnhook.record.token_record import TokenRecord
 
 Original = Callable[..., Any]
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attnhook.analysis import zones
-from attnhook.analysis.zones import Zone
 from attnhook.backends.transformers import bos, model_files
 from attnhook.backends.transformers.default_model import NAME, default_model_path
-from attnhook.capture import capture
 from attnhook.errors import OptionError, needs, require
-from attnhook.records import TokenRecord
+from attnhook.process.capturing import capture
+from attnhook.record.answer import SINK, Answer
+from attnhook.record.pieces import pieces
+from attnhook.record.without_sink import without_sink
 
 if TYPE_CHECKING:
     import torch
 
-#: Span of the attention sink, position 0, which most heads give mass to whatever they read.
-SINK = "sink"
-_WINDOW, _OVERLAP = 32, 8  # tokens that are decoded together at most, besides those before them
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -56,20 +52,6 @@ class Loaded:
         if self.model is None:
             return None if self.limits is None else self.limits.context
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt, its answer and their records."""
-
-    model: str
-    token_ids: list[int]  # prompt and answer
-    tokens: list[str]  # decoded text of each
-    prompt_length: int
-    text: str  # the answer
-    records: list[TokenRecord]
-    zones: list[Zone]  # of each record, without the attention sink
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def load(
@@ -171,7 +153,7 @@ def answer(
         prompt_length=len(ids),
         text=loaded.tokenizer.decode(token_ids[len(ids) :], skip_special_tokens=True),
         records=list(records),
-        zones=zones.without_sink(records, SINK),
+        zones=without_sink(records, SINK),
         dropped=dict(records.dropped),
     )
 
@@ -192,39 +174,6 @@ def generate(loaded: Loaded, ids: list[int], max_new_tokens: int, **settings: An
         **settings,
     )
     return output
-
-
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Text of each token such that the pieces, joined, are the decoded text.
-
-    A character that several tokens share is shown whole at the last of them; the others are empty.
-    """
-    out: list[str] = []
-    ends = [0]  # where a character ends
-    start, before = 0, ""  # the text from start to where the last character ended
-    for end in range(1, len(ids) + 1):
-        # where a character ends: half a one spoils a whole run of byte tokens. Further back where one character, or
-        # what is none, takes more tokens than the window reaches back
-        reach = ends[max(0, min(bisect_right(ends, window_start(end)) - 1, len(ends) - 4))]
-        if reach != start:
-            start, before = reach, tokenizer.decode(ids[reach : ends[-1]])
-        text = tokenizer.decode(ids[start:end])
-        if text.endswith("�") and end < len(ids):
-            out.append("")
-            continue
-        out.append(text[len(before) :])
-        before = text
-        ends.append(end)
-    return out
-
-
-def window_start(end: int) -> int:
-    """Where the tokens that `pieces` decodes to find the text of token ``end - 1`` begin.
-
-    Some tokens before, so that spaces between tokens survive; the same place for many tokens in a row, so that
-    what was decoded for one is the beginning for the next.
-    """
-    return max(0, (end - 1) // _WINDOW * _WINDOW - _OVERLAP)
 
 
 class _Progress:

@@ -6,23 +6,20 @@ import threading
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from attnhook.capture import Session
+from attnhook.capture.ledger import RowLedger
+from attnhook.capture.session import Session
 from attnhook.errors import UnsupportedError
-from attnhook.rowledger import RowLedger
-
-if TYPE_CHECKING:
-    from attnhook.backends.transformers.frames import Frame
 
 
 class Local(threading.local):
     """What one thread is inside of: nested model calls, and a ``generate``."""
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[Any] = []  # a Frame of each model that is being called, the outermost first
         self.run: Run | None = None
         self.generating: Any = None  # the model whose generate() runs
         self.aside = 0  # inside code that generate() calls between its passes: their passes are not its own

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnhook import fingerprint, lifecycle
 from attnhook.backends.transformers import runner
-from attnhook.capture import capture
 from attnhook.options import RequestOptions
+from attnhook.process import lifecycle
+from attnhook.process.capturing import capture
+from attnhook.record import fingerprint
 
 TOLERANCE = 2e-5  # of a probability, float32 against eager float32
 BIN_TOLERANCE = 1e-4  # of a histogram bin, the sum of many

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnhook.tokens import UNKNOWN, Lookup
+from attnhook.record.tokens import UNKNOWN, Lookup
 
 
 class History:

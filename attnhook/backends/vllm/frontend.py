@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
-from attnhook import switch
 from attnhook.backends.vllm.refusing import client_error
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
@@ -21,6 +20,7 @@ from attnhook.serving.capabilities import attention_layers
 from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
 from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options
+from attnhook.system import switch
 
 Original = Callable[..., Any]
 

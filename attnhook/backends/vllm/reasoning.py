@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from attnhook.backends.patching import objects
-from attnhook.records import with_phase
+from attnhook.plugins.patching import objects
+from attnhook.record.token_record import with_phase
 from attnhook.serving.reasoning import Markers, PhaseFollower
 
 logger = logging.getLogger("attnhook")

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from attnhook import lifecycle
-from attnhook.backends.patching import objects
 from attnhook.backends.vllm import tokens
 from attnhook.backends.vllm.stops import Stops
-from attnhook.records import TokenRecord
+from attnhook.plugins.patching import objects
+from attnhook.record.token_record import TokenRecord
 from attnhook.serving.step import safely
 from attnhook.serving.wire import KEY, Share, worse
+from attnhook.sinks import outlet
 
 logger = logging.getLogger("attnhook")
 
@@ -46,7 +46,7 @@ def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
-        lifecycle.flush(_FLUSH_SECONDS)
+        outlet.flush(_FLUSH_SECONDS)
         return original(self, *args, **kwargs)
 
     return shutdown
@@ -90,9 +90,9 @@ def _forward(
             kept.generated = [row for row in accepted if row]
             if kept.reply and (kept.generated or kept.prompt or kept.error):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
-            if lifecycle.publishes():
+            if outlet.publishes():
                 records = [TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)]
-                lifecycle.publish(tokens.fill(records, request) if lifecycle.publishes_tokens() else records)
+                outlet.publish(tokens.fill(records, request) if outlet.publishes_tokens() else records)
     _stops(scheduler).forget(scheduler.requests)
     for name in [name for name in waiting if name not in scheduler.requests]:
         del waiting[name]

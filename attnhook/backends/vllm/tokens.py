@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from attnhook import tokens
-from attnhook.records import TokenRecord
+from attnhook.record import tokens
+from attnhook.record.token_record import TokenRecord
 from attnhook.serving.wire import KEY, unpack_options
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from attnhook import __version__
-from attnhook.backends.patching import objects
 from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.frontend import served_name
+from attnhook.capture.ranks import Ranks
 from attnhook.errors import UnsupportedError
 from attnhook.options import graph_layers, resolve_layers
+from attnhook.plugins.patching import objects
 from attnhook.serving.graphs import KeptQueries
-from attnhook.serving.ranks import Ranks
 from attnhook.serving.step import Computed, Served, ServedStep, safely, warm_up
 from attnhook.serving.wire import KEY
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _SCRATCH_ELEMENTS = 3 << 18  # logits per block of rows: 3 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype

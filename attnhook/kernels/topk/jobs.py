@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnhook.fingerprint import BINS
 from attnhook.kernels.topk import loops
 from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
+from attnhook.record.fingerprint import BINS
 
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
 _MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again

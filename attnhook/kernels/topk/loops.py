@@ -16,8 +16,8 @@ import math
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk.intrinsics import bits_float, fetch_add, float_bits, pointer
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 f32, i32 = np.float32, np.int32
 

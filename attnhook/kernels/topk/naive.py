@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 
 def topk_attention(

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk import cpu
 from attnhook.kernels.topk.types import LayerRows, TopK
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _SCRATCH_ELEMENTS = 1 << 22  # attention of the rows that are added up together: 16 MiB, unless one row needs more
 

@@ -36,18 +36,12 @@ import torch
 import triton
 import triton.language as tl
 
-from attnhook.fingerprint import BIN_STARTS, BINS
 from attnhook.kernels.topk import split
-from attnhook.kernels.topk.triton_logits import (
-    average_kernel,
-    direct_kernel,
-    logits_kernel,
-    merge_kernel,
-    norms_kernel,
-)
+from attnhook.kernels.topk.triton_logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
 from attnhook.kernels.topk.triton_plan import MAX_SPLITS, TILE, UNIT, Plan, launch_shape, make_plan, padded
 from attnhook.kernels.topk.triton_select import masses_kernel, select_kernel, tiles_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _MAX_TOP_K = 1024  # the running top k lives in registers
 _WHOLE = 1 << 30  # a unit that makes every row's scores begin at position 0

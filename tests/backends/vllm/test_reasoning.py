@@ -15,7 +15,7 @@ import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.vllm.engine import ALL, Server, needs_vllm, offline, records, serve
-from tests.test_cli import command
+from tests.cli.test_run import command
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attnhook.hookspecs import RegisterBackend, RegisterSink, hookimpl
-from attnhook.records import TokenRecord
+from attnhook.plugins.hookspecs import RegisterBackend, RegisterSink, hookimpl
+from attnhook.record.token_record import TokenRecord
 
 seen: list[tuple[str, int]] = []  # what the observer was shown: (request id, query position)
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from attnhook.backends.patching import Patches
-from attnhook.capture import Row, Session, StepCapture, sessions, wants_row
+from attnhook.capture.rows import Row, wants_row
+from attnhook.capture.session import Session, sessions
+from attnhook.capture.step import StepCapture
 from attnhook.errors import UnsupportedError
 from attnhook.options import CaptureOptions, resolve_layers
+from attnhook.plugins.patching import Patches
 
 if TYPE_CHECKING:
     import torch  # registering a backend imports nothing heavy

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import IO
 
 from attnhook.errors import PluginError
-from attnhook.records import TokenRecord
-from attnhook.sinks import Sink
+from attnhook.plugins.contracts import Sink
+from attnhook.record.token_record import TokenRecord
 
 
 class CsvSink(Sink):

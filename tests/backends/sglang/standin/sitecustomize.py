@@ -25,7 +25,7 @@ def declare(torch):
     torch._torchvision_schemas = library  # the schemas live as long as this object
 
 
-@wrapt.when_imported("attnhook.capture")
+@wrapt.when_imported("attnhook.capture.step")
 def inject(module):
     step = module.StepCapture
     whole = step._finished

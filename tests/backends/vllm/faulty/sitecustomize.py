@@ -30,7 +30,7 @@ def _before(owner, name, look):
     setattr(owner, name, faulty)
 
 
-@wrapt.when_imported("attnhook.capture")
+@wrapt.when_imported("attnhook.capture.step")
 def in_records(module):
     if _RANK is None:
         _before(module.StepCapture, "_finished", lambda capture: capture.options.top_k == FAULT)

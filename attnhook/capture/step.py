@@ -1,0 +1,282 @@
+"""The engine-neutral core: who wants records, which rows and layers, the kernel call, delivery.
+
+A backend asks `sessions()` whether anybody listens, makes one `StepCapture` per session and forward
+step, feeds it each captured layer's q and keys, and hands the finished records to the session.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attnhook.capture.rows import Row
+from attnhook.capture.session import spent
+from attnhook.options import RequestOptions
+from attnhook.record import fingerprint
+from attnhook.record.token_record import RowName, TokenRecord, pack_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from attnhook.capture.ranks import Ranks
+    from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
+    from attnhook.kernels.topk.split import SplitStep
+    from attnhook.kernels.topk.types import Arrays
+
+
+class StepCapture:
+    """The rows of one forward step that one session wants, layer by layer."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        layers: Sequence[int],
+        options: RequestOptions,
+        model: str,
+        ranks: Ranks | None = None,
+        kernel: TopKStep | None = None,
+        hidden: bool = False,
+    ) -> None:
+        self.rows = rows
+        self.wanted = frozenset(layers)
+        self.options = options
+        self.model = model
+        self._hidden = hidden  # keys lie before position 0, which are part of the row and never reported
+        self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
+        #: what an earlier step with the same options and the same ``source`` in its rows had here serves again
+        self.kernel = kernel
+        self._order = sorted(self.wanted)
+        self._results: TopK | Arrays | None = None  # [T, L, ...] of all wanted layers, in one piece
+        self._lent = False  # the results are the kernel's own arrays, which its next call fills anew
+        self._done: set[int] = set()
+        # by the identity of the shift, which is kept with it
+        self._shared: dict[int, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
+
+    @property
+    def missing(self) -> list[int]:
+        """Layers that were wanted and have not been added."""
+        return sorted(self.wanted - self._done)
+
+    def add(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        keys: PagedKeys,
+        row_slot: torch.Tensor,
+        shift: torch.Tensor,
+        **softmax: Any,
+    ) -> None:
+        """Reduce one layer: q ``[T, Hq, D]`` for the step's T rows.
+
+        ``row_slot`` int32 [T] is each row's own place in the paged view and ``shift`` int32 [R] how far a
+        request's positions lie behind its slots there (left padding, evicted keys). ``softmax`` goes to
+        `topk_attention`: scale, softcap, window, sinks, alibi_slopes.
+        """
+        from attnhook.kernels.topk import LayerRows
+
+        self.add_layers([layer], [LayerRows(q, keys, row_slot, **softmax)], shift)
+
+    def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None = None) -> None:
+        """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
+        began = time.perf_counter()
+        try:
+            self._reduce(layers, rows, shift)
+        finally:
+            spent.add(began)
+
+    def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None) -> None:
+        import torch
+
+        from attnhook.kernels.topk import TopKStep
+
+        # layers with different windows, or on other devices, come with a shift of their own
+        known = self._shared.get(id(shift))
+        if known is None:
+            known = self._shared[id(shift)] = self._start(rows[0], shift)
+        _, step, offset = known
+        if shift is None and [*layers] == self._order and isinstance(step, TopKStep):
+            lent = step.again(rows)
+            self._lent = lent is not None
+            self._results = lent or step.stacked(rows)
+            self._done.update(layers)
+            return
+        for layer, result in zip(layers, step(rows), strict=True):
+            if offset is not None:
+                positions = torch.where(result.positions >= 0, result.positions - offset, -1)
+                result = result._replace(positions=positions)
+            self._keep(layer, result)
+
+    def _keep(self, layer: int, result: TopK) -> None:
+        import torch
+
+        self._done.add(layer)
+        if len(self._order) == 1:
+            self._results = type(result)(*(x.unsqueeze(1) for x in result))
+            return
+        if self._results is None:
+            # at once: small results between the model's own allocations fragment the heap
+            shapes = [(len(x), len(self._order), *x.shape[1:]) for x in result]
+            whole = [torch.empty(at, dtype=x.dtype, device=x.device) for at, x in zip(shapes, result, strict=True)]
+            self._results = type(result)(*whole)
+        kept: Any
+        for kept, x in zip(self._results, result, strict=True):
+            kept[:, self._order.index(layer)].copy_(x)
+
+    def _start(
+        self, layer: LayerRows, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]:
+        """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
+        import torch
+
+        from attnhook.kernels.topk import TopKStep
+
+        if shift is None and self.kernel is not None:
+            return None, self.kernel, None
+        options, q = self.options, layer.q
+        device = q.device
+        ranks = self._ranks if self._ranks is not None and self._ranks.size > 1 else None
+        heads = q.shape[1] * (1 if ranks is None else ranks.size)
+        source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
+        arguments: dict[str, Any] = {"top_k": 1 if options.mode == "fingerprint" else options.top_k}
+        if options.heads is not None:
+            mask = torch.zeros(heads, dtype=torch.bool)
+            mask[list(options.heads)] = True
+            heads = len(set(options.heads))
+            if ranks is not None:
+                mask = mask.view(ranks.size, -1)[ranks.rank]
+            arguments["head_mask"] = mask.to(device)
+        behind = shift
+        if shift is None and (options.spans or options.mask_prefix):
+            behind = torch.zeros(layer.keys.page_table.shape[0], dtype=torch.int32, device=device)
+        if options.spans and behind is not None:
+            bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
+            arguments["spans"] = bounds[None] + behind[:, None, None]
+        if (options.mask_prefix or self._hidden) and behind is not None:
+            arguments["first_reported"] = behind + options.mask_prefix
+        offset = None
+        if shift is not None and bool(shift.any()):
+            offset = shift[source.long()][:, None]
+        if ranks is None:
+            step = TopKStep(source, **arguments)
+            if shift is None:
+                self.kernel = step
+            return shift, step, offset
+        from attnhook.kernels.topk.split import SplitStep
+
+        width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
+        return shift, SplitStep(source, total=ranks.total, heads=heads, width=width, **arguments), offset
+
+    def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
+        """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
+        began = time.perf_counter()
+        try:
+            return self._records(dropped)
+        finally:
+            spent.add(began, steps=1)
+
+    def packed(self, dropped: Callable[[str, int, str], None]) -> list[bytes | None]:
+        """What `TokenRecord.to_bytes` makes of each row's record, in the order of the rows; None where it is dropped.
+
+        Raises RecordError as that does.
+        """
+        began = time.perf_counter()
+        try:
+            return self._packed(dropped)
+        finally:
+            spent.add(began, steps=1)
+
+    def _records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
+        found = self._finished(dropped)
+        if found is None:
+            return []
+        if self._lent:
+            positions, scores, span_mass = (x.copy() for x in (found.positions, found.scores, found.span_mass))
+            found = found._replace(positions=positions, scores=scores, span_mass=span_mass)
+        return [
+            TokenRecord(
+                request_id=row.request_id,
+                query_position=row.position,
+                layers=found.layers,
+                token_positions=found.positions[t],
+                attention_scores=found.scores[t],
+                fingerprints=found.fingerprints[t],
+                decode_step=row.decode_step,
+                choice=row.choice,
+                mode=self.options.mode,
+                model=self.model,
+                span_names=found.span_names,
+                span_mass=found.span_mass[t],
+            )
+            for t, row in enumerate(self.rows)
+            if found.finite is None or found.finite[t]
+        ]
+
+    def _packed(self, dropped: Callable[[str, int, str], None]) -> list[bytes | None]:
+        found = self._finished(dropped)
+        if found is None:
+            return [None] * len(self.rows)
+        rows = pack_rows(
+            [RowName(row.request_id, row.choice, row.decode_step, row.position) for row in self.rows],
+            found.layers,
+            found.positions,
+            found.scores,
+            found.fingerprints,
+            found.span_mass,
+            mode=self.options.mode,
+            model=self.model,
+            span_names=found.span_names,
+        )
+        if found.finite is None:
+            return [*rows]
+        return [row if good else None for row, good in zip(rows, found.finite.tolist(), strict=True)]
+
+    def _finished(self, dropped: Callable[[str, int, str], None]) -> _Finished | None:
+        import numpy as np
+
+        results: Any = self._results
+        if results is None or not self.rows:
+            return None
+        layers = tuple(layer for layer in self._order if layer in self._done)
+        places = None if len(layers) == len(self._order) else [self._order.index(layer) for layer in layers]
+
+        def array(whole: Any, dtype: str = "float32") -> np.ndarray:  # [T, L, ...]
+            whole = whole if isinstance(whole, np.ndarray) else whole.cpu().numpy()
+            return np.ascontiguousarray(whole if places is None else whole[:, places], dtype)
+
+        if self._lent and places is None:
+            positions, scores, histogram, entropy, span_mass = results
+        else:
+            positions = array(results.positions, "int32")
+            scores, histogram, entropy, span_mass = (array(x) for x in results[1:])
+        fingerprints = fingerprint.assemble(histogram, entropy)
+        finite = None
+        if not math.isfinite(float(fingerprints.sum())):  # as a rule all numbers are
+            finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
+            if not finite.all():
+                dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
+        if self.options.mode == "fingerprint":
+            positions, scores = positions[..., :0], scores[..., :0]
+        return _Finished(
+            layers,
+            finite,
+            positions,
+            scores,
+            fingerprints,
+            tuple(self.options.spans),
+            span_mass,
+        )
+
+
+class _Finished(NamedTuple):
+    """The arrays [T, L, ...] of a step's records."""
+
+    layers: tuple[int, ...]
+    finite: np.ndarray | None  # bool [T]: rows without NaN and infinity; None where all are
+    positions: np.ndarray
+    scores: np.ndarray
+    fingerprints: np.ndarray
+    span_names: tuple[str, ...]
+    span_mass: np.ndarray

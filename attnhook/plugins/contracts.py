@@ -1,0 +1,81 @@
+"""What a plugin adds: a backend (one engine), a sink (one kind of destination)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+from attnhook.options import CaptureOptions
+from attnhook.record.token_record import TokenRecord
+
+
+class Installation(Protocol):
+    """What `Backend.install` hands back."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine is patched now (false while it has not been imported yet)."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What is hooked, for ``attnhook verify``: hook point -> state."""
+        ...
+
+    def uninstall(self) -> None:
+        """Undo every patch; calling it twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One engine. Installing is idempotent and reversible, and imports nothing by itself."""
+
+    name: str
+
+    def available(self) -> bool:
+        """Whether the engine can be imported, found out without importing it."""
+        ...
+
+    def version(self) -> str | None:
+        """Version of the installed engine, or None."""
+        ...
+
+    def install(self, options: CaptureOptions) -> Installation:
+        """Patch the engine now if it is imported, else as soon as it is.
+
+        Raises UnsupportedError, naming the engine, its version, what was looked for and what to do, where a
+        hook point is missing.
+        """
+        ...
+
+
+class Sink(ABC):
+    """One destination of records.
+
+    One thread at a time calls a sink, in the order open, write*, close; open may run in another thread.
+
+    Subclasses document their delivery guarantee in their docstring.
+    """
+
+    #: Whether ``tokens=1`` makes a difference: a sink that counts and forgets the records refuses it.
+    keeps_tokens: ClassVar[bool] = True
+
+    @abstractmethod
+    def open(self, config: str) -> None:
+        """Make ready to write. ``config`` is the part of the sink's URL behind ``scheme:``.
+
+        Raises PluginError (cause, value seen, remedy) where the destination cannot be written to; nothing
+        may be left half-made.
+        """
+
+    @abstractmethod
+    def write(self, batch: Sequence[TokenRecord]) -> None:
+        """Store the records, in order. An exception means that none of the batch counts as delivered."""
+
+    def flush(self) -> None:  # noqa: B027 - a sink without a buffer has nothing to do
+        """Hand everything written so far to the destination."""
+
+    def close(self) -> None:
+        """Flush and let go of the destination; calling it twice is harmless."""
+        self.flush()

@@ -1,0 +1,131 @@
+"""The plugin manager: built-ins are registered like any third party, then entry points are loaded."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from importlib import metadata
+
+import pluggy
+
+from attnhook.errors import OptionError, PluginError
+from attnhook.plugins import hookspecs
+from attnhook.plugins.contracts import Backend, Sink
+from attnhook.system import forks
+
+GROUP = "attnhook"
+BUILT_INS = ("attnhook.backends", "attnhook.sinks")
+
+_lock = threading.RLock()  # a plugin may ask for the manager while it is imported
+_manager: pluggy.PluginManager | None = None
+
+
+@forks.in_child
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+def manager() -> pluggy.PluginManager:
+    """The process's plugin manager, made and filled on first use.
+
+    Raises PluginError naming the plugin, where an installed one cannot be loaded.
+    """
+    global _manager
+    with _lock:
+        if _manager is None:
+            pm = pluggy.PluginManager(hookspecs.PROJECT)
+            pm.add_hookspecs(hookspecs)
+            for name in BUILT_INS:
+                pm.register(importlib.import_module(name), name=name)
+            _load_entry_points(pm)
+            _manager = pm
+        return _manager
+
+
+def _load_entry_points(pm: pluggy.PluginManager) -> None:
+    for entry in metadata.entry_points(group=GROUP):
+        name = f"{entry.name!r} ({entry.value}{f', from {entry.dist.name}' if entry.dist else ''})"
+        if pm.has_plugin(entry.name):
+            raise PluginError(f"attnhook plugin {name}: another plugin has that name. Uninstall or rename one.")
+        try:
+            pm.register(entry.load(), name=entry.name)
+            pm.check_pending()
+        except Exception as error:
+            raise PluginError(
+                f"attnhook plugin {name} cannot be loaded: {type(error).__name__}: {error}. Mend it or uninstall it."
+            ) from error
+
+
+def backends() -> dict[str, Backend]:
+    """Registered backends by name, built-ins first."""
+    found: dict[str, Backend] = {}
+
+    def register(backend: Backend) -> None:
+        if not isinstance(backend, Backend):
+            raise PluginError(
+                f"{backend!r} was registered as a backend but lacks one of name, available, version, install"
+            )
+        if backend.name in found:
+            raise PluginError(
+                f"two backends are called {backend.name!r}: {found[backend.name]!r} and {backend!r}. Rename one."
+            )
+        found[backend.name] = backend
+
+    _call_each("attnhook_register_backends", register)
+    return found
+
+
+def model_in(target: object) -> object:
+    """What ``capture(model=target)`` listens to: the model that ``target`` is or wraps, or a tuple of several.
+
+    A backend may tell by a method ``models_in(target)``; where one has no such method, what no other knows is left as
+    it is. Raises OptionError where no backend finds a model in it.
+    """
+    asked = [getattr(backend, "models_in", None) for backend in backends().values()]
+    found = [model for models_in in asked if models_in is not None for model in models_in(target)]
+    if found:
+        return found[0] if len(found) == 1 else tuple(found)
+    if None in asked:
+        return target
+    raise OptionError(
+        "model",
+        f"model={str(target)[:60]!r} ({type(target).__name__}) is no model of Transformers and holds none (as PEFT's, "
+        "torch.compile's, DataParallel's and your own modules and pipelines do), so nothing could be captured: pass "
+        "the model, or leave model= out to capture every model",
+    )
+
+
+def sink_classes() -> dict[str, type[Sink]]:
+    """Registered sink classes by URL scheme, built-ins first."""
+    found: dict[str, type[Sink]] = {}
+
+    def register(scheme: str, sink: type[Sink]) -> None:
+        if not (isinstance(sink, type) and issubclass(sink, Sink)):
+            raise PluginError(f"{sink!r} was registered as sink {scheme!r} but is no subclass of attnhook.sinks.Sink")
+        if scheme in found:
+            raise PluginError(f"two sinks are called {scheme!r}: {found[scheme]!r} and {sink!r}. Rename one.")
+        found[scheme] = sink
+
+    _call_each("attnhook_register_sinks", register)
+    return found
+
+
+def has_observers() -> bool:
+    """Whether a plugin wants to see every record (`attnhook_token`)."""
+    return bool(manager().hook.attnhook_token.get_hookimpls())
+
+
+def _call_each(hook: str, register: Callable[..., None]) -> None:
+    # pluggy calls the last registered first; names are to be listed in the order of registration
+    for implementation in getattr(manager().hook, hook).get_hookimpls():
+        try:
+            implementation.function(*([register] if implementation.argnames else []))
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"attnhook plugin {implementation.plugin_name!r}: {hook} failed: {type(error).__name__}: {error}. "
+                "Mend it or uninstall it."
+            ) from error

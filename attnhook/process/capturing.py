@@ -1,0 +1,110 @@
+"""`capture`: records of what runs inside a block."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from attnhook.capture.session import Session
+from attnhook.errors import OptionError
+from attnhook.options import CaptureOptions
+from attnhook.plugins import manager as plugins
+from attnhook.process import lifecycle
+from attnhook.record.token_record import TokenRecord
+from attnhook.sinks import outlet
+
+logger = logging.getLogger("attnhook")
+
+
+class Captured(list[TokenRecord]):
+    """Records of a `capture()` block, in the order in which their rows were computed.
+
+    ``dropped`` counts rows that were left out, by reason: ``nan``, ``max_tokens``, ...
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: Counter[str] = Counter()
+
+    @property
+    def generated(self) -> list[TokenRecord]:
+        """Records of generated tokens, in order."""
+        return [record for record in self if not record.is_prompt]
+
+    @property
+    def prompt(self) -> list[TokenRecord]:
+        """Records of prompt rows, in order."""
+        return [record for record in self if record.is_prompt]
+
+
+@contextmanager
+def capture(
+    *, model: object = None, sinks: str | Sequence[str] = (), on_error: str = "raise", **options: Any
+) -> Iterator[Captured]:
+    """Capture every forward pass that runs inside the block, in any thread of this process.
+
+    Parameters
+    ----------
+    model
+        Only forward passes of this model, or of the models that it wraps (PEFT, ``torch.compile``, DataParallel, a
+        module of your own, a pipeline); default: all.
+    sinks
+        Sink URLs (``"jsonl:records.jsonl"``) that get the records too. Where one has ``tokens=1`` the records in the
+        list have token ids as well.
+    on_error
+        ``"raise"`` (default): what cannot be captured exactly raises UnsupportedError out of the model
+        call. ``"drop"``: the model runs on, ``records.dropped`` counts the rows by reason.
+    **options
+        ``top_k`` (1..256, default 32), ``layers`` (``"last"``, ``"auto"``, ``"all"`` or ints), ``heads``
+        (ints), ``mode``, ``prompt`` (bool), ``stride``, ``max_tokens``, ``spans`` ({name: (start, end)}),
+        ``mask_prefix``; unset ones come from ``ATTNHOOK_*`` or the defaults.
+
+    Yields
+    ------
+    Captured
+        A list of `TokenRecord` that fills as tokens are generated.
+
+    Raises
+    ------
+    OptionError, UnsupportedError, PluginError
+    """
+
+    if on_error not in ("raise", "drop"):
+        raise OptionError("on_error", f"on_error={on_error!r} must be 'raise' or 'drop'")
+    resolved = CaptureOptions.resolve({**options, "sinks": sinks})
+    if model is not None:
+        model = plugins.model_in(model)
+    records = Captured()
+    delivery = outlet.open_delivery(resolved)  # observers too, unless install() shows them everything
+
+    def deliver(batch: Sequence[TokenRecord]) -> None:
+        records.extend(batch)
+        if delivery is not None:
+            delivery.put(batch)
+
+    strict, tokens = on_error == "raise", delivery is not None and delivery.tokens
+    session = Session(resolved.request, deliver, strict=strict, model=model, dropped=records.dropped, tokens=tokens)
+    try:
+        with lifecycle.hooks(resolved), session:
+            yield records
+        if session.alone and not records and not records.dropped:
+            # nothing but what has no records ran in the block
+            name, why = next(iter(session.alone.items()))
+            session.refuse(why, session.ran.get(name) or 1)
+        elif session.ran and not records and not records.dropped:
+            ran = ", ".join(f"{name} ({count} forward passes)" for name, count in session.ran.items())
+            logger.warning(
+                "capture() ended without a record, although models ran inside: %s%s", ran,
+                "" if model is None else f". model= asked for passes of {_name(model)} alone",
+            )  # fmt: skip
+    finally:
+        if delivery is not None:
+            delivery.close()
+
+
+def _name(model: object) -> str:
+    """The class of the model that a session wants, or those of several."""
+    return " or ".join(type(one).__name__ for one in (model if isinstance(model, tuple) else (model,)))

@@ -1,0 +1,201 @@
+"""Turning attnhook on and off in a process: `install`, `uninstall` and the shared engine hooks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from attnhook.errors import AttnhookError, PluginError
+from attnhook.errors import install as how_to_install
+from attnhook.options import CaptureOptions, enabled
+from attnhook.plugins import manager as plugins
+from attnhook.plugins.contracts import Installation
+from attnhook.sinks import outlet
+from attnhook.sinks.outlet import Outlet, dropped, flush, publish, publishes, publishes_tokens, sink_stats
+from attnhook.system import forks, switch
+
+__all__ = [
+    "any_engine",
+    "dropped",
+    "flush",
+    "hooks",
+    "install",
+    "installed",
+    "publish",
+    "publishes",
+    "publishes_tokens",
+    "sink_stats",
+    "start",
+    "uninstall",
+]
+
+_lock = threading.RLock()
+_installations: dict[str, Installation] = {}
+_users = 0  # install() and every open capture() hold the hooks
+
+
+def install(**options: Any) -> dict[str, Installation]:
+    """Hook every engine that is installed here, now or when it is imported; return them by name.
+
+    With ``sinks=["jsonl:records.jsonl"]`` (or ``ATTNHOOK_SINKS``), or with an observer plugin, every forward
+    pass is captured into them; without them nothing is captured until `capture` asks. The other options are
+    those of `capture`.
+    Calling it again with the same options changes nothing; with others it switches to them.
+
+    Raises
+    ------
+    OptionError
+        An option or ``ATTNHOOK_*`` variable is unknown or out of range.
+    PluginError
+        A plugin or sink cannot be loaded or opened, or no supported engine is installed.
+    UnsupportedError
+        An installed engine lacks a hook point; the message names it, its version and the remedy.
+    """
+    global _users
+    resolved = CaptureOptions.resolve(options)
+    with _lock:
+        before = outlet.current()
+        if before is not None and before.options == resolved:
+            return dict(_installations)
+        new = Outlet(resolved)  # where a sink cannot be opened, what is on stays on
+        try:
+            if before is None:
+                _acquire(resolved)
+            else:
+                _switch(before.options, resolved)
+                _users += 1  # the hooks stay while the old sinks close
+                try:
+                    _turn_off()
+                except BaseException:
+                    _release()
+                    raise
+        except BaseException:
+            new.close()
+            raise
+        outlet.replace(new)
+        new.start()
+        return dict(_installations)
+
+
+def uninstall() -> None:
+    """Undo `install`: close the sinks (everything queued is written first) and unhook the engines.
+
+    Engines stay hooked while a `capture` block is open. Harmless when nothing is installed.
+    """
+    with _lock:
+        _turn_off()
+
+
+def start() -> None:
+    """`install` as ``ATTNHOOK=1`` asks for it, where an engine is installed here at all.
+
+    Raises as `install` does. What an engine lacks when it is imported later goes to `switch.refuse`, since nobody is
+    there to catch it.
+    """
+    if enabled() and any_engine():
+        with _lock:
+            switch.starting = True
+            try:
+                install()
+            finally:
+                switch.starting = False
+
+
+def any_engine() -> bool:
+    """Whether an engine that a backend knows is installed here; imports none."""
+    return any(backend.available() for backend in plugins.backends().values())
+
+
+def installed() -> dict[str, Installation]:
+    """Hooked engines by name; empty when attnhook is off."""
+    with _lock:
+        return dict(_installations)
+
+
+@contextmanager
+def hooks(options: CaptureOptions) -> Iterator[None]:
+    """Keep the engines hooked inside the block."""
+    with _lock:
+        _acquire(options)
+    try:
+        yield
+    finally:
+        with _lock:
+            _release()
+
+
+def _turn_off() -> None:
+    # first forgotten, then closed: where Ctrl-C ends the wait for a sink, nobody is to take it for one that listens
+    old = outlet.current()
+    outlet.replace(None)
+    if old is not None:
+        try:
+            old.close()
+        finally:
+            _release()
+
+
+def _acquire(options: CaptureOptions) -> None:
+    global _users
+    for installation in _installations.values():
+        if isinstance(refused := getattr(installation, "refused", None), AttnhookError):
+            raise refused
+    if _users == 0:
+        found = plugins.backends()
+        usable = {name: backend for name, backend in found.items() if backend.available()}
+        if not usable:
+            raise PluginError(
+                f"none of the engines {', '.join(found)} is installed here: {how_to_install('transformers')}; or "
+                "install the engine that you want to watch"
+            )
+        try:
+            for name, backend in usable.items():
+                _installations[name] = backend.install(options)
+        except BaseException:
+            _remove()
+            raise
+    _users += 1
+
+
+def _release() -> None:
+    global _users
+    _users -= 1
+    if _users == 0:
+        _remove()
+
+
+def _remove() -> None:
+    for name in list(_installations):
+        _installations.pop(name).uninstall()
+
+
+def _switch(before: CaptureOptions, options: CaptureOptions) -> None:
+    """Tell the backends about other options; where one refuses them, all have the old ones again."""
+    found = plugins.backends()
+    told: list[str] = []
+    try:
+        for name, installation in list(_installations.items()):
+            if getattr(installation, "any_options", False):
+                continue
+            told.append(name)
+            installation.uninstall()
+            _installations[name] = found[name].install(options)
+    except BaseException:
+        for name in told:
+            _installations[name].uninstall()
+            _installations[name] = found[name].install(before)
+        raise
+
+
+@forks.in_child
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+# at interpreter start `ATTNHOOK=1` only made a note; who comes by here is to find it done
+if (_startup := sys.modules.get("attnhook.process.startup")) is not None:
+    _startup.watch.complete(wait=False)

@@ -1,0 +1,1 @@
+"""What one row is: its numbers, its layout in bytes, its columns, its JSON, its zone."""
