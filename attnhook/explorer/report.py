@@ -28,9 +28,9 @@ from string import Template
 import numpy as np
 
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.explorer.inline import policy_hash, script_json
 from attnhook.record import fingerprint as fp
 from attnhook.record.token_record import TokenRecord
+from attnhook.system.inline import policy_hash, script_json
 
 _SCALE = 65535
 _SCRIPTS = ("data.js", "words.js", "panel.js", "map.js", "report.js")  # each uses those before it

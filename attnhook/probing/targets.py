@@ -63,14 +63,14 @@ class LocalTarget(Target):
 
     @property
     def identity(self) -> dict[str, Any]:
-        import transformers
+        from attnhook.backends.transformers import TransformersBackend
 
         dtype = str(self._loaded.model.dtype).removeprefix("torch.")
         return {
             "model": self.model,
             "source": self._source,
             "dtype": dtype,
-            "engine": f"transformers {transformers.__version__}",
+            "engine": f"transformers {TransformersBackend().version()}",
             **({} if self._loaded.bos is None else {"bos": self._loaded.bos}),  # with it, all else is seen otherwise
         }
 

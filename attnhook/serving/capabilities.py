@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnhook import __version__
 from attnhook.options import TOP_K_MAX, RequestOptions
 from attnhook.record.fingerprint import BIN_STARTS, NAMES
 from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
@@ -37,11 +38,9 @@ def capabilities(
     """The answer, with plain JSON values; ``layers``, ``heads``, ``dtype`` (of the model, such as "bfloat16")
     and ``device`` ("cpu", "cuda") are None where the front end can't tell. A model that ``generates`` no tokens has no
     rows to capture, and one without attention no layers."""
-    import attnhook
-
     defaults = RequestOptions.resolve()
     return {
-        "attnhook": attnhook.__version__,
+        "attnhook": __version__,
         "engine": {"name": engine, "version": version},
         "model": model,
         "schema_version": SCHEMA_VERSION,

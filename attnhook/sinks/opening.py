@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attnhook.errors import PluginError
+from attnhook.plugins import manager as plugins
 from attnhook.plugins.contracts import Sink
-from attnhook.plugins.manager import sink_classes
 from attnhook.system.addresses import hiding
 
 
@@ -24,7 +24,7 @@ def _open_sink(url: str, listen_later: bool) -> Sink:
     from attnhook.sinks.listening import ListeningSink
 
     scheme, colon, config = url.partition(":")
-    classes = sink_classes()
+    classes = plugins.sink_classes()
     if scheme not in classes or not colon:
         known = ", ".join(f"{name}:" for name in classes)
         raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")

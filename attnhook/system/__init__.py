@@ -1,1 +1,1 @@
-"""What the operating system and Python itself ask for: addresses, forks, signals, files from strangers, the switch."""
+"""What knows nothing of attention: addresses, forks, signals, files from strangers, the switch, old names."""

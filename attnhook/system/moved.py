@@ -88,11 +88,8 @@ def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 def _warn(old: str, new: str) -> None:
     import warnings
 
-    # of whoever imports it: the frames of the import system between are skipped
-    frame, level = sys._getframe(2), 3
-    while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"{old} is {new} since 0.2; the old name goes in 0.3", DeprecationWarning, stacklevel=level)
+    # level 3: whoever imports it, since Python passes over the frames of its import system
+    warnings.warn(f"{old} is {new} since 0.2; the old name goes in 0.3", DeprecationWarning, stacklevel=3)
 
 
 def watch() -> None:

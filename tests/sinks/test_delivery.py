@@ -672,7 +672,7 @@ def test_from_urls_closes_what_it_opened_when_one_fails(monkeypatch):
         opened.append(Probe())
         return opened[-1]
 
-    monkeypatch.setattr(plugins, "open_sink", open_sink)
+    monkeypatch.setattr("attnhook.sinks.delivery.open_sink", open_sink)
     with pytest.raises(PluginError, match="no such thing"):
         Delivery.from_urls(["a:", "b:", "bad:"])
     with pytest.raises(OptionError):

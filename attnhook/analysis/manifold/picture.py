@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from attnhook.errors import needs
-from attnhook.explorer.inline import policy_hash, script_json
 from attnhook.record.zones import COLOURS, MEANINGS, ZONE_NAMES
+from attnhook.system.inline import policy_hash, script_json
 
 NOISE_COLOUR = "#c3c3c3"
 _SHOWN = 20_000  # points of a picture
