@@ -24,7 +24,7 @@ import benchmarks.bare  # noqa: F401 - before attnhook
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from attnhook.kernels.topk import triton as kernels
+from attnhook.kernels.topk.triton import kernel as kernels
 from attnhook.kernels.topk.types import PagedKeys
 
 NAMES = ("logits", "average", "norms", "merge", "direct", "masses", "select")

@@ -22,8 +22,8 @@ import torch
 import benchmarks.bare  # noqa: F401 - before attnhook
 
 # isort: split
-from attnhook.kernels.topk import TopK, triton_plan
-from attnhook.kernels.topk import triton as kernel
+from attnhook.kernels.topk import TopK
+from attnhook.kernels.topk.triton import kernel, plan
 from benchmarks.kernel_rivals import Inputs, Size, make_inputs
 from benchmarks.kernels import clock, name_of
 
@@ -97,7 +97,7 @@ def call(inputs: Inputs) -> TopK:
 
 def shaped(inputs: Inputs, variant: dict[str, int]) -> Callable[[], TopK]:
     """The same call with another launch shape."""
-    original = triton_plan.launch_shape
+    original = plan.launch_shape
 
     def launch_shape(*arguments: Any) -> dict[str, Any]:
         return {**original(*arguments), **variant}

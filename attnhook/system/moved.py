@@ -24,6 +24,8 @@ MODULES: Mapping[str, str] = {
     "fingerprint": "record.fingerprint",
     "frames": "sinks.frames",
     "hookspecs": "plugins.hookspecs",
+    "kernels.topk.compiled": "kernels.topk.numba",
+    "kernels.topk.cpu": "kernels.topk.torch",
     "lifecycle": "process.lifecycle",
     "metrics": "sinks.metrics",
     "monitor": "collector.monitor",

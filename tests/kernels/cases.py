@@ -6,7 +6,6 @@ in pages that nobody owns, and page-table entries that no row needs are -1.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,9 @@ from unittest import mock
 
 import torch
 
-from attnhook.kernels.topk import naive, triton_plan
+from attnhook.kernels.topk import naive
+from attnhook.kernels.topk.dispatch import kernel as kernel_module
+from attnhook.kernels.topk.triton import plan as triton_plan
 from attnhook.kernels.topk.types import PagedKeys, TopK
 
 #: The contract is 1e-5 (DESIGN section 3). The kernels do better on these sizes, and a closer bound
@@ -47,14 +48,14 @@ def run(kernel: str, case: Case) -> TopK:
     "triton, recompute" go one way whatever the shapes.
     """
     name, _, way = kernel.partition(", ")
-    module = importlib.import_module(f"attnhook.kernels.topk.{name}")
+    module = kernel_module(name)
     if name == "triton" and torch.cuda.is_available():
         case = to_device(case, "cuda")
     forced: AbstractContextManager[Any] = nullcontext()
     if way == "products":
-        forced = mock.patch.object(module, "_PROMPT_ROWS", 1)
+        forced = mock.patch("attnhook.kernels.topk.numba.kernel._PROMPT_ROWS", 1)
     elif way:
-        forced = mock.patch.object(module, "make_plan", partial(forced_plan, way))
+        forced = mock.patch("attnhook.kernels.topk.triton.kernel.make_plan", partial(forced_plan, way))
     with forced:
         out = module.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
     return TopK(*(x.cpu() for x in out))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnhook.kernels.topk import PagedKeys, cpu, naive
+from attnhook.kernels.topk import PagedKeys, naive
+from attnhook.kernels.topk import torch as torch_kernel
 
 
 @pytest.mark.parametrize("precision", ["medium", "high", "highest"])
@@ -17,7 +18,7 @@ def test_matmul_precision_changes_nothing(precision: str) -> None:
     used = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        got = cpu.topk_attention(q, keys, request, position, top_k=8, scale=0.125)
+        got = torch_kernel.topk_attention(q, keys, request, position, top_k=8, scale=0.125)
     finally:
         torch.set_float32_matmul_precision(used)
     expected = naive.topk_attention(q, keys, request, position, top_k=8, scale=0.125)

@@ -12,9 +12,12 @@ import torch
 
 from attnhook.errors import OptionError
 from attnhook.kernels import topk
-from attnhook.kernels.topk import again, compiled, jobs, naive, triton_plan
-from attnhook.kernels.topk import cpu as torch_kernel
-from attnhook.kernels.topk import triton as triton_kernel
+from attnhook.kernels.topk.dispatch import kernel as kernel_module
+from attnhook.kernels.topk.numba import again, jobs
+from attnhook.kernels.topk.numba import kernel as compiled
+from attnhook.kernels.topk.torch import attention as torch_attention
+from attnhook.kernels.topk.triton import kernel as triton_kernel
+from attnhook.kernels.topk.triton import plan as triton_plan
 from attnhook.kernels.topk.types import PagedKeys, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 from tests.kernels.cases import (
@@ -30,7 +33,7 @@ from tests.kernels.cases import (
     run,
 )
 
-KERNELS = ("compiled", "compiled, products", "cpu", "triton")
+KERNELS = ("compiled", "compiled, products", "torch", "triton")
 WAYS = (*KERNELS[:3], "triton, one pass", "triton, recompute")
 SCATTERED = [(0, 40), (1, 130), (0, 0)]
 PROMPT = [(0, 15), (0, 16), (0, 17), (1, 31), (1, 32)]
@@ -171,7 +174,7 @@ def test_matches_the_oracle(kernel: str, name: str) -> None:
 
 @pytest.mark.parametrize("rows", [SCATTERED, PROMPT])
 def test_float64_is_computed_in_float64(rows: list[tuple[int, int]]) -> None:
-    got = assert_matches("cpu", build(rows, dtype=torch.float64, **FEATURES), 1e-13)
+    got = assert_matches("torch", build(rows, dtype=torch.float64, **FEATURES), 1e-13)
     assert got.scores.dtype == torch.float64
 
 
@@ -345,10 +348,10 @@ def test_chunks_of_rows_change_nothing(
         def excess(rows: int, logits: int) -> int:
             return 0 if rows == 1 or logits <= budget else 3
 
-        if kernel == "cpu":
-            monkeypatch.setattr(torch_kernel, "_SCRATCH_ELEMENTS", budget)
+        if kernel == "torch":
+            monkeypatch.setattr(torch_attention, "_SCRATCH_ELEMENTS", budget)
             rows_of = lambda q, k: excess(q.shape[1], q.shape[0] * q.shape[1] * len(k))  # noqa: E731
-            monkeypatch.setattr(torch_kernel, "_attention", recording(torch_kernel._attention, rows_of))
+            monkeypatch.setattr(torch_attention, "_attention", recording(torch_attention._attention, rows_of))
         else:
             for module, name in (
                 (compiled, "_BLOCK_ELEMENTS"),
@@ -434,8 +437,8 @@ def test_the_dispatcher_picks_the_kernel(name: str | None, monkeypatch: pytest.M
     if name == "triton" and torch.cuda.is_available():
         pytest.skip("the Triton kernel needs CUDA tensors here")
     case = build([(0, 3), (1, 20)])
-    expected = run("cpu", case)
-    module: Any = {"naive": naive, "torch": torch_kernel, "triton": triton_kernel}.get(name or "", compiled)
+    expected = run("torch", case)
+    module = kernel_module(name or "compiled")
     original, called = module.topk_attention, []
 
     def spy(*arguments: Any, **options: Any) -> TopK:

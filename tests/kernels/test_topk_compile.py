@@ -23,7 +23,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from attnhook.kernels.topk import triton as kernel
+from attnhook.kernels.topk.triton import kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
 
 backend, arch, warp_size = sys.argv[1:]

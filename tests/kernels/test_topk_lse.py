@@ -15,7 +15,7 @@ from tests.kernels.test_topk import CASES, PROMPT, SCATTERED, rand
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-KERNELS = ("naive", "compiled", "cpu", "triton")
+KERNELS = ("naive", "compiled", "torch", "triton")
 NAMES = (
     "one key", "unit and tile boundaries", "gqa 9:3", "mla 576", "window 7", "window over a unit's edge",
     "window per row", "window per row in a prompt", "prompt, everything", "sinks", "sinks that take everything",

@@ -17,7 +17,7 @@ from tests.kernels.cases import LAYOUTS, TOLERANCE, Case, assert_same, build, ru
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 # the interpreter takes up to a second per example, too long to look for smaller ones after a failure
-EXAMPLES = {"compiled": 40, "compiled, products": 40, "cpu": 40, "triton": 4}
+EXAMPLES = {"compiled": 40, "compiled, products": 40, "torch": 40, "triton": 4}
 PHASES = dict.fromkeys(EXAMPLES, tuple(Phase)) | {"triton": (Phase.explicit, Phase.generate)}
 
 HEADS = [(1, 1), (2, 1), (4, 2), (6, 2), (9, 3)]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from attnhook.kernels import topk
-from attnhook.kernels.topk import LayerRows, TopK, TopKStep, again
+from attnhook.kernels.topk import LayerRows, TopK, TopKStep
+from attnhook.kernels.topk.numba import again
 from tests.kernels.cases import Case, assert_same, build
 
 ROWS = [(0, 40), (1, 130), (0, 0)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnhook.kernels.topk import LayerRows, TopK, split
-from attnhook.kernels.topk import triton as kernel
+from attnhook.kernels.topk.triton import kernel
 from attnhook.kernels.topk.types import PagedKeys
 from attnhook.record.fingerprint import BINS
 from tests.kernels.cases import (
@@ -314,7 +314,7 @@ def test_a_rank_adds_up_with_the_kernel_of_its_device(monkeypatch: pytest.Monkey
         called.append(len(attention))
         whole(attention, *arguments, **options)
 
-    monkeypatch.setattr(kernel, "reduce_rows", spy)
+    monkeypatch.setattr("attnhook.kernels.topk.triton.reduce_rows", spy)
     monkeypatch.setenv("ATTNHOOK_KERNEL", "triton")
     case = to_device(build([(0, 40), (1, 130)], heads=(4, 2), window=20), DEVICE)
     step = split.SplitStep(case.row_request, total=lambda x: True, heads=4, width=131, top_k=8)

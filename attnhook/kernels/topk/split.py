@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from attnhook.kernels.topk import cpu
+from attnhook.kernels.topk.dispatch import implementation
+from attnhook.kernels.topk.torch.reduce import empty_result, select
 from attnhook.kernels.topk.types import LayerRows, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
@@ -56,7 +57,7 @@ class SplitStep:
         """One result per layer."""
         rows, count = len(self._request), len(layers)
         spans = 0 if self._spans is None else self._spans.shape[1]
-        found = [cpu.empty_result(rows, self._top_k, spans, layers[0].q.device) for _ in layers]
+        found = [empty_result(rows, self._top_k, spans, layers[0].q.device) for _ in layers]
         step = max(1, _SCRATCH_ELEMENTS // (count * self._width))
         failure: Exception | None = None
         for start in range(0, rows, step):
@@ -90,9 +91,7 @@ class SplitStep:
         request, last = self._request[part].long(), layer.row_position[part].long()
         window = layer.window[part] if isinstance(layer.window, torch.Tensor) else torch.tensor(layer.window)
         first = torch.where(window < 0, 0, (last - window + 1).clamp(min=0))
-        from attnhook.kernels.topk import _implementation
-
-        reduce = getattr(_implementation(attention.device.type), "reduce_rows", reduce_rows)
+        reduce = getattr(implementation(attention.device.type), "reduce_rows", reduce_rows)
         reduce(
             attention, first, last, out,
             spans=None if self._spans is None else self._spans[request],
@@ -109,10 +108,8 @@ def attention_rows(
     A row whose q or visible keys hold NaN or infinity is NaN where it sees. Arguments as for
     `attnhook.kernels.topk.topk_attention`.
     """
-    from attnhook.kernels.topk import _implementation
-
     q, keys, row_position, scale, softcap, window, sinks, alibi_slopes, lse = layer
-    dense: torch.Tensor = _implementation(q.device.type).attention_rows(
+    dense: torch.Tensor = implementation(q.device.type).attention_rows(
         q, keys, row_request, row_position, width=width, scale=scale, softcap=softcap, window=window, sinks=sinks,
         alibi_slopes=alibi_slopes, head_mask=head_mask, lse=lse,
     )  # fmt: skip
@@ -157,4 +154,4 @@ def reduce_rows(
     s = torch.arange(count, device=attention.device)
     if report_from is not None:
         attention.masked_fill_(s < report_from.long()[:, None], -1.0)
-    cpu.select(attention, lambda rows: (s > last[rows][:, None]) | (s < first[rows][:, None]), 0, out)
+    select(attention, lambda rows: (s > last[rows][:, None]) | (s < first[rows][:, None]), 0, out)

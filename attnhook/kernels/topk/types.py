@@ -78,6 +78,16 @@ def _one_page_each(requests: int, device: torch.device) -> torch.Tensor:
     return torch.arange(requests, dtype=torch.int32, device=device).view(requests, 1)
 
 
+def gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: int) -> torch.Tensor:
+    """Stored keys ``[high - low, Hkv, D]`` of positions low..high-1: a view where one page holds them."""
+    first, last = low // keys.page_size, (high - 1) // keys.page_size
+    offset = low - first * keys.page_size
+    if first == last:
+        return view[int(keys.page_table[request, first])][offset : offset + high - low]
+    pages = keys.page_table[request, first : last + 1].long()
+    return view[pages].flatten(0, 1)[offset : offset + high - low]
+
+
 class LayerRows(NamedTuple):
     """What one layer brings to `TopKStep`; see `topk_attention` for shapes and meaning."""
 

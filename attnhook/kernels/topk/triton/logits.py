@@ -1,4 +1,4 @@
-"""Triton kernels from keys to head-averaged attention; `triton.py` tells how they go together."""
+"""Triton kernels from keys to head-averaged attention; `kernel.py` tells how they go together."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # do_not_specialize: scalars that change from call to call must not compile a kernel for 1, one for multiples of 16
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnhook.kernels.topk.triton_rows import (
+from attnhook.kernels.topk.triton.rows import (
     extent,
     grow,
     key_logits,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnhook.kernels.topk.triton_rows import extent, selected_index, selection_key, store_tiles
+from attnhook.kernels.topk.triton.rows import extent, selected_index, selection_key, store_tiles
 
 
 @triton.jit

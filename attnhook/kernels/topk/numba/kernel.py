@@ -1,4 +1,4 @@
-"""Top-k attention on the CPU at compiled speed: numba's loops on the threads that torch computes with.
+"""Which rows the loops take, and how many at once.
 
 A prompt's rows share a matrix product of torch, block by block; single rows (decoding) read their keys in
 place, whatever the paging, all layers of a step in one call. Softmax, mean over heads, features and
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from attnhook.kernels.topk import cpu, dots
-from attnhook.kernels.topk.again import SINGLE_ELEMENTS, Again, alike
-from attnhook.kernels.topk.jobs import (
+from attnhook.kernels.topk import torch as torch_kernel
+from attnhook.kernels.topk.numba import dots
+from attnhook.kernels.topk.numba.again import SINGLE_ELEMENTS, Again, alike
+from attnhook.kernels.topk.numba.jobs import (
     FIRST,
     KEYS,
     LAYER,
@@ -32,7 +33,8 @@ from attnhook.kernels.topk.jobs import (
     scales_of,
     threads_for,
 )
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
+from attnhook.kernels.topk.torch.attention import block_rows, buffer, logits, queries, runs
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK, gather
 
 _BLOCK_ELEMENTS = 3 << 18  # logits of a block of prompt rows: 3 MiB, about the cores' caches
 _PROMPT_ROWS = 8  # consecutive rows that are worth a matrix product
@@ -63,7 +65,7 @@ def topk_attention(
 ) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; float64 is computed by the torch path."""
     if not computes(q, keys):
-        return cpu.topk_attention(
+        return torch_kernel.topk_attention(
             q, keys, row_request, row_position, top_k=top_k, scale=scale, softcap=softcap, window=window, sinks=sinks,
             alibi_slopes=alibi_slopes, head_mask=head_mask, spans=spans, first_reported=first_reported,
         )  # fmt: skip
@@ -83,7 +85,9 @@ def attention_rows(
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`; float64 is computed by the torch path."""
     if not computes(q, keys):
-        return cpu.attention_rows(q, keys, row_request, row_position, width=width, head_mask=head_mask, **softmax)
+        return torch_kernel.attention_rows(
+            q, keys, row_request, row_position, width=width, head_mask=head_mask, **softmax
+        )
     dense = torch.zeros((q.shape[0], width))
     step = Step(row_request, top_k=1, head_mask=head_mask)
     step.dense = dense
@@ -159,7 +163,7 @@ class Step(Shared):
             table[KEYS], table[FIRST], table[REQUEST], table[LAYER] = seen, first, self.request, number
             table[RESULT] = np.arange(rows) * count + number
             if not reads_in_place(layer.keys):
-                prompts = list(cpu.runs(self.request.tolist(), (first + seen).tolist()))
+                prompts = list(runs(self.request.tolist(), (first + seen).tolist()))
             for start, stop in prompts:
                 _prompt_rows(call, layer, table[:, start:stop], start, stop, result)
             if prompts:
@@ -186,8 +190,8 @@ def _place(layer: LayerRows, request: np.ndarray) -> _Place:
         first = np.where(width < 0, 0, np.maximum(position - width + 1, 0))
     else:
         first = np.zeros_like(position) if layer.window < 0 else np.maximum(position - layer.window + 1, 0)
-    runs = cpu.runs(request.tolist(), position.tolist()) if len(request) >= _PROMPT_ROWS else ()
-    return _Place(first, position - first + 1, [run for run in runs if run[1] - run[0] >= _PROMPT_ROWS])
+    found = runs(request.tolist(), position.tolist()) if len(request) >= _PROMPT_ROWS else ()
+    return _Place(first, position - first + 1, [run for run in found if run[1] - run[0] >= _PROMPT_ROWS])
 
 
 def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
@@ -213,7 +217,7 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
         part = np.ascontiguousarray(table[:, start:stop])
         part[STRIDE] = part[KEYS]
         part[OFFSET] = ends[start:stop] - base - part[KEYS] * heads
-        z = cpu.buffer("logits", int(ends[stop - 1]) - base, q, torch.float32)
+        z = buffer("logits", int(ends[stop - 1]) - base, q, torch.float32)
         products = Job(
             dots.dot_job,
             [
@@ -232,13 +236,13 @@ def _prompt_rows(call: Call, layer: LayerRows, table: np.ndarray, start: int, st
     seen, first = table[KEYS], table[FIRST]
     position = first + seen - 1
     low = int(first.min())
-    k = cpu.gather(keys.pages(layer.q.shape[2]), keys, int(table[REQUEST, 0]), low, int(position[-1]) + 1)
-    queries = cpu.queries(layer.q[start:stop], keys, layer.scale, torch.float32).transpose(0, 1)  # [Hq, R, D]
+    k = gather(keys.pages(layer.q.shape[2]), keys, int(table[REQUEST, 0]), low, int(position[-1]) + 1)
+    scaled = queries(layer.q[start:stop], keys, layer.scale, torch.float32).transpose(0, 1)  # [Hq, R, D]
     t = 0
     while t < len(seen):
-        end = min(t + cpu.block_rows(int(seen[t]), heads, _BLOCK_ELEMENTS), len(seen))
+        end = min(t + block_rows(int(seen[t]), heads, _BLOCK_ELEMENTS), len(seen))
         lowest = int(first[t:end].min())
-        z = cpu.logits(queries[:, t:end], k[lowest - low : int(position[end - 1]) + 1 - low])
+        z = logits(scaled[:, t:end], k[lowest - low : int(position[end - 1]) + 1 - low])
         part = np.ascontiguousarray(table[:, t:end])
         part[OFFSET] = np.arange(end - t) * z.shape[2] + first[t:end] - lowest
         part[STRIDE] = z.shape[1] * z.shape[2]

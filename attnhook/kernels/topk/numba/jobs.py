@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnhook.kernels.topk import loops
+from attnhook.kernels.topk.numba import loops
 from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
 from attnhook.record.fingerprint import BINS
 

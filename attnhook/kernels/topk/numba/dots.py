@@ -10,16 +10,15 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import overload
 
-from attnhook.kernels.topk.intrinsics import bits_float, fetch_add, pointer
-from attnhook.kernels.topk.vectors import LANES, TOGETHER, columns_of, products_of
+from attnhook.kernels.topk.numba.elementary import EXACT, SUMS
+from attnhook.kernels.topk.numba.intrinsics import bits_float, fetch_add, pointer
+from attnhook.kernels.topk.numba.vectors import LANES, TOGETHER, columns_of, products_of
 
 f32, i32 = np.float32, np.int32
 
 PART = 512  # keys of a unit of work
 _NEAR = 1 << 12  # floats of a row's queries that leave room for keys in a core's first cache
 
-_EXACT = {"contract"}  # fused multiply-add, no other liberty
-_SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, which is what vectors need
 
 _four, _three, _two, _one = (products_of(n, False) for n in (4, 3, 2, 1))
 _four16, _three16, _two16, _one16 = (products_of(n, True) for n in (4, 3, 2, 1))
@@ -42,7 +41,7 @@ def _widen_compiled(x):
     return lambda x: bits_float(i32(x) << i32(16))
 
 
-@njit(cache=True, fastmath=_SUMS)
+@njit(cache=True, fastmath=SUMS)
 def _dot(q, k):
     total = f32(0.0)
     for d in range(len(q)):
@@ -50,13 +49,13 @@ def _dot(q, k):
     return total
 
 
-@njit(cache=True, fastmath=_EXACT)
+@njit(cache=True, fastmath=EXACT)
 def _add_product(z, k, factor):
     for j in range(len(z)):
         z[j] += factor * _widen(k[j])
 
 
-@njit(cache=True, fastmath=_EXACT)
+@njit(cache=True, fastmath=EXACT)
 def _scale(z, factor):
     for j in range(len(z)):
         z[j] *= factor

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from attnhook.kernels.topk import aim, cpu, dots, loops
-from attnhook.kernels.topk.jobs import (
+from attnhook.kernels.topk.numba import aim, dots, loops
+from attnhook.kernels.topk.numba.jobs import (
     LAYER,
     REQUEST,
     RESULT,
@@ -28,6 +28,7 @@ from attnhook.kernels.topk.jobs import (
     threads_for,
     width_for,
 )
+from attnhook.kernels.topk.torch.attention import buffer
 from attnhook.kernels.topk.types import Arrays, LayerRows
 
 SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, unless one row needs more
@@ -143,7 +144,7 @@ class Again:
         total = at[aim.SIZE] * len(layers)
         if not 0 < total <= SINGLE_ELEMENTS:
             return False
-        z = self._z = cpu.buffer("logits", total, one.q, torch.float32)
+        z = self._z = buffer("logits", total, one.q, torch.float32)
         for job, word in ((self._products.at, _DOT_Z), (self._reduction.at, ROW_Z)):
             job[word], job[word + 1] = z.data_ptr(), total
         self._products.at[_DOT_PARTS], longest = at[aim.PARTS], at[aim.LONGEST]

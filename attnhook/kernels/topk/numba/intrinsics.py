@@ -1,5 +1,6 @@
 """What numba lacks and the compiled kernel needs: bit casts, raw pointers, an atomic counter."""
 
+# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any

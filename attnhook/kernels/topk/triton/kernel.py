@@ -37,9 +37,9 @@ import triton
 import triton.language as tl
 
 from attnhook.kernels.topk import split
-from attnhook.kernels.topk.triton_logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
-from attnhook.kernels.topk.triton_plan import MAX_SPLITS, TILE, UNIT, Plan, launch_shape, make_plan, padded
-from attnhook.kernels.topk.triton_select import masses_kernel, select_kernel, tiles_kernel
+from attnhook.kernels.topk.triton.logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
+from attnhook.kernels.topk.triton.plan import MAX_SPLITS, TILE, UNIT, Plan, launch_shape, make_plan, padded
+from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
 from attnhook.kernels.topk.types import PagedKeys, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, cfunc, types
 
-from attnhook.kernels.topk.dots import PART
-from attnhook.kernels.topk.intrinsics import pointer
+from attnhook.kernels.topk.numba.dots import PART
+from attnhook.kernels.topk.numba.intrinsics import pointer
 
 # places in the words: what a call brings, and what it finds
 POSITIONS, WINDOW, SEEN, FIRST_SEEN, PAGES_FROM, PAGE_STRIDE = range(7, 13)
