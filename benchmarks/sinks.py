@@ -29,8 +29,9 @@ import pyarrow.parquet as pq
 
 from attnhook.record import fingerprint as fp
 from attnhook.record.token_record import TokenRecord
-from attnhook.sinks.delivery import BATCH, Delivery
+from attnhook.sinks.delivery import Delivery
 from attnhook.sinks.opening import open_sink
+from attnhook.sinks.record_writers import BATCH
 
 STEP = 64  # records that one engine step puts at once: a batch of 64 sequences
 

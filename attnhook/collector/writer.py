@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from attnhook.record.columns import now_us
 from attnhook.record.tally import short
 from attnhook.sinks.opening import open_sink
 from attnhook.sinks.privacy import id_in, wants_tokens
+from attnhook.sinks.writer import Writer
 
 logger = logging.getLogger("attnhook")
 
@@ -29,7 +29,19 @@ class _Waiting(NamedTuple):
     number: int | None  # of its journal entry
 
 
-class StoreWriter:
+class _Amount(NamedTuple):
+    blocks: int = 0
+    rows: int = 0
+    nbytes: int = 0
+
+    def plus(self, block: RowBlock) -> _Amount:
+        return _Amount(self.blocks + 1, self.rows + len(block), self.nbytes + block.nbytes)
+
+    def less(self, other: _Amount) -> _Amount:
+        return _Amount(self.blocks - other.blocks, self.rows - other.rows, self.nbytes - other.nbytes)
+
+
+class StoreWriter(Writer[_Waiting]):
     """Writes blocks to the store that ``url`` names.
 
     A write that fails is tried again until it succeeds or `stop` gives up: stores take a batch as a whole or not at
@@ -40,8 +52,8 @@ class StoreWriter:
     def __init__(
         self, url: str, *, max_bytes: int, written: Callable[[str, int], None], refused: Callable[[str, int], None]
     ) -> None:
+        super().__init__(url.partition("?")[0])
         self.url = url
-        self.name = url.partition("?")[0]
         self.error = ""  #: why it cannot write, while it cannot
         self.records = 0  #: written since the start
         self.retries = 0
@@ -49,38 +61,31 @@ class StoreWriter:
         self._sink: Sink = open_sink(url)
         self._max_bytes = max_bytes
         self._written, self._refused = written, refused
-        self._queue: deque[_Waiting] = deque()
-        self._queued = self._queued_bytes = 0
-        self._changed = threading.Condition()
-        self._stopping = False
+        # the queue's size is what came less what went: each is counted by one thread, so that no lock is needed
+        self._came, self._went = _Amount(), _Amount()
         self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._run, name=f"attnhook {self.name}", daemon=True)
 
-    def start(self) -> None:
-        """Begin to write."""
-        self._thread.start()
+    # -- on the collector's threads
 
     def has_room(self, size: int) -> bool:
         """Whether a block of so many bytes would fit; an empty queue takes any."""
-        with self._changed:
-            return not self._queue or self._queued_bytes + size <= self._max_bytes
+        queued = self._queued
+        return not queued.blocks or queued.nbytes + size <= self._max_bytes
 
     def put(self, block: RowBlock, number: int | None) -> None:
         """Queue a block, also beyond the bound; never waits for the store."""
-        with self._changed:
-            self._queue.append(_Waiting(block, number))
-            self._queued += len(block)
-            self._queued_bytes += block.nbytes
-            self._changed.notify()
+        self._came = self._came.plus(block)
+        self.queue.append(_Waiting(block, number))
+        if not self.awake:
+            self.wake()
 
     def stop(self, seconds: float) -> bool:
         """Write what waits and close the store; False if it could not within ``seconds``."""
-        with self._changed:
-            self._stopping = True
-            self._deadline = time.monotonic() + seconds
-            self._changed.notify()
-        self._thread.join(seconds + 30)  # a write that hangs is left to the journal
-        return not self._queue
+        self._deadline = time.monotonic() + seconds
+        self.end()
+        if self._thread is not None:
+            self._thread.join(seconds + 30)  # a write that hangs is left to the journal
+        return not self._queued.blocks
 
     def stored_id(self, request_id: str) -> str:
         """What a request id becomes in the store."""
@@ -95,65 +100,66 @@ class StoreWriter:
         """Close the store of a writer that was never started."""
         self._sink.close()
 
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
     def stats(self) -> dict[str, Any]:
         """Counts since the start."""
-        with self._changed:
-            return {
-                "written": self.records,
-                "duplicates": getattr(self._sink, "duplicates", None),
-                "queued": self._queued,
-                "queued_bytes": self._queued_bytes,
-                "retries": self.retries,
-                "error": self.error or None,
-            }
+        queued = self._queued
+        return {
+            "written": self.records,
+            "duplicates": getattr(self._sink, "duplicates", None),
+            "queued": queued.rows,
+            "queued_bytes": queued.nbytes,
+            "retries": self.retries,
+            "error": self.error or None,
+        }
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._queue and not self._stopping:
-                    self._changed.wait()
-                if not self._queue:
-                    break
-                batch = self._next_batch()
-            if not self._deliver([item.block for item in batch]):
-                break  # given up; it is still in the queue, and in the journal
-            with self._changed:
-                for item in batch:
-                    self._queue.popleft()
-                    self._queued -= len(item.block)
-                    self._queued_bytes -= item.block.nbytes
-            numbers = [item.number for item in batch if item.number is not None]
-            if numbers:
-                self._written(self.url, numbers[-1])
+    @property
+    def _queued(self) -> _Amount:
+        went = self._went  # first: what came can only be more by then
+        return self._came.less(went)
+
+    # -- on its own thread
+
+    def take(self) -> threading.Event | None:
+        """Blocks of `BATCH_RECORDS` rows in all, or one that has more."""
+        rows = 0
+        while self.queue:
+            item = self.queue[0]  # nobody else takes from it
+            if isinstance(item, threading.Event):
+                self.queue.popleft()
+                return item
+            rows += len(item.block)
+            if self.batch and rows > BATCH_RECORDS:
+                break
+            self.batch.append(item)
+            self.queue.popleft()
+        return None
+
+    def deliver(self) -> bool:
+        """Write until the store has it; False where it is time to give up: it is left to the journal."""
+        if not self._store([item.block for item in self.batch]):
+            return False
+        for item in self.batch:
+            self._went = self._went.plus(item.block)
+        numbers = [item.number for item in self.batch if item.number is not None]
+        if numbers:
+            self._written(self.url, numbers[-1])
+        return True
+
+    def finish(self) -> None:
+        """Close the store."""
         try:
             self._sink.close()
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.error("%s could not be closed: %s", self.name, self.error)
 
-    def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        count = 0
-        for item in self._queue:
-            if batch and count + len(item.block) > BATCH_RECORDS:
-                break
-            batch.append(item)
-            count += len(item.block)
-        return batch
-
-    def _deliver(self, blocks: list[RowBlock]) -> bool:
-        """Write until the store has them; False where it is time to give up."""
+    def _store(self, blocks: list[RowBlock]) -> bool:
         time_us, failures = now_us(), 0
         while True:
             try:
                 self._write(blocks, time_us)
             except (ValueError, TypeError) as error:  # RecordError too: trying again would change nothing
-                return self._deliver_parts(blocks, error)
+                return self._store_parts(blocks, error)
             except Exception as error:
                 failures += 1
                 self._failed(error, failures)
@@ -177,9 +183,9 @@ class StoreWriter:
             self._sink.write([record for block in blocks for record in block.records()])
             self._sink.flush()
 
-    def _deliver_parts(self, blocks: list[RowBlock], error: Exception) -> bool:
+    def _store_parts(self, blocks: list[RowBlock], error: Exception) -> bool:
         if len(blocks) > 1:
-            return all(self._deliver([block]) for block in blocks)
+            return all(self._store([block]) for block in blocks)
         (block,) = blocks
         if len(block) == 1:
             self.refused += 1
@@ -191,7 +197,7 @@ class StoreWriter:
             self._refused(self.url, 1)
             return True
         middle = len(block) // 2
-        return self._deliver([block.part(0, middle)]) and self._deliver([block.part(middle, len(block))])
+        return self._store([block.part(0, middle)]) and self._store([block.part(middle, len(block))])
 
     def _failed(self, error: Exception, failures: int) -> None:
         message = f"{type(error).__name__}: {error}"
@@ -214,7 +220,7 @@ class StoreWriter:
     def _wait(self, failures: int) -> bool:
         """Wait before the next try; False where it is time to give up."""
         until = time.monotonic() + RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1]
-        with self._changed:
-            while (left := min(until, self._deadline) - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return time.monotonic() < self._deadline
+        while (left := min(until, self._deadline) - time.monotonic()) > 0:
+            self._hurry.wait(left)  # `stop` cuts it short, and sets the deadline before
+            self._hurry.clear()
+        return time.monotonic() < self._deadline

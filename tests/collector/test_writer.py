@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import threading
+import time
 from collections import Counter
 from typing import ClassVar
 
@@ -105,6 +108,51 @@ def test_a_store_that_never_comes_back_does_not_hold_up_the_end(difficult):
     found.put(block(1), 0)
     assert not found.stop(0.5)
     assert told == [] and difficult.stored == []
+
+
+def test_the_wait_before_another_try_does_not_hold_up_the_end(difficult, monkeypatch):
+    monkeypatch.setattr("attnhook.collector.writer.RETRY_SECONDS", (600.0,))
+    difficult.broken = 10**6
+    found = writer([], Counter())
+    found.start()
+    found.put(block(1), 0)
+    wait_for(lambda: found.stats()["error"], "an error")
+    began = time.monotonic()
+    assert not found.stop(0.1)
+    assert time.monotonic() - began < 60
+    assert found.stats()["queued"] == 1 and not found.alive
+
+
+def test_what_waits_is_counted_without_a_lock(difficult):
+    told: list[int] = []
+    found = writer(told, Counter())
+    seen = []
+    watching = threading.Event()
+
+    def watch() -> None:
+        while not watching.is_set():
+            stats = found.stats()
+            seen.append((stats["queued"], stats["queued_bytes"]))
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        found.start()
+        for thread in threads:
+            thread.start()
+        one = block(1, 2)
+        for number in range(2000):
+            found.put(one, number)
+        assert found.stop(60)
+    finally:
+        sys.setswitchinterval(interval)
+        watching.set()
+        for thread in threads:
+            thread.join()
+    assert found.stats()["queued"] == found.stats()["queued_bytes"] == 0
+    assert found.stats()["written"] == 4000 and told[-1] == 1999
+    assert min(seen) >= (0, 0) and all(bytes_ == rows // 2 * one.nbytes for rows, bytes_ in seen)
 
 
 def test_the_queue_is_bounded_in_bytes_and_takes_one_block_of_any_size(difficult):

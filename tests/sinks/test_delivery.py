@@ -26,6 +26,7 @@ from attnhook.plugins.contracts import Sink
 from attnhook.record import fingerprint as fp
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks import delivery as module
+from attnhook.sinks import record_writers
 from attnhook.sinks.delivery import Delivery
 from attnhook.sinks.memory import MemorySink
 
@@ -102,7 +103,7 @@ def test_everything_is_written_in_order_on_one_other_thread():
         for start in range(0, 5000, 7):
             delivery.put(records(start, min(start + 7, 5000)))
     assert sink.positions == list(range(5000))
-    assert max(sink.batches) <= module.BATCH
+    assert max(sink.batches) <= record_writers.BATCH
     assert len(sink.threads) == 1
     assert threading.get_ident() not in sink.threads
     assert sink.calls[-2:] == ["flush", "close"]
@@ -151,7 +152,7 @@ class Interrupted(list[TokenRecord]):
         return super().__iter__()
 
 
-def awake(delivery: Delivery, records: Sequence[TokenRecord]) -> module._Writer:
+def awake(delivery: Delivery, records: Sequence[TokenRecord]) -> record_writers.RecordWriter:
     """The writer of a delivery that was given records and waits for more."""
     (writer,) = delivery._writers
     delivery.put(records)
@@ -169,11 +170,11 @@ def until(condition: Callable[[], object]) -> None:
 def test_a_put_is_not_overlooked_by_a_writer_that_falls_asleep_just_then(monkeypatch):
     sink = Probe()
     with Delivery({"probe": sink}) as delivery:
-        monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+        monkeypatch.setattr(record_writers, "LINGER_SECONDS", 3600.0)
         writer = awake(delivery, records(1))
 
         def goes_to_sleep() -> None:
-            monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+            monkeypatch.setattr(record_writers, "LINGER_SECONDS", 0.0)
             writer._hurry.set()
             until(lambda: sink.positions == [0] and not writer.awake and writer._bell.empty())
 
@@ -184,7 +185,7 @@ def test_a_put_is_not_overlooked_by_a_writer_that_falls_asleep_just_then(monkeyp
 def test_a_put_that_a_close_overtakes_is_counted(monkeypatch):
     sink = Probe()
     delivery = Delivery({"probe": sink})
-    monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+    monkeypatch.setattr(record_writers, "LINGER_SECONDS", 3600.0)
     awake(delivery, records(1))
     delivery.put(Interrupted(records(1, 3), delivery.close))
     assert delivery.stats() == {"probe": {"queued": 0, "written": 1, "dropped": {"closed": 2}}}
@@ -192,7 +193,7 @@ def test_a_put_that_a_close_overtakes_is_counted(monkeypatch):
 
 @pytest.mark.parametrize("queue_size", [3, 10**6])
 def test_puts_while_it_closes_are_written_or_counted(monkeypatch, queue_size):
-    monkeypatch.setattr(module, "LINGER_SECONDS", 0.001)
+    monkeypatch.setattr(record_writers, "LINGER_SECONDS", 0.001)
     interval = sys.getswitchinterval()
     try:
         sys.setswitchinterval(1e-6)
@@ -227,7 +228,7 @@ def test_puts_while_it_closes_are_written_or_counted(monkeypatch, queue_size):
 
 
 def test_what_comes_beyond_the_bound_while_a_writer_lingers_is_dropped(monkeypatch):
-    monkeypatch.setattr(module, "LINGER_SECONDS", 3600.0)
+    monkeypatch.setattr(record_writers, "LINGER_SECONDS", 3600.0)
     sink = Probe()
     with Delivery({"probe": sink}, queue_size=10) as delivery:
         awake(delivery, records(1))
@@ -553,7 +554,7 @@ def test_close_gives_up_after_its_timeout(caplog):
 
 def test_close_waits_for_a_slow_sink_but_not_for_a_stalled_one(monkeypatch):
     monkeypatch.setattr(module, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(record_writers, "BATCH", 1)
 
     class Slow(Probe):
         def write(self, batch: Sequence[TokenRecord]) -> None:

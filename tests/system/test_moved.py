@@ -34,6 +34,7 @@ def test_an_old_name_is_the_new_module(old):
         ("backends", "Backend", "plugins.contracts"),
         ("verify", "run", "verify.local"),
         ("cli", "main", "cli.app"),
+        ("sinks.delivery", "BATCH", "sinks.record_writers"),
     ],
 )
 def test_an_old_name_of_a_function_is_the_new_one(package, name, home):
