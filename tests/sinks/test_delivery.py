@@ -718,11 +718,16 @@ def start(path: Path, code: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environ,
+        # under nohup this process ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()  # one that hangs is not left behind
     return process.returncode, out, err
 
 
