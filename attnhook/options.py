@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from attnhook.errors import OptionError
-from attnhook.record.token_record import MODES, Mode
+from attnhook.record.row import MODES, Mode
 from attnhook.system import switch
 from attnhook.system.addresses import shown as shown_url
 

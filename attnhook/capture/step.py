@@ -15,7 +15,9 @@ from attnhook.capture.rows import Row
 from attnhook.capture.session import spent
 from attnhook.options import RequestOptions
 from attnhook.record import fingerprint
-from attnhook.record.token_record import RowName, TokenRecord, pack_rows
+from attnhook.record.packing import pack_rows
+from attnhook.record.row import RowName
+from attnhook.record.token_record import TokenRecord
 
 if TYPE_CHECKING:
     import numpy as np

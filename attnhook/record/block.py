@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import NAMES, Columns
-from attnhook.record.token_record import (
-    HEADER_FIELDS,
+from attnhook.record.columns import NAMES, Columns, fits_columns
+from attnhook.record.layout import (
+    HEADER,
     MAGIC,
-    MODES,
     NAME_SEPARATOR,
-    PHASES,
-    TOKENS_VERSION,
-    VERSIONS,
-    TokenRecord,
-    row_size,
-    row_without_tokens,
+    SECTIONS,
+    Header,
+    Place,
+    RowLayout,
+    Shape,
+    layout_of,
+    sections_size,
 )
+from attnhook.record.packing import row_without_tokens
+from attnhook.record.row import MODES, PHASES, VERSIONS
+from attnhook.record.token_record import TokenRecord
 from attnhook.record.zones import ZONE_NAMES, are_fingerprints, classify_many
 
 _FINGERPRINT = MODES.index("fingerprint")
-_HEADER = np.dtype(HEADER_FIELDS)
 _ROW_MEMORY = 320  # bytes of a row's header, names and fingerprint, beside the row itself
 _ZONES, _MODES, _PHASES = (np.array(names, object) for names in (ZONE_NAMES, MODES, PHASES))
 
@@ -48,16 +49,17 @@ class RowBlock:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self._starts = np.cumsum(lengths) - lengths
         self.nbytes = len(self._data) + _ROW_MEMORY * len(rows)
-        self._header = self._gather(self._starts, _HEADER.itemsize).view(_HEADER).reshape(len(rows))
-        self._bodies = self._starts + _HEADER.itemsize + _text(self._header)  # where each row's numbers begin
-        self._names()
-        self.steps: np.ndarray = self._header["step"]
-        self.tokens: np.ndarray = self._header["version"] == TOKENS_VERSION
+        self._header = Header.read_many(self._gather(self._starts, HEADER.itemsize).view(HEADER).reshape(len(rows)))
+        self._bounds = [self._starts + bound for bound in self._header.bounds]
+        self._unreadable: list[int] = []  # rows whose id or model is no UTF-8
+        self.ids: list[str] = self._texts(*self._bounds[0:2])
+        self.models: list[str] = self._texts(*self._bounds[1:3])
+        self.steps: np.ndarray = self._header.step
+        self.tokens: np.ndarray = self._header.shape.tokens
         self.fingerprints = np.zeros((len(rows), fp.SIZE), np.float32)
-        for where, (layers, k, _, _) in self._shapes():
-            at = layers * (2 + 8 * k)
-            own = self._numbers(where, at, "<f4", layers, fp.SIZE)
-            self.fingerprints[where] = own[:, 0] if layers == 1 else own.mean(axis=1, dtype=np.float64)
+        for where, layout in self._layouts():
+            own = self._numbers(where, layout.places["fingerprints"])
+            self.fingerprints[where] = own[:, 0] if own.shape[1] == 1 else own.mean(axis=1, dtype=np.float64)
         self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
 
     def __len__(self) -> int:
@@ -65,39 +67,13 @@ class RowBlock:
 
     def records(self) -> list[TokenRecord]:
         """The rows as records, in order, with their fingerprints and zones filled in."""
-        header = {name: self._header[name].tolist() for name in ("mode", "phase", "choice", "position", "step")}
-        zones = [ZONE_NAMES[code] for code in self.zones.tolist()]
-        found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row is in one shape
-        for where, (layers, k, spans, ids) in self._shapes():
-            numbers = self._numbers(where, 0, "<i2", layers)
-            tokens = self._numbers(where, at := 2 * layers, "<i4", layers, k)
-            scores = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, k)
-            prints = self._numbers(where, at := at + 4 * layers * k, "<f4", layers, fp.SIZE)
-            masses = self._numbers(where, at := at + 4 * layers * fp.SIZE, "<f4", layers, spans)
-            own = self._numbers(where, at := at + 4 * layers * spans, "<i4", ids)
-            of_keys = self._numbers(where, at + 4, "<i4", layers, k) if ids else None
-            for i, row in enumerate(where.tolist()):
+        found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row has a layout
+        for where, layout in self._layouts():
+            fields = self._sections(where, layout) | self._others(where, layout)
+            for row, values in zip(where.tolist(), zip(*fields.values(), strict=True), strict=True):
                 record = object.__new__(TokenRecord)
-                # a frozen dataclass sets its fields by one slow call each
-                record.__dict__.update(
-                    request_id=self.ids[row],
-                    query_position=header["position"][row],
-                    layers=tuple(numbers[i].tolist()),
-                    token_positions=tokens[i],
-                    attention_scores=scores[i],
-                    fingerprints=prints[i],
-                    decode_step=None if header["step"][row] < 0 else header["step"][row],
-                    choice=header["choice"][row],
-                    mode=MODES[header["mode"][row]],
-                    think_phase=PHASES[header["phase"][row]],
-                    model=self.models[row],
-                    span_names=self._span_names(row, spans),
-                    span_mass=masses[i],
-                    query_token=int(own[i, 0]) if ids else -1,
-                    token_ids=None if of_keys is None else of_keys[i],
-                    fingerprint=self.fingerprints[row],  # where cached_property keeps it, as the zone
-                    zone=zones[row],
-                )
+                # a frozen dataclass sets its fields by one slow call each; strict=True would cost a third of all this
+                record.__dict__.update(zip(fields, values))  # noqa: B905
                 found[row] = record
         return found
 
@@ -106,37 +82,30 @@ class RowBlock:
         header = self._header
         rows: list[bytes | None] = [*self.rows()]
         layer: list[int | None] = [None] * len(self)
-        step: list[int | None] = self.steps.tolist()
-        for row in np.flatnonzero(self.steps < 0).tolist():
-            step[row] = None
-        lean = (header["mode"] == _FINGERPRINT) & (header["layers"] == 1) & (header["k"] == 0) & (header["spans"] == 0)
-        for row in np.flatnonzero(lean).tolist():  # the columns alone hold all of such a record
-            layer[row] = int(np.frombuffer(self._data, "<i2", 1, int(self._bodies[row]))[0])
-            rows[row] = None
         query: list[int | None] = [None] * len(self)
-        for row in np.flatnonzero(self.tokens).tolist():
-            query[row] = self._query_token(row)
+        for where, layout in self._layouts():
+            if (place := layout.places.get("query_token")) is not None:
+                _put(query, where, self._numbers(where, place))
+            if fits_columns(layout):
+                lean = where[header.mode[where] == _FINGERPRINT]
+                _put(layer, lean, self._numbers(lean, layout.places["layers"]).ravel())
+                for row in lean.tolist():
+                    rows[row] = None
         return Columns(
             request_id=self.ids,
-            choice=header["choice"].tolist(),
-            query_position=header["position"].tolist(),
-            decode_step=step,
+            choice=header.choice.tolist(),
+            query_position=header.position.tolist(),
+            decode_step=_steps(self.steps),
             model=self.models,
             time=[time] * len(self),
             zone=_ZONES[self.zones].tolist(),
-            mode=_MODES[header["mode"]].tolist(),
-            think_phase=_PHASES[header["phase"]].tolist(),
+            mode=_MODES[header.mode].tolist(),
+            think_phase=_PHASES[header.phase].tolist(),
             layer=layer,
             fingerprint=self.fingerprints,
             record=rows,
             query_token=query,
         )
-
-    def _query_token(self, row: int) -> int:
-        header = self._header[row : row + 1]
-        layers, k, spans = (int(header[name][0]) for name in ("layers", "k", "spans"))
-        at = int(self._starts[row]) + row_size(layers, k, spans, int(_text(header)[0]))
-        return int(np.frombuffer(self._data, "<i4", 1, at)[0])
 
     def part(self, start: int, stop: int) -> RowBlock:
         """Rows ``start`` to ``stop``, as a block."""
@@ -144,7 +113,7 @@ class RowBlock:
 
     def without(self, keys: set[tuple[str, int, int]]) -> RowBlock:
         """The rows whose (request id, choice, query position) is not in ``keys``, as a block."""
-        own = zip(self.ids, self._header["choice"].tolist(), self._header["position"].tolist(), strict=True)
+        own = zip(self.ids, self._header.choice.tolist(), self._header.position.tolist(), strict=True)
         kept = np.array([key not in keys for key in own], bool)
         rows = [row for row, keep in zip(self.rows(), kept.tolist(), strict=True) if keep]
         return RowBlock(rows, self.zones[kept])
@@ -162,27 +131,17 @@ class RowBlock:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite, the token ids from -1 up."""
         sound = np.ones(len(self), bool)
         sound &= np.isfinite(self.fingerprints).all(axis=1)
-        for where, (layers, k, spans, ids) in self._shapes():
-            at = layers * (2 + 4 * k)
-            sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * k)).all(axis=1)
-            at += layers * (4 * k + 4 * fp.SIZE)
-            sound[where] &= np.isfinite(self._numbers(where, at, "<f4", layers * spans)).all(axis=1)
-            if ids:
-                at += 4 * layers * spans
-                sound[where] &= (self._numbers(where, at, "<i4", 1 + layers * k) >= -1).all(axis=1)
-            if spans or self._header["names_size"][where].any():
+        for where, layout in self._layouts():
+            for place in layout.places.values():
+                if place.dtype.kind == "f" and place.name != "fingerprints":  # their means have told
+                    sound[where] &= np.isfinite(self._plain(where, place)).all(axis=1)
+                elif place.section.least is not None:
+                    sound[where] &= (self._plain(where, place) >= place.section.least).all(axis=1)
+            if layout.shape.spans or self._header.names_size[where].any():
                 for row in where.tolist():
-                    sound[row] &= self._has_names(row, spans)
-        for row in self._unreadable:
-            sound[row] = False
+                    sound[row] &= self._has_names(row, layout.shape.spans)
+        sound[self._unreadable] = False
         return sound
-
-    def _names(self) -> None:
-        self._unreadable: list[int] = []
-        starts = self._starts + _HEADER.itemsize
-        middles = starts + self._header["id_size"]
-        self.ids: list[str] = self._texts(starts, middles)
-        self.models: list[str] = self._texts(middles, middles + self._header["model_size"])
 
     def _texts(self, starts: np.ndarray, ends: np.ndarray) -> list[str]:
         """The text between each row's two places; rows where it is no UTF-8 get "" and go to ``_unreadable``."""
@@ -209,33 +168,63 @@ class RowBlock:
         return raw.count(NAME_SEPARATOR.encode()) + 1 == spans if spans or raw else True
 
     def _raw_names(self, row: int) -> bytes:
-        stop = int(self._bodies[row])
-        return self._data[stop - int(self._header["names_size"][row]) : stop]
+        return self._data[self._bounds[2][row] : self._bounds[3][row]]
 
-    def _span_names(self, row: int, spans: int) -> tuple[str, ...]:
-        """The names of a sound row's spans."""
-        return tuple(self._raw_names(row).decode().split(NAME_SEPARATOR)) if spans else ()
+    def _span_names(self, row: int) -> tuple[str, ...]:
+        """The names of a sound row's spans, of which there are some."""
+        return tuple(self._raw_names(row).decode().split(NAME_SEPARATOR))
 
-    def _shapes(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
-        """The rows of each (layers, k, spans, 1 with token ids); in a frame all are alike, as a rule."""
-        header = self._header
-        if not len(header):
+    def _layouts(self) -> Iterator[tuple[np.ndarray, RowLayout]]:
+        """The rows of each layout; in a frame all are alike, as a rule."""
+        if not len(self._starts):
             return
-        numbers = [header[name].astype(np.int64) for name in ("layers", "k", "spans")]
-        columns = np.stack([*numbers, self.tokens])
-        if (columns == columns[:, :1]).all():
-            yield np.arange(len(header)), tuple(columns[:, 0].tolist())
+        shapes = np.stack(self._header.shape)
+        if (shapes == shapes[:, :1]).all():
+            yield np.arange(shapes.shape[1]), layout_of(Shape(*shapes[:, 0].tolist()))
             return
-        kinds, which = np.unique(columns, axis=1, return_inverse=True)
+        kinds, which = np.unique(shapes, axis=1, return_inverse=True)
         order = np.argsort(which.ravel(), kind="stable")
         ends = np.cumsum(np.bincount(which.ravel()))
-        for i, where in enumerate(np.split(order, ends[:-1])):
-            yield where, tuple(kinds[:, i].tolist())
+        for kind, where in zip(kinds.T.tolist(), np.split(order, ends[:-1]), strict=True):
+            yield where, layout_of(Shape(*kind))
 
-    def _numbers(self, where: np.ndarray, at: int, dtype: str, *shape: int) -> np.ndarray:
-        """Array [len(where), *shape] of what lies ``at`` bytes behind the names of these rows."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        return self._gather(self._bodies[where] + at, size).view(dtype).reshape(len(where), *shape)
+    def _sections(self, where: np.ndarray, layout: RowLayout) -> dict[str, Iterable[Any]]:
+        """The sections of these rows as a record's fields; what they do not have is what a record without it has."""
+        found: dict[str, Iterable[Any]] = {}
+        for section in SECTIONS:
+            place = layout.places.get(section.name)
+            if place is None:
+                found[section.name] = [getattr(TokenRecord, section.name)] * len(where)
+                continue
+            numbers = self._numbers(where, place)
+            if section.name == "layers":
+                found[section.name] = map(tuple, numbers.tolist())
+            else:
+                found[section.name] = numbers if section.axes else numbers.tolist()
+        return found
+
+    def _others(self, where: np.ndarray, layout: RowLayout) -> dict[str, Iterable[Any]]:
+        """What else these rows have as a record's fields, and what a record finds out about itself."""
+        rows, header, spans = where.tolist(), self._header, layout.shape.spans
+        return {
+            "request_id": [self.ids[row] for row in rows],
+            "model": [self.models[row] for row in rows],
+            "span_names": [self._span_names(row) for row in rows] if spans else [()] * len(rows),
+            "query_position": header.position[where].tolist(),
+            "decode_step": _steps(self.steps[where]),
+            "choice": header.choice[where].tolist(),
+            "mode": _MODES[header.mode[where]].tolist(),
+            "think_phase": _PHASES[header.phase[where]].tolist(),
+            "fingerprint": map(self.fingerprints.__getitem__, rows),  # where cached_property keeps it, as the zone
+            "zone": _ZONES[self.zones[where]].tolist(),
+        }
+
+    def _numbers(self, where: np.ndarray, place: Place) -> np.ndarray:
+        """Array [len(where), ...] of that section of these rows."""
+        return self._plain(where, place).reshape(len(where), *place.shape)
+
+    def _plain(self, where: np.ndarray, place: Place) -> np.ndarray:
+        return self._gather(self._bounds[-1][where] + place.at, place.size).view(place.dtype)
 
     def _gather(self, starts: np.ndarray, size: int) -> np.ndarray:
         """uint8 [len(starts), size] of what begins at these places, contiguous and writable by nobody else."""
@@ -286,15 +275,14 @@ def joined(parts: Sequence[Columns]) -> Columns:
 
 def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     """The rows of a known version that are as long as their headers announce."""
-    size = _HEADER.itemsize
-    header = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), _HEADER)
+    size = HEADER.itemsize
+    table = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), HEADER)
+    header = Header.read_many(table)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    ours = header["magic"] == MAGIC
-    other = ours & (lengths >= size) & ~np.isin(header["version"], VERSIONS)
-    wide = {name: header[name].astype(np.int64) for name in ("layers", "k", "spans")}
-    announced = row_size(wide["layers"], wide["k"], wide["spans"], _text(header), header["version"] == TOKENS_VERSION)
-    fine = ours & ~other & (announced == lengths) & (wide["layers"] > 0)
-    fine &= (header["mode"] < len(MODES)) & (header["phase"] < len(PHASES))
+    ours = header.magic == MAGIC
+    other = ours & (lengths >= size) & ~np.isin(header.version, VERSIONS)
+    announced = header.bounds[-1] + sections_size(header.shape)
+    fine = ours & ~other & (announced == lengths) & header.is_sound
     if fine.all():
         return rows
     for reason, count in (("record_version", other.sum()), ("damaged_record", (~fine & ~other).sum())):
@@ -303,9 +291,18 @@ def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     return [row for row, good in zip(rows, fine.tolist(), strict=True) if good]
 
 
-def _text(header: np.ndarray) -> np.ndarray:
-    sizes: np.ndarray = header["id_size"].astype(np.int64) + header["model_size"] + header["names_size"]
-    return sizes
+def _steps(steps: np.ndarray) -> list[int | None]:
+    """Decode steps as records have them."""
+    found: list[int | None] = steps.tolist()
+    for row in np.flatnonzero(steps < 0).tolist():
+        found[row] = None
+    return found
+
+
+def _put(column: list[int | None], where: np.ndarray, numbers: np.ndarray) -> None:
+    """Write the numbers [n] of rows ``where`` [n] to their places in a column."""
+    for row, number in zip(where.tolist(), numbers.tolist(), strict=True):
+        column[row] = number
 
 
 def _zones(fingerprints: np.ndarray) -> np.ndarray:

@@ -11,14 +11,16 @@ import time as clock
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.token_record import TokenRecord, fill_zones, layers_of
+from attnhook.record.layout import RowLayout, Shape, layout_of
+from attnhook.record.packing import layers_of
+from attnhook.record.token_record import TokenRecord, fill_zones
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,6 +57,7 @@ LIGHT: tuple[str, ...] = (
     "fingerprint",
 )
 
+_HELD = {"layers", "fingerprints", "query_token"}  # sections of a row of one layer that are columns
 _NO_POSITIONS = np.zeros((1, 0), np.int32)
 _NO_SCORES = np.zeros((1, 0), np.float32)
 
@@ -316,9 +319,12 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
 
 def is_lean(record: TokenRecord) -> bool:
     """Whether the columns alone hold all of the record: one layer's fingerprint, and no more than a query token."""
-    return (
-        record.mode == "fingerprint"
-        and len(record.layers) == 1
-        and record.token_positions.shape == (1, 0)
-        and not record.span_names
+    return record.mode == "fingerprint" and len(record.layers) == 1 and fits_columns(layout_of(Shape.of(record)))
+
+
+@lru_cache(maxsize=256)
+def fits_columns(layout: RowLayout) -> bool:
+    """Whether rows of that layout have nothing, besides their mode, for which there is no column."""
+    return layout.shape.layers == 1 and not any(
+        place.size for name, place in layout.places.items() if name not in _HELD
     )

@@ -8,7 +8,7 @@ from attnhook import __version__
 from attnhook.options import TOP_K_MAX, RequestOptions
 from attnhook.record.fingerprint import BIN_STARTS, NAMES
 from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
-from attnhook.record.token_record import MODES, SCHEMA_VERSION
+from attnhook.record.row import MODES, SCHEMA_VERSION
 from attnhook.serving.policy import Policy
 
 

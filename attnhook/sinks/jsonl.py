@@ -14,7 +14,8 @@ from typing import Any
 
 from attnhook.errors import PluginError, RecordError
 from attnhook.plugins.contracts import Sink
-from attnhook.record.token_record import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, TokenRecord, fill_zones
+from attnhook.record.row import SCHEMA_VERSION, TOKENS_VERSION, VERSIONS
+from attnhook.record.token_record import TokenRecord, fill_zones
 from attnhook.sinks.config import parse
 from attnhook.sinks.rotation import OPTIONS, Rotation, open_rotated
 from attnhook.system.untrusted import TooDeepError, lines, loads

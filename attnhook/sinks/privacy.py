@@ -22,7 +22,8 @@ import numpy as np
 from attnhook.errors import PluginError
 from attnhook.plugins.contracts import Sink
 from attnhook.record.columns import Columns, is_lean
-from attnhook.record.token_record import TokenRecord, has_tokens, row_without_tokens, without_tokens
+from attnhook.record.packing import has_tokens, row_without_tokens
+from attnhook.record.token_record import TokenRecord, without_tokens
 from attnhook.sinks import config
 
 KEY_VARIABLE = "ATTNHOOK_HASH_KEY"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from attnhook.errors import DroppedError, PluginError, needs
-from attnhook.record.token_record import SCHEMA_VERSION, TokenRecord, fill_zones
+from attnhook.record.row import SCHEMA_VERSION
+from attnhook.record.token_record import TokenRecord, fill_zones
 from attnhook.sinks import config
 from attnhook.sinks.listening import ListeningSink
 from attnhook.system.addresses import host_port, listener, require_token, same_token

@@ -13,7 +13,7 @@ import pyarrow as pa
 from attnhook.errors import PluginError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record.columns import Columns, from_entries
-from attnhook.record.token_record import MODES, PHASES
+from attnhook.record.row import MODES, PHASES
 from attnhook.sinks.jsonl import numbered
 from attnhook.sinks.rotation import rotated_files
 from attnhook.store.base import Filters, Store

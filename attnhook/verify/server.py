@@ -13,7 +13,8 @@ import numpy as np
 from attnhook.client.client import Client
 from attnhook.errors import AttnhookError, RecordError, ServerError
 from attnhook.record import fingerprint as fp
-from attnhook.record.token_record import SCHEMA_VERSION, TokenRecord
+from attnhook.record.row import SCHEMA_VERSION
+from attnhook.record.token_record import TokenRecord
 from attnhook.record.zones import ZONE_NAMES
 from attnhook.system.addresses import shown
 from attnhook.verify.report import Report, own_versions

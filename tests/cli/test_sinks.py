@@ -17,7 +17,7 @@ from attnhook.sinks.retention import DAY_US
 from attnhook.store import open_store
 from tests.cli.test_run import Cli, attnhook_cli  # noqa: F401 - a fixture
 from tests.helpers import environment
-from tests.record.test_token_record import assert_same
+from tests.record.samples import assert_same
 from tests.sinks.samples import lean, record, with_ids
 
 STORES = ("sqlite:{}/records.db", "parquet:{}/records", "jsonl:{}/records.jsonl")

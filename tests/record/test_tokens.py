@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook.record import tokens
-from tests.record.test_token_record import a_record
+from tests.record.samples import a_record
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=8)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnhook.record.token_record import PHASES
+from attnhook.record.row import PHASES
 from attnhook.serving.reasoning import Markers, PhaseFollower
 
 START, END = 8, 9

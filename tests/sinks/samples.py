@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attnhook.record import fingerprint as fp
 from attnhook.record.token_record import TokenRecord
 from tests.helpers import python
-from tests.record.test_token_record import token_records
+from tests.record.samples import token_records
 
 
 def record(position: int = 0, **changes: object) -> TokenRecord:

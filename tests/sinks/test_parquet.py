@@ -26,7 +26,7 @@ from attnhook.sinks.dataset import MARKER, Dataset
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import environment, python
-from tests.record.test_token_record import assert_same
+from tests.record.samples import assert_same
 from tests.sinks.samples import lean, record, small_disk, with_ids, write_around_a_fork
 from tests.sinks.test_jsonl import unprivileged  # noqa: F401 - a fixture
 

@@ -22,7 +22,7 @@ from attnhook.sinks.delivery import Delivery
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python, tiny_model
-from tests.record.test_token_record import assert_same
+from tests.record.samples import assert_same
 from tests.sinks.samples import batches, lean, record, with_ids
 
 URLS = {

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
 from attnhook.record import columns
-from attnhook.record.token_record import TOKENS_VERSION, TokenRecord
+from attnhook.record.row import TOKENS_VERSION
+from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python
-from tests.record.test_token_record import assert_same
+from tests.record.samples import assert_same
 from tests.sinks.samples import batches, lean, record
 
 MAKE = {

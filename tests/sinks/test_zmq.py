@@ -14,7 +14,7 @@ from attnhook.sinks import zmq as zmq_sink
 from attnhook.sinks.delivery import Delivery
 from attnhook.sinks.opening import open_sink
 from attnhook.sinks.zmq import ZmqSink
-from tests.record.test_token_record import assert_same
+from tests.record.samples import assert_same
 from tests.sinks.samples import record, with_ids
 
 

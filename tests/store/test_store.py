@@ -174,7 +174,7 @@ def test_sqlite_writes_without_pyarrow(tmp_path):
         import sys
         sys.modules["pyarrow"] = None
         from attnhook.sinks import open_sink
-        from tests.record.test_token_record import a_record
+        from tests.record.samples import a_record
         sink = open_sink("sqlite:{tmp_path}/records.db")
         sink.write([a_record()])
         sink.close()

@@ -12,6 +12,15 @@ import attnhook
 from attnhook.system import moved
 from tests.helpers import python
 
+#: What `attnhook.records` had besides `TokenRecord` and what makes records of records.
+OF_RECORDS = {
+    "record.row": (
+        "MODES", "Mode", "PHASES", "RowName", "SCHEMA_VERSION", "TOKENS_VERSION", "ThinkPhase", "VERSIONS",
+    ),
+    "record.layout": ("HEADER_FIELDS", "MAGIC", "NAME_SEPARATOR", "row_size"),
+    "record.packing": ("has_tokens", "layers_of", "pack_rows", "row_without_tokens", "with_phase"),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("old", moved.MODULES)
 def test_an_old_name_is_the_new_module(old):
@@ -34,6 +43,7 @@ def test_an_old_name_is_the_new_module(old):
         ("backends", "Backend", "plugins.contracts"),
         ("verify", "run", "verify.local"),
         ("cli", "main", "cli.app"),
+        *(("records", name, home) for home, names in OF_RECORDS.items() for name in names),
         ("sinks.delivery", "BATCH", "sinks.record_writers"),
     ],
 )

@@ -1,0 +1,172 @@
+"""The JSON of a record: one entry of ``choices[i].attention_tokens``, one line of a JSONL sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from attnhook.errors import RecordError
+from attnhook.record import fingerprint as fp
+from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, RowData, is_token
+
+# the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
+_DECIMALS = 7
+_MAX_ENTRIES = 2**22  # positions of one record that is read from JSON
+
+
+def write_entry(row: RowData, zone: str) -> dict[str, Any]:
+    """The entry of a record in that zone, with plain Python numbers; see `TokenRecord.to_dict`."""
+    entry: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION if row.token_ids is None else TOKENS_VERSION,
+        "mode": row.mode,
+        "decode_step": row.decode_step,
+        "query_position": row.query_position,
+        "think_phase": row.think_phase,
+    }
+    if row.mode != "fingerprint":
+        mass = row.topk_mass
+        entry["layers"] = {str(layer): _layer(row, i, mass) for i, layer in enumerate(row.layers)}
+    entry["fingerprint"] = _rounded(row.fingerprint)
+    entry["manifold"] = zone
+    if row.span_names:
+        entry["spans"] = {name: round(mass, _DECIMALS) for name, mass in row.spans.items()}
+    if row.token_ids is not None:
+        entry["query_token"] = row.query_token
+    return entry
+
+
+def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
+    kept = int((row.token_positions[i] >= 0).sum())
+    positions = row.token_positions[i, :kept].tolist()
+    scores = _rounded(row.attention_scores[i, :kept])
+    numbers = row.fingerprints[i]
+    layer: dict[str, Any]
+    if row.mode == "raw":
+        layer = {
+            "token_positions": positions,
+            "attention_scores": scores,
+            "topk_mass": round(float(topk_mass[i]), _DECIMALS),
+            "fingerprint": _rounded(numbers),
+        }
+    else:
+        layer = {
+            "top_hubs": positions,
+            "hub_scores": scores,
+            "dist_hist": _rounded(numbers[fp.HISTOGRAM]),
+            "entropy": round(float(numbers[fp.ENTROPY]), _DECIMALS),
+            "local_mass": round(float(numbers[fp.LOCAL]), _DECIMALS),
+            "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
+            "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
+        }
+    if row.span_names:
+        layer["spans"] = dict(zip(row.span_names, _rounded(row.span_mass[i]), strict=True))
+    if row.token_ids is not None:
+        layer["token_ids"] = row.token_ids[i, :kept].tolist()
+    return layer
+
+
+def read_entry(entry: object) -> dict[str, Any]:
+    """The fields of `RowData` that a raw-mode entry holds; see `TokenRecord.from_dict`.
+
+    Raises RecordError if ``entry`` is not such an entry.
+    """
+    entry, version = _whole(entry)
+    step, position, phase = entry["decode_step"], entry["query_position"], entry["think_phase"]
+    if not _is_count(position) or not (step is None or _is_count(step)) or phase not in PHASES:
+        raise RecordError(
+            f"damaged entry: query_position {position!r}, decode_step {step!r}, think_phase {phase!r}; expected "
+            f"whole numbers from 0 up (decode_step may be null) and one of {', '.join(PHASES)}"
+        )
+    fields: dict[str, Any] = {"query_position": position, "decode_step": step, "think_phase": phase}
+    try:
+        layers = sorted((int(layer), values) for layer, values in entry["layers"].items())
+        values = [each for _, each in layers]
+        fields |= _positions_and_scores(values)
+        fields |= _fingerprints_and_spans(values, entry.get("spans", {}))
+        if version == TOKENS_VERSION:
+            fields |= _tokens(values, entry["query_token"], fields["token_positions"].shape[1])
+    except KeyError as error:
+        raise RecordError(f"damaged entry at query position {position}: a layer lacks {error}") from error
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise RecordError(f"damaged entry at query position {position}: {error}; pass it as it came") from error
+    return fields | {"layers": tuple(layer for layer, _ in layers)}
+
+
+def _whole(entry: object) -> tuple[Mapping[str, Any], int]:
+    """The entry with all fields of its version, and that version. Raises RecordError."""
+    if not isinstance(entry, Mapping):
+        raise RecordError(f"entry {str(entry)[:80]!r} is not a JSON object: give one of attention_tokens")
+    version = entry.get("schema_version")
+    if version not in VERSIONS or isinstance(version, bool):
+        raise RecordError(
+            f"entry of schema_version {version!r}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: use "
+            "the same attnhook on both sides"
+        )
+    if entry.get("mode") != "raw":
+        raise RecordError(
+            f"entry of mode {entry.get('mode')!r}: only raw entries hold a whole record; ask for attention_mode 'raw'"
+        )
+    wanted = ["decode_step", "query_position", "think_phase", "layers"]
+    wanted += ["query_token"] * (version == TOKENS_VERSION)
+    missing = [name for name in wanted if name not in entry]
+    if missing:
+        raise RecordError(f"entry without {', '.join(missing)}; it has {', '.join(map(str, entry))}: pass it whole")
+    return entry, version
+
+
+def _positions_and_scores(layers: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays [L, k], k the most positions of a layer."""
+    k = max(len(values["token_positions"]) for values in layers)
+    if len(layers) * k > _MAX_ENTRIES:  # one long layer among many short ones would take all memory
+        raise ValueError(f"{len(layers)} layers of up to {k} positions; {_MAX_ENTRIES} in all are read")
+    positions = np.full((len(layers), k), -1, np.int32)
+    scores = np.zeros((len(layers), k), np.float32)
+    for i, values in enumerate(layers):
+        count = len(values["token_positions"])
+        if not all(map(_is_count, values["token_positions"])):
+            raise ValueError(f"token_positions {values['token_positions']}")
+        positions[i, :count] = values["token_positions"]
+        scores[i, :count] = np.array(values["attention_scores"], np.float32).reshape(count)
+    return {"token_positions": positions, "attention_scores": _finite(scores)}
+
+
+def _fingerprints_and_spans(layers: list[Mapping[str, Any]], spans: object) -> dict[str, Any]:
+    """Arrays [L, 20] and [L, n], and the names of the n spans."""
+    numbers = [np.array(values["fingerprint"], np.float32).reshape(fp.SIZE) for values in layers]
+    if not isinstance(spans, Mapping):
+        raise ValueError(f"spans {spans!r}")
+    mass = np.array([[values["spans"][name] for name in spans] for values in layers], np.float32)
+    return {
+        "fingerprints": _finite(np.stack(numbers)),
+        "span_names": tuple(spans),
+        "span_mass": _finite(mass.reshape(len(layers), len(spans))),
+    }
+
+
+def _tokens(layers: list[Mapping[str, Any]], query: object, k: int) -> dict[str, Any]:
+    """The id of the query's token, and those of the keys [L, k]."""
+    ids = np.full((len(layers), k), -1, np.int32)
+    for i, values in enumerate(layers):
+        own, count = values["token_ids"], len(values["token_positions"])
+        if len(own) != count:
+            raise ValueError(f"token_ids {own} of {count} positions")
+        if not is_token(query) or not all(map(is_token, own)):
+            raise ValueError(f"query_token {query!r}, token_ids {own}")
+        ids[i, :count] = own
+    return {"query_token": query, "token_ids": ids}
+
+
+def _finite(numbers: np.ndarray) -> np.ndarray:
+    if not np.isfinite(numbers).all():
+        raise ValueError("a number that is not finite")
+    return numbers
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _rounded(array: np.ndarray) -> list[float]:
+    return np.round(array.astype(np.float64), _DECIMALS).tolist()  # type: ignore[no-any-return]

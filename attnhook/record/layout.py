@@ -1,0 +1,218 @@
+"""The binary row, described once: a header, three texts and sections of numbers, little-endian and without gaps.
+
+The texts are the request id, the model's name and the names of the spans. The header tells their sizes, the numbers of
+layers, entries and spans, and by its version whether there are token ids. Whoever reads or writes a row's bytes asks
+here where a field or a section lies. A new section is a line of `SECTIONS` and a field of `RowData`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from functools import lru_cache
+from itertools import accumulate
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import numpy as np
+
+from attnhook.record import fingerprint as fp
+from attnhook.record.row import MODES, PHASES, TOKENS_VERSION, RowData
+
+MAGIC = b"AH"
+NAME_SEPARATOR = "\x1f"  # between the names of the spans
+
+_Byte = Annotated[Any, "u1"]
+_Short = Annotated[Any, "<u2"]
+_Int = Annotated[Any, "<i4"]
+
+
+class Header(NamedTuple):
+    """The header of one row, or of N rows at once: then each field, and all that is made of it, is an array [N]."""
+
+    magic: Annotated[Any, "S2"]
+    version: _Byte
+    mode: _Byte  # index into MODES
+    phase: _Byte  # index into PHASES
+    spans: _Byte
+    choice: _Short
+    layers: _Short
+    k: _Short
+    id_size: _Short  # bytes of the request id
+    model_size: _Short  # of the model's name
+    names_size: _Short  # of the spans' names with what separates them
+    step: _Int  # decode step, -1 for a prompt row
+    position: _Int  # query position
+
+    @classmethod
+    def read(cls, data: bytes) -> Header:
+        """What ``data`` begins with; it has at least ``HEADER.itemsize`` bytes."""
+        return cls._make(_STRUCT.unpack_from(data))
+
+    @classmethod
+    def read_many(cls, table: np.ndarray) -> Header:
+        """The headers of N rows, from an array [N] of `HEADER`; what sizes are made of as int64."""
+        return cls(**{name: table[name].astype(np.int64) if name in _SIZES else table[name] for name in cls._fields})
+
+    def to_bytes(self, choice: int, id_size: int, step: int, position: int) -> bytes:
+        """The header of a row like this one, but for what rows of a step differ in.
+
+        Raises struct.error where a number does not fit its field.
+        """
+        fields = [*self]
+        fields[_CHOICE], fields[_ID_SIZE], fields[_STEP], fields[_POSITION] = choice, id_size, step, position
+        return _STRUCT.pack(*fields)
+
+    @property
+    def shape(self) -> Shape:
+        """What the sections' sizes follow from."""
+        return Shape(self.layers, self.k, self.spans, self.version == TOKENS_VERSION)
+
+    @property
+    def bounds(self) -> tuple[Any, Any, Any, Any]:
+        """Where in the row the request id, the model's name, the spans' names and the sections begin."""
+        first = HEADER.itemsize
+        return first, (second := first + self.id_size), (third := second + self.model_size), third + self.names_size
+
+    @property
+    def is_sound(self) -> Any:
+        """Whether a row can have these numbers."""
+        known = (self.mode < len(MODES)) & (self.phase < len(PHASES))
+        return known & (self.layers > 0) & (self.step >= -1) & (self.position >= 0)
+
+
+_SIZES = {"spans", "layers", "k", "id_size", "model_size", "names_size"}
+_CHOICE, _ID_SIZE, _STEP, _POSITION = map(Header._fields.index, ("choice", "id_size", "step", "position"))
+#: The header's fields, as `numpy.dtype` takes them.
+HEADER_FIELDS: list[tuple[str, str]] = [
+    (name, hint.__metadata__[0]) for name, hint in get_type_hints(Header, include_extras=True).items()
+]
+HEADER = np.dtype(HEADER_FIELDS)
+_KINDS = [HEADER[name] for name, _ in HEADER_FIELDS]
+_STRUCT = struct.Struct("<" + "".join(f"{kind.itemsize}s" if kind.kind == "S" else kind.char for kind in _KINDS))
+_PLACES = dict(zip(HEADER.names or (), accumulate((kind.itemsize for kind in _KINDS), initial=0), strict=False))
+
+
+class Shape(NamedTuple):
+    """What a row's sections depend on, of one row or, as arrays [N], of N."""
+
+    layers: Any
+    k: Any
+    spans: Any
+    tokens: Any = False  # whether there are token ids
+
+    @classmethod
+    def of(cls, row: RowData) -> Shape:
+        """That of a record's row; a record whose arrays disagree has none, which shows when it is packed."""
+        layers, k = row.token_positions.shape if row.token_positions.ndim == 2 else (len(row.layers), 0)
+        return cls(layers, k, len(row.span_names), row.token_ids is not None)
+
+
+class Section(NamedTuple):
+    """Numbers of a row: a field of `RowData`."""
+
+    name: str
+    dtype: np.dtype[Any]
+    axes: tuple[str | int, ...]  # a field of `Shape`, or a length that never changes
+    when: str = ""  # the field of `Shape` that tells whether a row has it; "": every row
+    least: int | None = None  # of whole numbers: none is below
+
+
+_NUMBER, _INT, _FLOAT = np.dtype("<i2"), np.dtype("<i4"), np.dtype("<f4")
+#: In the order in which they lie in a row.
+SECTIONS: tuple[Section, ...] = (
+    Section("layers", _NUMBER, ("layers",)),
+    Section("token_positions", _INT, ("layers", "k")),
+    Section("attention_scores", _FLOAT, ("layers", "k")),
+    Section("fingerprints", _FLOAT, ("layers", fp.SIZE)),
+    Section("span_mass", _FLOAT, ("layers", "spans")),
+    Section("query_token", _INT, (), when="tokens", least=-1),
+    Section("token_ids", _INT, ("layers", "k"), when="tokens", least=-1),
+)
+
+
+class Place(NamedTuple):
+    """Where a section lies in rows of one shape."""
+
+    name: str
+    dtype: np.dtype[Any]
+    at: int  # bytes behind where the sections begin
+    size: int  # bytes
+    shape: tuple[int, ...]
+    length: int  # numbers
+    section: Section
+
+
+class RowLayout:
+    """Where the sections lie in rows of one shape; see `layout_of`.
+
+    ``places`` has those sections that there are, by name and in order; ``sizes`` their names, types and bytes, for
+    writers; ``size`` is the bytes of all; ``without_tokens`` are the pieces, from and to, of a row without token ids.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.places: dict[str, Place] = {}
+        self.size = 0
+        for section in SECTIONS:
+            if not section.when or getattr(shape, section.when):
+                own = tuple(axis if isinstance(axis, int) else getattr(shape, axis) for axis in section.axes)
+                length = math.prod(own)
+                size = length * section.dtype.itemsize
+                self.places[section.name] = Place(section.name, section.dtype, self.size, size, own, length, section)
+                self.size += size
+        self.sizes = [(place.name, place.dtype, place.size) for place in self.places.values()]
+        self.without_tokens = self._without("tokens")
+
+    def _without(self, when: str) -> list[tuple[int, int]]:
+        """From where to where a row's sections lie that it has without that: as few pieces as there can be."""
+        pieces = [(0, 0)]
+        for place in self.places.values():
+            if place.section.when != when:
+                start, end = pieces[-1]
+                if end == place.at:
+                    pieces.pop()
+                else:
+                    start = place.at
+                pieces.append((start, place.at + place.size))
+        return pieces
+
+
+@lru_cache(maxsize=1024)
+def layout_of(shape: Shape) -> RowLayout:
+    """The layout of rows of that shape; few shapes are in use at a time."""
+    return RowLayout(shape)
+
+
+def row_size(layers: Any, k: Any, spans: Any, text: Any, tokens: Any = False) -> Any:
+    """Bytes of a row whose texts take ``text`` bytes, ``tokens``: with ids; of many rows, where arrays are given."""
+    return HEADER.itemsize + text + sections_size(Shape(layers, k, spans, tokens))
+
+
+def sections_size(shape: Shape) -> Any:
+    """Bytes of all sections of a row; of many rows, where the shape has arrays."""
+    return sum(math.prod((getattr(shape, axis) for axis in axes), start=size) for axes, size in _TERMS.items())
+
+
+def _terms() -> dict[tuple[str, ...], int]:
+    """What `sections_size` adds up: bytes of all sections that grow with the same fields of `Shape`."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for section in SECTIONS:
+        named = tuple(axis for axis in (section.when, *section.axes) if isinstance(axis, str) and axis)
+        found[named] += section.dtype.itemsize * math.prod(axis for axis in section.axes if isinstance(axis, int))
+    return dict(found)
+
+
+_TERMS = _terms()
+
+
+def byte_of(data: bytes, field: str) -> bytes:
+    """A field of one byte out of a row's header; b"" where the row ends before it."""
+    at = _PLACES[field]
+    return data[at : at + 1]
+
+
+def with_byte(data: bytes, field: str, value: int) -> bytes:
+    """A row with another number in a field of one byte."""
+    at = _PLACES[field]
+    return data[:at] + bytes((value,)) + data[at + 1 :]

@@ -1,0 +1,274 @@
+"""Rows to bytes and back, one by one or those of a step at once; `attnhook.record.layout` knows what lies where."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from attnhook.errors import RecordError
+from attnhook.record.layout import (
+    HEADER,
+    MAGIC,
+    NAME_SEPARATOR,
+    SECTIONS,
+    Header,
+    RowLayout,
+    byte_of,
+    layout_of,
+    with_byte,
+)
+from attnhook.record.row import (
+    MODES,
+    PHASES,
+    SCHEMA_VERSION,
+    TOKENS_VERSION,
+    VERSIONS,
+    Mode,
+    RowData,
+    RowName,
+    ThinkPhase,
+    is_token,
+)
+
+_FEW = 4  # rows
+_REMEDY = "shorten or mend its names"
+_WITH_TOKENS = bytes((TOKENS_VERSION,))
+_NUMBERS = next(section.dtype for section in SECTIONS if section.name == "layers")
+
+
+def pack(row: RowData) -> bytes:
+    """The binary row of a record; see `TokenRecord.to_bytes`."""
+    ids = row.token_ids
+    layers, spans = tuple(row.layers), tuple(row.span_names)
+    front = _front(layers, row.token_positions.shape, ids is not None, row.mode, row.think_phase, row.model, spans)
+    parts = front.head(row)
+    if ids is not None and (ids.shape != row.token_positions.shape or not is_token(row.query_token)):
+        raise _misfit(
+            row,
+            f"query token {row.query_token!r}, token ids of shape {ids.shape} for positions of shape "
+            f"{row.token_positions.shape}",
+        )
+    for name, dtype, size in front.layout.sizes:
+        if name == "layers":
+            part = front.layers
+        elif name == "query_token":
+            part = np.array(row.query_token, dtype).tobytes()
+        else:
+            array = getattr(row, name)
+            # a comparison costs a third of an astype that changes nothing, and a row is on a hot path
+            part = (array if array.dtype == dtype else array.astype(dtype)).tobytes()
+        if len(part) != size:
+            arrays = row.token_positions, row.attention_scores, row.fingerprints, row.span_mass
+            raise _misfit(row, f"its arrays disagree, {[(len(row.layers),), *(array.shape for array in arrays)]}")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def pack_rows(
+    rows: Sequence[RowName],
+    layers: Sequence[int],
+    positions: np.ndarray,
+    scores: np.ndarray,
+    fingerprints: np.ndarray,
+    span_mass: np.ndarray,
+    *,
+    mode: Mode,
+    model: str,
+    think_phase: ThinkPhase = "output",
+    span_names: tuple[str, ...] = (),
+) -> list[bytes]:
+    """The binary rows of T records with the same layers, k and spans, much faster than one by one.
+
+    ``positions`` [T, L, k], ``scores`` [T, L, k], ``fingerprints`` [T, L, 20] and ``span_mass`` [T, L, n] are those of
+    the records. Raises RecordError where a name or a number does not fit its field, or no layer was captured.
+    """
+    given = {
+        "token_positions": positions,
+        "attention_scores": scores,
+        "fingerprints": fingerprints,
+        "span_mass": span_mass,
+    }
+    count = len(positions)
+    front = _front(tuple(layers), positions.shape[1:], False, mode, think_phase, model, tuple(span_names))
+    heads = [b"".join(front.head(row)) for row in rows]
+    layout = front.layout
+    fits = all(array.shape == (count, *layout.places[name].shape) for name, array in given.items())
+    if not fits or len(heads) != count or len(layers) != layout.shape.layers:
+        shapes = [(len(rows),), (len(layers),), *(array.shape for array in given.values())]
+        raise _misfit(rows[0], f"its arrays disagree, {shapes}")
+    arrays = [
+        (place, None if name == "layers" else np.ascontiguousarray(given[name], place.dtype))
+        for name, place in layout.places.items()
+        if place.size
+    ]
+    if count <= _FEW:  # then calls for all rows cost more than calls for each
+        return [
+            b"".join((head, *(front.layers if array is None else array[t].tobytes() for _, array in arrays)))
+            for t, head in enumerate(heads)
+        ]
+    table = np.empty((count, layout.size), np.uint8)
+    for place, array in arrays:
+        own = np.frombuffer(front.layers, np.uint8) if array is None else array.reshape(count, -1).view(np.uint8)
+        table[:, place.at : place.at + place.size] = own
+    return [head + values.tobytes() for head, values in zip(heads, table, strict=True)]
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """The fields of one binary row's record; see `TokenRecord.from_bytes`."""
+    header, bounds, layout = _read(data)
+    start = bounds[-1]
+    try:
+        request_id, model, names = (bytes(data[at:end]).decode() for at, end in pairwise(bounds))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"damaged record: a name is not UTF-8: {error}") from error
+    span_names = _split(names, header.spans)
+    if span_names is None:
+        raise RecordError(f"damaged record: span names {names!r} where its header announces {header.spans} spans")
+    fields: dict[str, Any] = {
+        name: np.frombuffer(data, place.dtype, place.length, start + place.at).reshape(place.shape)
+        for name, place in layout.places.items()
+    }
+    fields["layers"] = tuple(fields["layers"].tolist())
+    if "query_token" in fields:
+        fields["query_token"] = int(fields["query_token"])
+    return fields | {
+        "request_id": request_id,
+        "query_position": header.position,
+        "decode_step": None if header.step < 0 else header.step,
+        "choice": header.choice,
+        "mode": MODES[header.mode],
+        "think_phase": PHASES[header.phase],
+        "model": model,
+        "span_names": span_names,
+    }
+
+
+def layers_of(data: bytes) -> tuple[int, ...]:
+    """The captured layers of a binary row, read without the rest of it.
+
+    Raises RecordError if ``data`` is not one whole row of a known version.
+    """
+    _, bounds, layout = _read(data)
+    place = layout.places["layers"]
+    return tuple(np.frombuffer(data, place.dtype, place.length, bounds[-1] + place.at).tolist())
+
+
+def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
+    """A binary row with another ``think_phase``, which is known later than the rest."""
+    return with_byte(data, "phase", PHASES.index(phase))
+
+
+def row_without_tokens(data: bytes) -> bytes:
+    """A binary row without token ids. What is no whole row with ids is given back as it is."""
+    if not has_tokens(data) or len(data) < HEADER.itemsize:
+        return data
+    header = Header.read(data)
+    layout, start = layout_of(header.shape), header.bounds[-1]
+    if len(data) != start + layout.size:
+        return data
+    parts = [data[:start], *(data[start + at : start + end] for at, end in layout.without_tokens)]
+    return with_byte(b"".join(parts), "version", SCHEMA_VERSION)
+
+
+def has_tokens(data: bytes) -> bool:
+    """Whether a binary row is of the version that has token ids."""
+    return byte_of(data, "version") == _WITH_TOKENS
+
+
+class _Front:
+    """What rows of one layout share before their arrays; see `_front`."""
+
+    def __init__(self, header: Header, texts: bytes, layers: bytes, problem: str) -> None:
+        self.layout = layout_of(header.shape)
+        self.layers = layers  # the section
+        self._header, self._texts, self._problem = header, texts, problem
+
+    def head(self, row: RowName | RowData) -> list[bytes]:
+        """The header and the texts of a row, in pieces. Raises RecordError where one does not fit its field."""
+        if self._problem:
+            raise _misfit(row, self._problem)
+        try:
+            request_id = row.request_id.encode()  # a JSON body can hold lone surrogates, which have no UTF-8
+            step = -1 if row.decode_step is None else row.decode_step
+            header = self._header.to_bytes(row.choice, len(request_id), step, row.query_position)
+        except (struct.error, UnicodeEncodeError) as error:
+            raise _misfit(row, f"{error}; {_REMEDY}") from error
+        return [header, request_id, self._texts]
+
+
+@lru_cache(maxsize=256)
+def _front(
+    layers: tuple[int, ...],
+    shape: tuple[int, ...],  # of the positions
+    tokens: bool,
+    mode: Mode,
+    phase: ThinkPhase,
+    model: str,
+    spans: tuple[str, ...],
+) -> _Front:
+    """What such rows share; what is wrong with it is told when a row, which has a key to name, is to be packed."""
+    count, k = shape if len(shape) == 2 else (len(layers), 0)
+    names, problem, texts, numbers = NAME_SEPARATOR.join(spans), "", (b"", b""), b""
+    try:
+        texts = model.encode(), names.encode()
+        numbers = np.asarray(layers, _NUMBERS).tobytes()
+    except (UnicodeEncodeError, OverflowError) as error:
+        problem = f"{error}; {_REMEDY}"
+    if not layers or (spans and _split(names, len(spans)) != spans):
+        problem = (
+            f"{len(layers)} layers, spans {spans!r}; capture at least one layer and give spans names without control "
+            "characters"
+        )
+    header = Header(
+        magic=MAGIC,
+        version=TOKENS_VERSION if tokens else SCHEMA_VERSION,
+        mode=MODES.index(mode),
+        phase=PHASES.index(phase),
+        spans=len(spans),
+        choice=0,
+        layers=count,
+        k=k,
+        id_size=0,
+        model_size=len(texts[0]),
+        names_size=len(texts[1]),
+        step=0,
+        position=0,
+    )
+    return _Front(header, b"".join(texts), numbers, problem)
+
+
+def _split(names: str, count: int) -> tuple[str, ...] | None:
+    """The ``count`` joined names, or None where there are more or fewer."""
+    parts = tuple(names.split(NAME_SEPARATOR)) if count or names else ()
+    return parts if len(parts) == count else None
+
+
+def _misfit(row: RowName | RowData, why: str) -> RecordError:
+    return RecordError(f"record {row.key!r} does not fit the binary row: {why}")
+
+
+def _read(data: bytes) -> tuple[Header, tuple[int, ...], RowLayout]:
+    """A whole row's header, `Header.bounds` and layout. Raises RecordError unless it is one of a known version."""
+    if len(data) < HEADER.itemsize or data[: len(MAGIC)] != MAGIC:
+        raise RecordError(f"not an attnhook record: {len(data)} bytes that begin with {bytes(data[:4])!r}")
+    header = Header.read(data)
+    if header.version not in VERSIONS:
+        raise RecordError(
+            f"record of schema version {header.version}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: "
+            "upgrade attnhook"
+        )
+    bounds, layout = header.bounds, layout_of(header.shape)
+    expected = bounds[-1] + layout.size
+    if len(data) != expected:
+        raise RecordError(f"damaged record: {len(data)} bytes where its header announces {expected}")
+    if not header.is_sound:
+        raise RecordError(
+            f"damaged record: mode {header.mode}, phase {header.phase}, {header.layers} layers, decode step "
+            f"{header.step}, query position {header.position} in its header"
+        )
+    return header, bounds, layout

@@ -1,0 +1,100 @@
+"""What one row holds: its fields, and the numbers that are read off them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+Mode = Literal["raw", "sketch", "fingerprint"]
+ThinkPhase = Literal["think", "output"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+PHASES: tuple[ThinkPhase, ...] = get_args(ThinkPhase)
+
+SCHEMA_VERSION = 1  # of rows and entries without token ids
+TOKENS_VERSION = 2  # of those with them: what version 1 holds, and the ids behind it
+VERSIONS = (SCHEMA_VERSION, TOKENS_VERSION)
+
+
+class RowName(NamedTuple):
+    """What tells a row from the others of a step; see `TokenRecord`."""
+
+    request_id: str
+    choice: int
+    decode_step: int | None
+    query_position: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """That of its `TokenRecord`."""
+        return self.request_id, self.choice, self.query_position
+
+
+@dataclass(frozen=True, eq=False)
+class RowData:
+    """The fields of a `TokenRecord`, which adds its bytes, its JSON and its zone."""
+
+    request_id: str
+    query_position: int  # position of the row in the request's full sequence, from 0
+    layers: tuple[int, ...]  # layer numbers as in the model, ascending
+    token_positions: np.ndarray  # int32 [L, k]
+    attention_scores: np.ndarray  # float32 [L, k], descending; true probabilities
+    fingerprints: np.ndarray  # float32 [L, 20]
+    decode_step: int | None = 0  # index of the generated token; None for a prompt row
+    choice: int = 0
+    mode: Mode = "raw"
+    think_phase: ThinkPhase = "output"  # of the token that was sampled from the row; prompt rows are "output"
+    model: str = ""
+    span_names: tuple[str, ...] = ()
+    span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
+    query_token: int = -1  # id of the token at query_position; -1 where it is masked, not known, or there are no ids
+    token_ids: np.ndarray | None = None  # int32 [L, k]: ids at token_positions, -1 as above; None: no ids
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """(request id, choice, query position): unique for a row, so stores can drop repeats."""
+        return self.request_id, self.choice, self.query_position
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether this is a prompt row: no generated token was sampled from it."""
+        return self.decode_step is None
+
+    @cached_property
+    def fingerprint(self) -> np.ndarray:
+        """Mean over the captured layers, float32[20]."""
+        mean: np.ndarray = self.fingerprints.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return mean
+
+    @property
+    def topk_mass(self) -> np.ndarray:
+        """Sum of each layer's reported scores, float32[L]; at most 1."""
+        mass: np.ndarray = self.attention_scores.sum(axis=1, dtype=np.float64).astype(np.float32)
+        return mass
+
+    @property
+    def spans(self) -> dict[str, float]:
+        """Attention mass in each named position range, mean over the captured layers."""
+        if not self.span_names:
+            return {}
+        return dict(zip(self.span_names, self.span_mass.mean(axis=0, dtype=np.float64).tolist(), strict=True))
+
+    def top(self, layer: int | None = None) -> list[tuple[int, float]]:
+        """(position, score) pairs of one captured layer, the last one by default, best first.
+
+        Raises KeyError if the layer was not captured.
+        """
+        if layer is not None and layer not in self.layers:
+            raise KeyError(f"layer {layer} was not captured; captured: {list(self.layers)}")
+        row = len(self.layers) - 1 if layer is None else self.layers.index(layer)
+        kept = self.token_positions[row] >= 0
+        return list(
+            zip(self.token_positions[row][kept].tolist(), self.attention_scores[row][kept].tolist(), strict=True)
+        )
+
+
+def is_token(value: object) -> bool:
+    """Whether a value is a token id, or -1 for one that is masked or not known."""
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
