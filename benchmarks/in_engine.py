@@ -82,7 +82,7 @@ class Vllm:
                 setattr(owner, name, clock.around(getattr(owner, name)))
         self._llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=2048, seed=0)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.__dict__["_attnhook"]
-        for _, layer in worker.layers.values():
+        for _, layer in worker.adapter.layers.values():
             layer.impl.forward = without.around(layer.impl.forward)
 
     def generate(self, prompts: list[list[int]], new: int, fields: dict[str, Any]) -> int:

@@ -18,7 +18,12 @@ import wrapt
 
 from benchmarks.clock import Clock
 
-PER_STEP = ("worker.capturing", "worker.generating", "worker.recomputing", "results.collecting")
+PER_STEP = (
+    "worker.wrap_model_forward",
+    "worker.wrap_forward_batch_generation",
+    "worker.wrap_compute_max_prefix_len",
+    "results.wrap_maybe_collect_customized_info",
+)
 
 innermost, within, without = Clock(), Clock(), Clock()
 
@@ -33,7 +38,7 @@ def clock_hooks(module: Any) -> None:
         if name not in PER_STEP:
             return marked(name, original)
         hooked = without.around(marked(name, within.around(innermost.around(original))))
-        return told(hooked) if name == "worker.generating" else hooked
+        return told(hooked) if name == "worker.wrap_forward_batch_generation" else hooked
 
     def told(hooked: Callable[..., Any]) -> Any:
         @wraps(hooked)
@@ -50,9 +55,9 @@ def clock_hooks(module: Any) -> None:
 @wrapt.when_imported("attnhook.backends.sglang.worker")
 def clock_attention(module: Any) -> None:
     """The attention backends' ``forward`` between two clocks."""
-    observed = module._observed
+    observed = module._wrap_forward
 
-    def _observed(original: Callable[..., Any], backend: Any) -> Any:
+    def _wrap_forward(original: Callable[..., Any], backend: Any) -> Any:
         return without.around(observed(within.around(innermost.around(original)), backend))
 
-    module._observed = _observed
+    module._wrap_forward = _wrap_forward

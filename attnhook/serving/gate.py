@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Any
 
 from attnhook.serving.pieces import pieces
 from attnhook.serving.refusal import Refusal
@@ -108,3 +109,28 @@ def leave_with_the_reply(place: Place) -> None:
         reply.at_end(place.leave)
     else:
         place.leave()
+
+
+class LeavingStream:
+    """A stream whose place is free when it ends, fails or is thrown away.
+
+    A generator would not do: its ``finally`` never runs where the client is gone before the first chunk is taken.
+    """
+
+    def __init__(self, stream: Any, place: Place) -> None:
+        self._stream, self._place = stream, place  # which is left where both are dropped
+
+    def __aiter__(self) -> LeavingStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._stream)
+        except BaseException:  # its end, an error, or the client is gone
+            self._place.leave()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the engine's stream too."""
+        self._place.leave()
+        await self._stream.aclose()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attnhook.record.token_record import ThinkPhase
+from attnhook.record.packing import with_phase
+from attnhook.record.row import ThinkPhase
+
+logger = logging.getLogger("attnhook")
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,44 @@ class PhaseFollower:
                 if found is not None:
                     return found
         return False
+
+
+class Phases:
+    """The phases of one request's tokens, as they are accepted.
+
+    ``prompt`` are the token ids that it began with.
+    """
+
+    def __init__(self, markers: Markers, prompt: Sequence[int]) -> None:
+        self._follower = PhaseFollower(markers, prompt)
+        self._done = 0  # generated tokens that were followed
+
+    def of_last(self, tokens: Sequence[int], count: int, *, start: int = 0) -> list[ThinkPhase]:
+        """Phases of the last ``count`` of all tokens so far, of which the first ``start`` are the prompt.
+
+        Some may have passed by without a call.
+        """
+        phases = self._follower.follow(tokens[start + self._done :])
+        self._done = len(tokens) - start
+        return phases[-count:] if count else []
+
+
+def find_markers(find: Callable[[], Markers | None], parser: str | None) -> Markers | None:
+    """What ``find`` tells; None where it fails, which is logged: parsers raise anything for a strange tokenizer."""
+    try:
+        markers = find()
+        if markers is None and parser:
+            raise ValueError("it names none")
+    except Exception as error:
+        logger.warning("the reasoning parser %s tells no markers (%s): think_phase is always output", parser, error)
+        return None
+    return markers
+
+
+def mark_phases(rows: list[bytes], phases: Sequence[ThinkPhase]) -> list[bytes]:
+    """Packed rows of consecutive tokens with their phases; rows beyond the phases stay, as do empty ones."""
+    marked = [
+        row if not row or phase == "output" else with_phase(row, phase)
+        for row, phase in zip(rows, phases, strict=False)
+    ]
+    return [*marked, *rows[len(marked) :]]

@@ -77,6 +77,10 @@ class Share:
     reply: bool = True  # false: for the sinks only
     check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
 
+    def __bool__(self) -> bool:
+        """Whether it goes into a reply: it holds something, and is not for the sinks only."""
+        return self.reply and bool(self.generated or self.prompt or self.error)
+
     def pack(self) -> dict[str, Any]:
         """Plain values, which any serialiser takes."""
         return {

@@ -26,51 +26,59 @@ _SRT = "sglang.srt"
 # our file and wrapper: the place of SGLang that it goes to, as module:Class.attribute; where versions differ, the
 # newest first, and the first one that is there is taken
 _HOOKS: dict[str, tuple[str, ...]] = {
-    "worker.attending": (
+    "worker.wrap_init_attention_backends": (
         f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backends",
         f"{_SRT}.model_executor.model_runner:ModelRunner.init_attention_backend",
     ),
-    "worker.capturing": (f"{_SRT}.model_executor.model_runner:ModelRunner.forward",),
-    "worker.generating": (f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",),
-    "worker.recomputing": (
+    "worker.wrap_model_forward": (f"{_SRT}.model_executor.model_runner:ModelRunner.forward",),
+    "worker.wrap_forward_batch_generation": (f"{_SRT}.managers.tp_worker:TpModelWorker.forward_batch_generation",),
+    "worker.wrap_compute_max_prefix_len": (
         f"{_SRT}.managers.schedule_batch:Req._compute_max_prefix_len",
         f"{_SRT}.managers.schedule_batch:Req.init_next_round_input",
     ),
-    "results.collecting": (
+    "results.wrap_maybe_collect_customized_info": (
         f"{_SRT}.managers.scheduler_components.batch_result_processor:"
         "SchedulerBatchResultProcessor._maybe_collect_customized_info",
         f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.maybe_collect_customized_info",
     ),
-    "stages.sending": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",),
-    "stages.receiving": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",),
-    "frontend.knowing_the_model": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
-    "frontend.serving": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
-    "frontend.counting": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager._validate_one_request",),
-    "server.guarding": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
-    "server.with_flags": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
-    "server.with_capabilities": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
-    "server.with_guard": (f"{_SRT}.entrypoints.http_server:app.user_middleware",),
+    "stages.wrap_pp_prepare_tensor_dict": (
+        f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prepare_tensor_dict",
+    ),
+    "stages.wrap_pp_prep_batch_result": (f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_prep_batch_result",),
+    "frontend.wrap_init": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.__init__",),
+    "frontend.wrap_generate_request": (f"{_SRT}.managers.tokenizer_manager:TokenizerManager.generate_request",),
+    "frontend.wrap_validate_one_request": (
+        f"{_SRT}.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+    ),
+    "server.wrap_handle_request": (f"{_SRT}.entrypoints.openai.serving_base:OpenAIServingBase.handle_request",),
+    "server.wrap_add_cli_args": (f"{_SRT}.server_args:ServerArgs.add_cli_args",),
+    "server.add_routes": (f"{_SRT}.entrypoints.http_server:app.router.routes",),
+    "server.add_middleware": (f"{_SRT}.entrypoints.http_server:app.user_middleware",),
 }
 # what only older versions need: the place, and a name in the same module by which a newer one shows that it does not
 _OLDER: tuple[tuple[str, str, str], ...] = (
     (
-        "older.aligning",
+        "older.wrap_stream_output_generation",
         f"{_SRT}.managers.scheduler_output_processor_mixin:SchedulerOutputProcessorMixin.stream_output_generation",
         "",
     ),
     (
-        "older.aligning",
+        "older.wrap_stream_output_generation",
         f"{_SRT}.managers.scheduler_components.output_streamer:SchedulerOutputStreamer._stream_output_generation",
         "wrap_as_pickle",
     ),
-    ("older.separating", f"{_SRT}.managers.multi_tokenizer_mixin:_extract_field_by_index", "unwrap_from_pickle"),
     (
-        "older.accumulating",
+        "older.wrap_extract_field_by_index",
+        f"{_SRT}.managers.multi_tokenizer_mixin:_extract_field_by_index",
+        "unwrap_from_pickle",
+    ),
+    (
+        "older.wrap_handle_batch_output",
         f"{_SRT}.managers.tokenizer_manager:TokenizerManager._handle_batch_output",
         "ReqState.customized_info_accumulated",
     ),
     (
-        "older.with_ours",
+        "older.add_meta_info_keys",
         f"{_SRT}.managers.tokenizer_manager:_INCREMENTAL_STREAMING_META_INFO_KEYS",
         "ReqState.customized_info_accumulated",
     ),

@@ -12,36 +12,27 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 from attnhook.backends.sglang.reading import Reader
 from attnhook.errors import OptionError
-from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_repeating, count_layers, measure
-from attnhook.serving.capabilities import attention_layers
-from attnhook.serving.gate import Gate, Place, leave_with_the_reply
-from attnhook.serving.policy import Policy
+from attnhook.options import RequestOptions
+from attnhook.serving.frontend import FrontEnd, ServedModel
+from attnhook.serving.gate import Place, leave_with_the_reply
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Stream
 from attnhook.serving.routes import path_of
-from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options, unpack_options
+from attnhook.serving.wire import ASK, FIELDS, KEY, foreign, pack_options, unpack_options
 
 Original = Callable[..., Any]
 
-gate = Gate()
 GENERATE = "/generate"
 _HEALTH_CHECK = "HEALTH_CHECK"
 _manager: Any = None  # the TokenizerManager of this process
 
 
-@cache
-def policy() -> Policy:
-    """This process's guard rails; read when the first request comes, after the server's flags have been."""
-    return Policy.from_environ()
-
-
-def knowing_the_model(original: Original) -> Original:
+def wrap_init(original: Original) -> Original:
     """``TokenizerManager.__init__``: remember the model, and check that our hooks are there."""
 
     @wraps(original)
@@ -58,45 +49,29 @@ def knowing_the_model(original: Original) -> Original:
     return __init__
 
 
-def model_shape() -> tuple[str, list[int] | None, int | None]:
-    """Name, layers and query heads of the model; None where only the workers know."""
+def served_model() -> ServedModel:
+    """What is known of the model by now."""
     config = getattr(_manager, "model_config", None)
-    return (
+    device = getattr(getattr(_manager, "server_args", None), "device", None)
+    return ServedModel.of(
         str(getattr(_manager, "served_model_name", "")),
-        attention_layers(getattr(config, "hf_text_config", None)),
-        getattr(config, "num_attention_heads", None),
+        getattr(config, "hf_text_config", None),
+        heads=getattr(config, "num_attention_heads", None),
+        dtype=getattr(config, "dtype", None),
+        device=None if device is None else str(device),
+        generates=bool(getattr(_manager, "is_generation", True)),
     )
 
 
-def model_dtype() -> str | None:
-    """The model's dtype, such as "bfloat16"; None where it is not known yet."""
-    dtype = getattr(getattr(_manager, "model_config", None), "dtype", None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+def _version() -> str | None:
+    from attnhook.backends.sglang import SglangBackend
+
+    return SglangBackend().version()
 
 
-def model_device() -> str | None:
-    """The kind of device on which the model computes, such as "cuda"."""
-    device = getattr(getattr(_manager, "server_args", None), "device", None)
-    return None if device is None else str(device)
-
-
-def generates() -> bool:
-    """Whether the model generates tokens: one that makes embeddings has no rows that could be asked for."""
-    return bool(getattr(_manager, "is_generation", True))
-
-
-def options_of(fields: Mapping[str, Any]) -> RequestOptions | None:
-    """What a body's fields ask for, checked against the model; None where it does not ask. Raises OptionError."""
-    options = asked(fields)
-    if options is not None:
-        name, layers, heads = model_shape()
-        if not generates():
-            raise OptionError(ASK, f"{ASK}=true: {name} generates no tokens, so there is nothing to capture: drop it")
-        if layers:
-            resolve_layers(options.layers, layers, REQUEST_FIELDS["layers"])
-        if heads:
-            check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
-    return options
+front_end = FrontEnd(
+    "sglang", _version, served_model, ("/v1/chat/completions", "/v1/completions", GENERATE, "/invocations")
+)
 
 
 @dataclass
@@ -129,11 +104,11 @@ class _Asked(NamedTuple):
         return self.options[prompt if len(self.options) > 1 else 0]
 
 
-# what this task serves, for `counting`
+# what this task serves, for `wrap_validate_one_request`
 _serving: ContextVar[_Asked | None] = ContextVar("attnhook_serving", default=None)
 
 
-def serving(original: Original) -> Original:
+def wrap_generate_request(original: Original) -> Original:
     """``TokenizerManager.generate_request``: mark what asks, and take our elements out of every result."""
 
     @wraps(original)
@@ -142,27 +117,16 @@ def serving(original: Original) -> Original:
         wanted = _wanted(obj, request) if ticket is None else _Asked([ticket.options], ticket.place)
         if ticket is not None:
             _refuse_foreign(obj, fields_too=True)
-        asks = any(wanted.options)
-        if asks:
-            mark(obj, wanted.options)
-        elif policy().capture_all and hasattr(obj, "sampling_params") and generates() and _is_traffic(obj):
-            mark(obj, [RequestOptions.resolve(arguments={"mode": "fingerprint"})], reply=False)
+        _mark_all(obj, wanted)
         reader = Reader(bool(getattr(obj, "stream", False) and _streams_what_is_new(self)))
         if ticket is not None:
             reader.stream, ticket.reader = ticket.stream, reader
         repeats = ticket is None and bool(getattr(obj, "stream", False)) and not reader.incremental
-        token = _serving.set(wanted._replace(repeats=repeats) if asks else None)
+        token = _serving.set(wanted._replace(repeats=repeats) if any(wanted.options) else None)
         try:
             async with aclosing(original(self, obj, request, *args, **kwargs)) as results:
                 async for result in results:
-                    for n, item in enumerate(result if isinstance(result, list) else [result]):
-                        index = item.get("index", n) if isinstance(item, dict) else n
-                        # several samples of a prompt lie together
-                        options = wanted.of(index // (getattr(obj, "parallel_sample_num", None) or 1)) if asks else None
-                        if options is not None:
-                            reader.read(item, index, options, native=ticket is None)
-                        elif isinstance(item, dict) and "meta_info" in item:
-                            item["meta_info"].pop(KEY, None)  # of others in the same batch
+                    _read(reader, obj, wanted, result, native=ticket is None)
                     yield result
         except (OptionError, Refused) as error:
             if ticket is not None:
@@ -177,7 +141,29 @@ def serving(original: Original) -> Original:
     return generate_request
 
 
-def counting(original: Original) -> Original:
+def _mark_all(obj: Any, wanted: _Asked) -> None:
+    """Mark what a request asks for, or what is captured of all traffic."""
+    if any(wanted.options):
+        mark(obj, wanted.options)
+    elif hasattr(obj, "sampling_params") and _is_traffic(obj) and (everything := front_end.everything()) is not None:
+        mark(obj, [everything], reply=False)
+
+
+def _read(reader: Reader, obj: Any, wanted: _Asked, result: Any, *, native: bool) -> None:
+    """Take our elements out of one result, which may be that of several prompts."""
+    for n, item in enumerate(result if isinstance(result, list) else [result]):
+        index = item.get("index", n) if isinstance(item, dict) else n
+        # several samples of a prompt lie together
+        options = None
+        if any(wanted.options):
+            options = wanted.of(index // (getattr(obj, "parallel_sample_num", None) or 1))
+        if options is not None:
+            reader.read(item, index, options, native=native)
+        elif isinstance(item, dict) and "meta_info" in item:
+            item["meta_info"].pop(KEY, None)  # of others in the same batch
+
+
+def wrap_validate_one_request(original: Original) -> Original:
     """``TokenizerManager._validate_one_request``: what only the tokenized prompt shows is refused before any work."""
 
     @wraps(original)
@@ -187,29 +173,25 @@ def counting(original: Original) -> Original:
         packed = _custom_params(params).get(KEY)
         if packed is not None and input_ids is not None and isinstance(params, dict):
             options, reply = unpack_options(packed)
-            new = params.get("max_new_tokens")  # the context is the end of what has none
-            tokens = self.context_len if new is None else min(len(input_ids) + new, self.context_len)
-            check_reach(options.spans, tokens, REQUEST_FIELDS["spans"])
+            prompt, new = len(input_ids), params.get("max_new_tokens")
+            # the context is the end of what has none
+            tokens = self.context_len if new is None else min(prompt + new, self.context_len)
             known = _serving.get()
-            if reply and known is not None and known.place is not None:
-                _measure(known, options, len(input_ids), tokens, params.get("n") or 1)
+            asks = reply and known is not None
+            try:
+                front_end.measure(
+                    options,
+                    known.place if known is not None and asks else None,
+                    prompt,
+                    max(0, tokens - prompt),
+                    params.get("n") or 1,
+                    repeats=known is not None and known.repeats,
+                )
+            except Refusal as refusal:
+                raise Refused(refusal) from refusal
         return result
 
     return _validate_one_request
-
-
-def _measure(known: _Asked, options: RequestOptions, prompt: int, tokens: int, choices: int) -> None:
-    """Refuse what tells more than this server allows, or comes to more bytes."""
-    place, new = known.place, max(0, tokens - prompt)
-    assert place is not None
-    config = getattr(getattr(_manager, "model_config", None), "hf_text_config", None)
-    layers = count_layers(options, model_shape()[1], config)
-    if known.repeats:
-        check_repeating(options, layers, prompt, new, choices, policy().max_bytes)
-    try:
-        measure(policy(), place, options, layers, prompt, new, choices)
-    except Refusal as refusal:
-        raise Refused(refusal) from refusal
 
 
 def _streams_what_is_new(manager: Any) -> bool:
@@ -256,13 +238,9 @@ def _wanted(obj: Any, request: Any) -> _Asked:
     if not any(ASK in fields for fields in each):
         return _Asked([None], None)
     if request is None:  # in Python
-        return _Asked([options_of(fields) if ASK in fields else None for fields in each], None)
+        return _Asked([front_end.options(fields) for fields in each], None)
     try:
-        if any(fields.get(ASK) for fields in each):  # who may not ask learns nothing from how the fields are checked
-            policy().admit(request.headers)
-        found = [options_of(fields) if ASK in fields else None for fields in each]
-        options = [None if one is None else policy().apply(one) for one in found]
-        return _Asked(options, gate.place(policy().max_concurrent) if any(options) else None)
+        return _Asked(*front_end.admit(each, request.headers))
     except Refusal as refusal:
         raise Refused(refusal) from refusal
 
@@ -286,7 +264,7 @@ def mark(obj: Any, options: list[RequestOptions | None], *, reply: bool = True) 
 
     Raises OptionError for a request that no record can come of.
     """
-    if not hasattr(obj, "sampling_params") or not generates():
+    if not hasattr(obj, "sampling_params") or not front_end.model().generates:
         raise OptionError(ASK, f"{ASK}=true: {type(obj).__name__} generates no tokens; drop it")
     several = isinstance(obj.sampling_params, list)
     each = obj.sampling_params if several else [obj.sampling_params]

@@ -12,13 +12,13 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-from attnhook.serving.step import safely
+from attnhook.serving.guard import safely
 from attnhook.serving.wire import KEY
 
 Original = Callable[..., Any]
 
 
-def aligning(original: Original) -> Original:
+def wrap_stream_output_generation(original: Original) -> Original:
     """``stream_output_generation``: while one request of a batch has elements, all have a list of them."""
 
     @wraps(original)
@@ -44,7 +44,7 @@ def _lend(reqs: list[Any]) -> list[tuple[Any, Any]]:
     return lent
 
 
-def separating(original: Original) -> Original:
+def wrap_extract_field_by_index(original: Original) -> Original:
     """``_extract_field_by_index``: a batch of one request holds a list of one list of elements."""
 
     @wraps(original)
@@ -57,7 +57,7 @@ def separating(original: Original) -> Original:
     return _extract_field_by_index
 
 
-def accumulating(original: Original) -> Original:
+def wrap_handle_batch_output(original: Original) -> Original:
     """``TokenizerManager._handle_batch_output``: results tell all of a request's elements so far."""
 
     @wraps(original)
@@ -80,12 +80,12 @@ class _Names(tuple[str, ...]):
     """A tuple of ours, so that it can be told apart and taken back."""
 
 
-def with_ours(original: tuple[str, ...]) -> _Names:
+def add_meta_info_keys(original: tuple[str, ...]) -> _Names:
     """``_INCREMENTAL_STREAMING_META_INFO_KEYS``: what SGLang cuts to the new tokens, and joins, in such streams."""
     return _Names((*original, KEY))
 
 
-def matching(original: Original, reusable: Callable[[Any], int | None]) -> Original:
+def wrap_init_next_round_input(original: Original, reusable: Callable[[Any], int | None]) -> Original:
     """``Req.init_next_round_input``, which looks the prefix up itself: of no more tokens than ``reusable`` allows."""
 
     @wraps(original)

@@ -8,7 +8,7 @@ import torch
 
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
-from attnhook.serving.step import LayerView
+from attnhook.plugins.engine import LayerView
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _POOLS = ("MHATokenToKVPool", "MLATokenToKVPool")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from attnhook.backends.sglang.reasoning import phase_of_last
-from attnhook.backends.sglang.worker import Asking, Row, answers, asking_of, reasoning_parser
+from attnhook.backends.sglang.requests import Asking, Row, asking_of
+from attnhook.backends.sglang.worker import answers, reasoning_parser, served
 from attnhook.record import tokens
-from attnhook.record.token_record import TokenRecord, with_phase
-from attnhook.serving.step import safely
+from attnhook.record.tokens import Lookup
+from attnhook.serving.guard import safely
+from attnhook.serving.reasoning import mark_phases
+from attnhook.serving.waiting import publish
 from attnhook.serving.wire import KEY, Share
-from attnhook.sinks import outlet
-
-logger = logging.getLogger("attnhook")
 
 NOTHING_TAKEN = "no attention was captured in this step; the server's log may say why"
 
 
-def collecting(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_maybe_collect_customized_info(original: Callable[..., Any]) -> Callable[..., Any]:
     """``SchedulerBatchResultProcessor._maybe_collect_customized_info``, called once a token was accepted."""
 
     @wraps(original)
@@ -33,46 +32,39 @@ def collecting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collect(req: Any, logits: Any) -> None:
-    ask = asking_of(req)
+    ask = asking_of(req, served())
     if ask is None or not answers():
         return
     rows: dict[str, Row] = getattr(logits, "attnhook", None) or {}
     token = len(req.output_ids) - 1
     share = _share(ask, rows.get(req.rid), token)
-    if share.generated and (phase := phase_of_last(req, reasoning_parser())) != "output":
-        share.generated = [with_phase(row, phase) for row in share.generated]
-    if ask.reply:
+    if share.generated:
+        share.generated = mark_phases(share.generated, [phase_of_last(req, reasoning_parser())])
+    if share.reply:
         # SGLang sends one element per token along with the tokens, and slices them as it does the tokens
         if req.customized_info is None:
             req.customized_info = {}
         elements = req.customized_info.setdefault(KEY, [])
         elements += [None] * (token - len(elements))
-        elements.append(share.pack() if share.generated or share.prompt or share.error else None)
-    if outlet.publishes():
-        records = [TokenRecord.from_bytes(row) for row in (*share.prompt, *share.generated)]
-        outlet.publish(_with_tokens(records, req, ask) if outlet.publishes_tokens() else records)
+        elements.append(share.pack() if share else None)
+    publish(share, lambda: _token_at(req), lambda: ask.mask_prefix)
 
 
-def _with_tokens(records: list[TokenRecord], req: Any, ask: Asking) -> list[TokenRecord]:
+def _token_at(req: Any) -> Lookup:
     """The request holds prompt and accepted tokens by position, however its passes were scheduled."""
     prompt = req.origin_input_ids
     hidden = len(prompt) if getattr(req, "input_embeds", None) is not None else 0
     vocabulary = getattr(req, "vocab_size", None) or 2**31  # stand-ins of images lie above it
-    token_at = tokens.sequence(prompt, req.output_ids, hidden=hidden, vocabulary=vocabulary)
-    return tokens.fill(records, token_at, ask.mask_prefix)
+    return tokens.sequence(prompt, req.output_ids, hidden=hidden, vocabulary=vocabulary)
 
 
 def _share(ask: Asking, row: Row | None, token: int) -> Share:
     """What goes with one token; what waited for it waits no more."""
-    share = Share(prompt=ask.prompt_rows, error=ask.error)
-    ask.prompt_rows, ask.error = [], None
-    if row is not None:
-        share.prompt, share.error = share.prompt + row.prompt_rows, share.error or row.error
+    waiting = ask.waiting
     if row is None:
-        share.error = share.error or NOTHING_TAKEN
-    elif row.position - ask.prompt_end != token:
-        share.error = share.error or f"the row at position {row.position} is not that of token {token}"
-    else:
-        share.check = row.check
-        share.generated = [row.data] if row.data else []
-    return share
+        waiting.add(Share(error=NOTHING_TAKEN))
+        return waiting.take()
+    strange = row.position - ask.prompt_end != token
+    error = f"the row at position {row.position} is not that of token {token}" if strange else None
+    waiting.add(Share(prompt=row.prompt_rows, error=row.error or error, check=None if strange else row.check))
+    return waiting.take([] if strange else [row.data])

@@ -9,10 +9,11 @@ from http import HTTPStatus
 from typing import Any
 
 from attnhook.backends.sglang import frontend
+from attnhook.backends.sglang.frontend import front_end
 from attnhook.errors import OptionError
-from attnhook.serving.capabilities import capabilities
+from attnhook.options import RequestOptions
 from attnhook.serving.flags import add_flags
-from attnhook.serving.gate import leave_with_the_reply
+from attnhook.serving.gate import Place
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Attention, Stream
 from attnhook.serving.routes import RouteGuard
@@ -21,7 +22,7 @@ from attnhook.serving.wire import ASK, KEY
 Original = Callable[..., Any]
 
 
-def with_flags(original: Original) -> Original:
+def wrap_add_cli_args(original: Original) -> Original:
     """``ServerArgs.add_cli_args``: our flags in ``sglang serve --help``."""
 
     @wraps(original)
@@ -33,49 +34,36 @@ def with_flags(original: Original) -> Original:
     return add_cli_args
 
 
-def guarding(original: Original) -> Original:
+def wrap_handle_request(original: Original) -> Original:
     """``OpenAIServingBase.handle_request``: refuse what may not be captured, put records into chat and text replies."""
 
     @wraps(original)
     async def handle_request(self: Any, request: Any, raw_request: Any, *args: Any, **kwargs: Any) -> Any:
+        async def run(options: RequestOptions | None, place: Place | None) -> tuple[Any, bool]:
+            if options is None or place is None:
+                return await original(self, request, raw_request, *args, **kwargs), False
+            ticket = frontend.Ticket(options, place, Stream() if getattr(request, "stream", False) else None)
+            raw_request.scope[KEY] = ticket
+            reply = await original(self, request, raw_request, *args, **kwargs)
+            if ticket.error is not None:
+                return refuse(ticket.error), False
+            streams = hasattr(reply, "body_iterator")
+            if streams:
+                reply.body_iterator = frontend.lines(reply.body_iterator, ticket, place)
+            return _with_records(reply, ticket) if hasattr(reply, "choices") else reply, streams
+
+        def refuse(error: OptionError | Refusal) -> Any:
+            if isinstance(error, OptionError):
+                return self.create_error_response(str(error), param=error.field)
+            status = HTTPStatus(error.status)
+            return self.create_error_response(str(error), status.phrase, status.value, error.field)
+
         body = getattr(raw_request, "_json", None)
         if not isinstance(body, dict) or ASK not in body or not _carries(self):
             return await original(self, request, raw_request, *args, **kwargs)
-        policy = frontend.policy()
-        try:
-            if body[ASK]:  # who may not ask learns nothing from how the fields are checked
-                policy.admit(raw_request.headers)
-            options = frontend.options_of(body)
-            if options is None:
-                return await original(self, request, raw_request, *args, **kwargs)
-            options = policy.apply(options)
-            place = frontend.gate.place(policy.max_concurrent)
-        except (OptionError, Refusal) as error:
-            return _answer(self, error)
-        ticket = frontend.Ticket(options, place, Stream() if getattr(request, "stream", False) else None)
-        raw_request.scope[KEY] = ticket
-        streaming = False
-        try:
-            reply = await original(self, request, raw_request, *args, **kwargs)
-            if ticket.error is not None:
-                return _answer(self, ticket.error)
-            streaming = hasattr(reply, "body_iterator")
-            if streaming:
-                reply.body_iterator = frontend.lines(reply.body_iterator, ticket, place)
-            return _with_records(reply, ticket) if hasattr(reply, "choices") else reply
-        finally:
-            if not streaming:
-                leave_with_the_reply(place)
+        return await front_end.carry(body, raw_request.headers, run, refuse)
 
     return handle_request
-
-
-def _answer(serving: Any, error: OptionError | Refusal) -> Any:
-    """The HTTP reply to a request that is refused."""
-    if isinstance(error, OptionError):
-        return serving.create_error_response(str(error), param=error.field)
-    status = HTTPStatus(error.status)
-    return serving.create_error_response(str(error), status.phrase, status.value, error.field)
 
 
 def _carries(serving: Any) -> bool:
@@ -98,35 +86,19 @@ class _Routes(list[Any]):
     """SGLang's routes and ours; a list of its own, so that it can be told apart and taken back."""
 
 
-def with_capabilities(original: list[Any]) -> _Routes:
+def add_routes(original: list[Any]) -> _Routes:
     """``app.router.routes``: add ``GET /v1/attention/capabilities``."""
     from fastapi.routing import APIRoute
 
-    async def tell() -> dict[str, Any]:
-        from attnhook.backends.sglang import SglangBackend
-
-        name, layers, heads = frontend.model_shape()
-        return capabilities(
-            "sglang", SglangBackend().version(), name, layers, heads, frontend.policy(),
-            dtype=frontend.model_dtype(), device=frontend.model_device(), generates=frontend.generates(),
-        )  # fmt: skip
-
-    return _Routes([*original, APIRoute("/v1/attention/capabilities", tell, methods=["GET"])])
+    return _Routes([*original, APIRoute("/v1/attention/capabilities", front_end.capabilities, methods=["GET"])])
 
 
 class _Middleware(list[Any]):
     """SGLang's middleware and ours; a list of its own, so that it can be told apart and taken back."""
 
 
-_CARRYING = frozenset({"/v1/chat/completions", "/v1/completions", frontend.GENERATE, "/invocations"})
-
-
-def with_guard(original: list[Any]) -> _Middleware:
+def add_middleware(original: list[Any]) -> _Middleware:
     """``app.user_middleware``: the routes that can't carry records say so; the last one in the list runs first."""
     from starlette.middleware import Middleware
 
-    return _Middleware([*original, Middleware(RouteGuard, carrying=_carrying)])
-
-
-def _carrying() -> frozenset[str]:
-    return _CARRYING if frontend.generates() else frozenset()
+    return _Middleware([*original, Middleware(RouteGuard, carrying=front_end.carrying)])

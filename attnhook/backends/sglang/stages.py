@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.sglang.worker import Row
-from attnhook.serving.step import safely
+from attnhook.backends.sglang.requests import Row
+from attnhook.serving.guard import safely
 from attnhook.serving.wire import KEY
 
 
-def sending(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_pp_prepare_tensor_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     """``SchedulerPPMixin._pp_prepare_tensor_dict``, in the last stage."""
 
     @wraps(original)
@@ -32,7 +32,7 @@ def sending(original: Callable[..., Any]) -> Callable[..., Any]:
     return _pp_prepare_tensor_dict
 
 
-def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_pp_prep_batch_result(original: Callable[..., Any]) -> Callable[..., Any]:
     """``SchedulerPPMixin._pp_prep_batch_result``, in the other stages."""
 
     @wraps(original)

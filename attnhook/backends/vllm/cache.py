@@ -10,7 +10,7 @@ import torch
 
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
-from attnhook.serving.step import LayerView
+from attnhook.plugins.engine import LayerView
 
 
 def view(layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> LayerView:

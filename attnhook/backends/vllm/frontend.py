@@ -1,7 +1,8 @@
 """In vLLM's front end: requests that ask, on their way to the engine.
 
-A request of a server is admitted by its route (`server.guarded`), which alone can ask for capture: what any other
-route, or a client's own parameters for the engine, ask for is refused where every request passes, `admitting`.
+A request of a server is admitted by its route (`server.wrap_create`), which alone can ask for capture: what any other
+route, or a client's own parameters for the engine, ask for is refused where every request passes,
+`wrap_process_inputs`.
 """
 
 from __future__ import annotations
@@ -9,33 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 from attnhook.backends.vllm.refusing import client_error
 from attnhook.errors import OptionError
-from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import count_layers, measure
-from attnhook.serving.capabilities import attention_layers
+from attnhook.options import RequestOptions
+from attnhook.serving.frontend import FrontEnd, ServedModel
 from attnhook.serving.gate import Place
-from attnhook.serving.policy import Policy
-from attnhook.serving.wire import ASK, FIELDS, KEY, asked, foreign, pack_options
+from attnhook.serving.wire import ASK, FIELDS, KEY, foreign, pack_options
 from attnhook.system import switch
 
 Original = Callable[..., Any]
-
-
-@cache
-def policy() -> Policy:
-    """This process's guard rails; read when the first request comes, after the server's flags have been."""
-    return Policy.from_environ()
-
 
 _model: Any = None  # ModelConfig of the engine that this front end feeds, once it is known
 _device: str | None = None  # on which that engine computes: "cpu", "cuda"
 
 
-def knowing_the_model(original: Original) -> Original:
+def wrap_init(original: Original) -> Original:
     """``InputProcessor.__init__``: remember the model, whose layers and heads a request may name."""
 
     @wraps(original)
@@ -57,40 +49,26 @@ def served_name(model: Any) -> str:
     return str(name[0] if isinstance(name, list) else name)
 
 
-def model_shape() -> tuple[str, list[int] | None, int | None]:
-    """Name, layers and query heads of the model; None where only the workers know, no layers where it has none."""
-    config = getattr(_model, "hf_text_config", None)
-    layers = [] if getattr(_model, "is_attention_free", False) else attention_layers(config)
-    return served_name(_model), layers, getattr(config, "num_attention_heads", None)
+def served_model() -> ServedModel:
+    """What is known of the model by now."""
+    free: dict[str, Any] = {"layers": []} if getattr(_model, "is_attention_free", False) else {}
+    return ServedModel.of(
+        served_name(_model),
+        getattr(_model, "hf_text_config", None),
+        dtype=getattr(_model, "dtype", None),
+        device=_device,
+        generates=getattr(_model, "runner_type", "generate") != "pooling",
+        **free,
+    )
 
 
-def generates() -> bool:
-    """Whether the model generates tokens: one that makes embeddings has no rows that could be asked for."""
-    return getattr(_model, "runner_type", "generate") != "pooling"
+def _version() -> str | None:
+    from attnhook.backends.vllm import VllmBackend
+
+    return VllmBackend().version()
 
 
-def model_dtype() -> str | None:
-    """The dtype in which the model computes, such as "bfloat16"."""
-    dtype = getattr(_model, "dtype", None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def model_device() -> str | None:
-    """The kind of device on which the model computes."""
-    return _device
-
-
-def check_model(options: RequestOptions) -> None:
-    """Raise OptionError for a layer or head that the model does not have, and for a model that has no attention."""
-    name, layers, heads = model_shape()
-    if layers is not None:
-        if not layers:
-            raise OptionError(
-                ASK, f"{ASK}=true: {name} has no attention layer, so there is nothing to capture: drop it"
-            )
-        resolve_layers(options.layers, layers, REQUEST_FIELDS["layers"])
-    if heads:
-        check_heads(options.heads, heads, REQUEST_FIELDS["heads"])
+front_end = FrontEnd("vllm", _version, served_model, ("/v1/chat/completions", "/v1/completions", "/invocations"))
 
 
 class Admitted(NamedTuple):
@@ -115,18 +93,10 @@ def admitted(request: Any, options: RequestOptions, place: Place) -> Iterator[No
         _admitted.reset(token)
 
 
-def options_of(request: Any) -> RequestOptions | None:
-    """What an OpenAI request asks for; None where it does not ask. Raises OptionError."""
-    options = _options(request.model_extra)
-    if options is not None and getattr(request, "use_beam_search", False):
-        raise OptionError(ASK, f"{ASK}=true with use_beam_search=true: beam search cannot be captured; drop one")
-    return options
-
-
 _prompt_tokens: ContextVar[int | None] = ContextVar("attnhook_prompt_tokens", default=None)
 
 
-def counting(original: Original) -> Original:
+def wrap_extract_prompt_len(original: Original) -> Original:
     """``_extract_prompt_len`` of the serving classes, right before they ask a request for its parameters."""
 
     @wraps(original)
@@ -138,8 +108,8 @@ def counting(original: Original) -> Original:
     return _extract_prompt_len
 
 
-def asking(original: Original) -> Original:
-    """``to_sampling_params`` of a chat or completion request: its fields become ours, or a clean HTTP 400.
+def wrap_to_sampling_params(original: Original) -> Original:
+    """``to_sampling_params`` of a request: what its route has admitted asks; otherwise asking is a clean HTTP 400.
 
     Raises Refusal where a reply of this size is too much now.
     """
@@ -152,32 +122,13 @@ def asking(original: Original) -> Original:
             _refuse_to_ask(self)
             return original(self, *args, **kwargs)
         params = original(self, *args, **kwargs)
-        _measure(known, _prompt_tokens.get(), params)
+        prompt, new = _prompt_tokens.get(), params.max_tokens
+        if prompt is None or new is None:
+            front_end.policy.check_spans(known.options, None)
+        else:
+            front_end.measure(known.options, known.place, prompt, new, params.n or 1)
         mark(params, known.options)
         return params
-
-    return to_sampling_params
-
-
-def _measure(known: Admitted, prompt: int | None, params: Any) -> None:
-    """Refuse what reaches beyond this request, or comes to more bytes than this server allows."""
-    options, place, new = known.options, known.place, params.max_tokens
-    if prompt is None or new is None:
-        policy().check_spans(options, None)
-        return
-    check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
-    layers = count_layers(options, model_shape()[1], getattr(_model, "hf_text_config", None))
-    measure(policy(), place, options, layers, prompt, new, params.n or 1)
-
-
-def refusing_capture(original: Original) -> Original:
-    """``to_sampling_params`` of a request whose reply has no place for records: a clean HTTP 400."""
-
-    @wraps(original)
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_names(getattr(self, "vllm_xargs", None) or {})
-        _refuse_to_ask(self)
-        return original(self, *args, **kwargs)
 
     return to_sampling_params
 
@@ -203,15 +154,6 @@ def _refuse_to_ask(request: Any) -> None:
         )
 
 
-def _options(extra: dict[str, Any] | None) -> RequestOptions | None:
-    if not extra or ASK not in extra:
-        return None
-    options = asked(extra)
-    if options is not None:
-        check_model(options)
-    return options
-
-
 def mark(params: Any, options: RequestOptions, *, reply: bool = True) -> None:
     """Ask for capture in SamplingParams; without ``reply`` for the sinks only."""
     params.extra_args = {**(params.extra_args or {}), KEY: pack_options(options, reply=reply)}
@@ -228,7 +170,7 @@ def serving() -> None:
     _serves = True
 
 
-def admitting(original: Original) -> Original:
+def wrap_process_inputs(original: Original) -> Original:
     """``InputProcessor.process_inputs``, which every request passes.
 
     Who calls vLLM in Python asks through ``SamplingParams.extra_args``; of a server's client nothing is taken there.
@@ -240,20 +182,18 @@ def admitting(original: Original) -> Original:
         _refuse_names(extra)
         options = None
         if foreign(extra) is not None:
-            options = _options_offline(extra)
+            options = _as_client_errors(front_end.options, extra)
             params = params.clone()
             params.extra_args = {key: value for key, value in extra.items() if key not in FIELDS}
             if options is not None:
                 mark(params, options)
-        elif KEY not in extra and hasattr(params, "extra_args") and policy().capture_all and model_shape()[1] != []:
+        elif KEY not in extra and hasattr(params, "extra_args") and (everything := front_end.everything()) is not None:
             params = params.clone()
-            mark(params, RequestOptions.resolve(arguments={"mode": "fingerprint"}), reply=False)
+            mark(params, everything, reply=False)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         sent: Any = getattr(request, "sampling_params", None)
-        if options is not None:
-            prompt_tokens = len(request.prompt_token_ids or ()) or None
-            if prompt_tokens is not None and sent.max_tokens is not None:
-                check_reach(options.spans, prompt_tokens + sent.max_tokens, REQUEST_FIELDS["spans"])
+        if options is not None and request.prompt_token_ids and sent.max_tokens is not None:
+            front_end.measure(options, None, len(request.prompt_token_ids), sent.max_tokens, 1)
         packed = (getattr(sent, "extra_args", None) or {}).get(KEY)
         if packed is not None:  # plain text, which goes to the workers
             sent.extra_args = {**sent.extra_args, KEY: str(packed)}
@@ -262,8 +202,8 @@ def admitting(original: Original) -> Original:
     return process_inputs
 
 
-def _options_offline(extra: dict[str, Any]) -> RequestOptions | None:
+def _as_client_errors(check: Callable[[dict[str, Any]], RequestOptions | None], fields: dict[str, Any]) -> Any:
     try:
-        return _options(extra)
+        return check(fields)
     except OptionError as error:
         raise client_error(error.field, str(error)) from error

@@ -40,7 +40,7 @@ def _kept(state: Any) -> _Kept | None:
     return state.__dict__.get("_attnhook")  # type: ignore[no-any-return]
 
 
-def expecting(original: Original) -> Original:
+def wrap_add_request(original: Original) -> Original:
     """``OutputProcessor.add_request``: the account of a request that asks begins."""
 
     @wraps(original)
@@ -57,7 +57,7 @@ def expecting(original: Original) -> Original:
     return add_request
 
 
-def receiving(original: Original) -> Original:
+def wrap_process_outputs(original: Original) -> Original:
     """``OutputProcessor.process_outputs``: take the records out of the engine's outputs."""
 
     @wraps(original)
@@ -86,7 +86,7 @@ def _receive(kept: _Kept, state: Any, packed: Any) -> None:
     kept.new.extend(Attention.of(Share.unpack(packed), request, state.request_index))
 
 
-def completing(original: Original) -> Original:
+def wrap_new_completion_output(original: Original) -> Original:
     """``RequestState._new_completion_output``: an output brings the records of its tokens."""
 
     @wraps(original)
@@ -121,7 +121,7 @@ def _of(output: Any) -> Attention:
     )
 
 
-def merging(original: Original) -> Original:
+def wrap_add(original: Original) -> Original:
     """``RequestOutput.add``: outputs that a slow reader gets in one piece bring all their records."""
 
     @wraps(original)
@@ -138,7 +138,7 @@ def merging(original: Original) -> Original:
     return add
 
 
-def chat_reply(original: Original) -> Original:
+def wrap_chat_completion_full_generator(original: Original) -> Original:
     """``OpenAIServingChat.chat_completion_full_generator``."""
 
     @wraps(original)
@@ -162,7 +162,7 @@ def chat_reply(original: Original) -> Original:
     return chat_completion_full_generator
 
 
-def completion_reply(original: Original) -> Original:
+def wrap_request_output_to_completion_response(original: Original) -> Original:
     """``OpenAIServingCompletion.request_output_to_completion_response``."""
 
     @wraps(original)
@@ -182,7 +182,7 @@ def _fill(choice: Any, attention: Attention) -> None:
         setattr(choice, name, value)
 
 
-def chat_stream(original: Original) -> Original:
+def wrap_chat_completion_stream_generator(original: Original) -> Original:
     """``OpenAIServingChat.chat_completion_stream_generator``."""
 
     @wraps(original)
@@ -198,7 +198,7 @@ def chat_stream(original: Original) -> Original:
     return chat_completion_stream_generator
 
 
-def completion_stream(original: Original) -> Original:
+def wrap_completion_stream_generator(original: Original) -> Original:
     """``OpenAIServingCompletion.completion_stream_generator``."""
 
     @wraps(original)

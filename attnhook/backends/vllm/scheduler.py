@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
-from attnhook.backends.vllm import tokens
 from attnhook.backends.vllm.stops import Stops
 from attnhook.plugins.patching import objects
-from attnhook.record.token_record import TokenRecord
-from attnhook.serving.step import safely
-from attnhook.serving.wire import KEY, Share, worse
+from attnhook.record import tokens
+from attnhook.record.tokens import Lookup
+from attnhook.serving.guard import safely
+from attnhook.serving.waiting import Waiting, publish
+from attnhook.serving.wire import KEY, Share, unpack_options
 from attnhook.sinks import outlet
 
 logger = logging.getLogger("attnhook")
@@ -20,20 +21,34 @@ logger = logging.getLogger("attnhook")
 _FLUSH_SECONDS = 5.0  # vLLM's front end waits about as long for its engine
 
 
-def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
+class _Core:
+    """What is ours of one scheduler."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Waiting] = {}
+        self.stops = Stops()
+
+
+def _core(scheduler: Any) -> _Core:
+    known: _Core | None = scheduler.__dict__.get("_attnhook_core")
+    return objects["vllm"].note(scheduler, "_attnhook_core", _Core()) if known is None else known
+
+
+def wrap_update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Scheduler.update_from_output``: put each request's share into its output."""
 
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         shares = getattr(model_runner_output, "attnhook", None) or {}
-        waiting = self.__dict__.get("_attnhook_waiting") or {}
-        if not shares and not waiting:
+        core = self.__dict__.get("_attnhook_core")
+        if not shares and (core is None or not core.waiting):
             return original(self, scheduler_output, model_runner_output)
+        core = core or _core(self)
         # taken now: the scheduler forgets a request when it ends
-        requests = safely(_known, self, {*shares, *waiting}) or {}
+        requests = safely(_known, self, core, {*shares, *core.waiting}) or {}
         outputs = original(self, scheduler_output, model_runner_output)
         try:
-            _forward(self, shares, outputs, requests)
+            _forward(self, core, shares, outputs, requests)
         except Exception:
             logger.exception("attention records of this step are lost")
         return outputs
@@ -41,7 +56,7 @@ def forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_from_output
 
 
-def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
     """``EngineCore.shutdown``: the process may be ended right after it, past Python's own end."""
 
     @wraps(original)
@@ -52,47 +67,55 @@ def flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
-def _known(scheduler: Any, names: set[str]) -> dict[str, Any]:
+def _known(scheduler: Any, core: _Core, names: set[str]) -> dict[str, Any]:
     """The requests of these names; those with stop strings are followed from here on."""
     requests = {name: scheduler.requests[name] for name in names if name in scheduler.requests}
-    _stops(scheduler).follow(scheduler, requests)
+    core.stops.follow(scheduler, requests)
     return requests
 
 
-def _stops(scheduler: Any) -> Stops:
-    known: Stops | None = scheduler.__dict__.get("_attnhook_stops")
-    return objects["vllm"].note(scheduler, "_attnhook_stops", Stops()) if known is None else known
-
-
 def _forward(
-    scheduler: Any, shares: dict[str, dict[str, Any]], outputs: dict[int, Any], requests: dict[str, Any]
+    scheduler: Any,
+    core: _Core,
+    shares: dict[str, dict[str, Any]],
+    outputs: dict[int, Any],
+    requests: dict[str, Any],
 ) -> None:
-    # a prompt that is computed in chunks has records before it has an output
-    waiting: dict[str, Share] | None = scheduler.__dict__.get("_attnhook_waiting")
-    if waiting is None:
-        waiting = objects["vllm"].note(scheduler, "_attnhook_waiting", {})
-    now: dict[str, list[bytes]] = {}
+    now: dict[str, Share] = {}
     for name, packed in shares.items():
-        share = Share.unpack(packed)
-        now[name], share.generated = share.generated, []
-        kept = waiting.setdefault(name, Share(reply=share.reply))
-        kept.prompt += share.prompt
-        kept.error = kept.error or share.error
-        kept.check = worse(kept.check, share.check)
+        now[name] = Share.unpack(packed)
+        core.waiting.setdefault(name, Waiting(reply=now[name].reply)).add(now[name])
     for client in outputs.values():
         for output in client.outputs:
-            if output.request_id not in waiting:
+            kept = core.waiting.pop(output.request_id, None)
+            if kept is None:
                 continue
-            kept = waiting.pop(output.request_id)
             # of speculated tokens only those that were accepted, of stopped ones only those before the stop
             request = requests.get(output.request_id)
-            accepted = now.get(output.request_id, [])[: _stops(scheduler).kept(output, request)]
-            kept.generated = [row for row in accepted if row]
-            if kept.reply and (kept.generated or kept.prompt or kept.error):
-                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: kept.pack()}
-            if outlet.publishes():
-                records = [TokenRecord.from_bytes(row) for row in (*kept.prompt, *kept.generated)]
-                outlet.publish(tokens.fill(records, request) if outlet.publishes_tokens() else records)
-    _stops(scheduler).forget(scheduler.requests)
-    for name in [name for name in waiting if name not in scheduler.requests]:
-        del waiting[name]
+            rows = now[output.request_id].generated if output.request_id in now else []
+            share = kept.take(rows[: core.stops.kept(output, request)])
+            if share:
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: share.pack()}
+            _publish(share, request)
+    core.stops.forget(scheduler.requests)
+    for name in [name for name in core.waiting if name not in scheduler.requests]:
+        del core.waiting[name]
+
+
+def _publish(share: Share, request: Any) -> None:
+    """To the sinks. The scheduler's requests hold prompt and accepted tokens by position, so chunked prompts, cached
+    prefixes, preemptions and rejected drafts make no difference."""
+
+    def token_at() -> Lookup | None:
+        if request is None:
+            return None
+        # of a prompt that is embeddings, in part or whole, the ids are stand-ins
+        hidden = request.num_prompt_tokens if request.prompt_embeds is not None else 0
+        return tokens.sequence(request.all_token_ids, hidden=hidden)
+
+    publish(share, token_at, lambda: _mask_prefix(request.sampling_params.extra_args[KEY]))
+
+
+@lru_cache(maxsize=256)
+def _mask_prefix(packed: str) -> int:
+    return unpack_options(packed)[0].mask_prefix

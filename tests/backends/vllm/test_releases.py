@@ -85,7 +85,7 @@ def test_the_packing_of_the_cpu_cache_is_named_by_layer_or_implementation() -> N
     ],
 )
 def test_the_length_of_a_prompt(new: Any, length: int) -> None:
-    assert worker._prompt_length(new) == length
+    assert worker.prompt_length(new) == length
 
 
 @pytest.mark.parametrize("given", [((), {}), ((True,), {}), ((), {"is_profiling": True})])
@@ -106,10 +106,10 @@ def test_the_cache_is_initialised_with_what_the_release_takes(given: Any) -> Non
     generating = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(runner_type="generate")))
     profiling = bool(arguments or keywords)
     runner = generating if profiling else pooling  # neither has layers to hook, which would fail
-    assert worker.initialising_cache(newer)(runner, "config", *arguments, **keywords) == "done"
+    assert worker.wrap_initialize_kv_cache(newer)(runner, "config", *arguments, **keywords) == "done"
     assert seen == [("config", profiling)]
     if not profiling:
-        assert worker.initialising_cache(older)(runner, "config") == "done"
+        assert worker.wrap_initialize_kv_cache(older)(runner, "config") == "done"
 
 
 @pytest.mark.slow

@@ -38,24 +38,26 @@ def inject(module):
     step._finished = finished
 
 
-@wrapt.when_imported("attnhook.backends.sglang.worker")
+@wrapt.when_imported("attnhook.backends.sglang.adapter")
 def tell(module):
     """What tests want to know of a capture goes to the file SGLANG_TEST_NOTES."""
     notes = os.environ.get("SGLANG_TEST_NOTES")
     if not notes:
         return
-    take_kept, view = module._Worker._take_kept, module.pool.view
+    from attnhook.serving.worker import Worker
+
+    take_kept, view = Worker._take_kept, module.pool.view
 
     def note(line):
         with open(notes, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _take_kept(self, step, kept):
-        note(f"kept {sorted(step.missing)}")
-        return take_kept(self, step, kept)
+    def _take_kept(self, plan, reduction, kept):
+        note(f"kept {sorted(reduction.missing)}")
+        return take_kept(self, plan, reduction, kept)
 
     def _view(pool, *args, **kwargs):
         note(f"pool {type(pool).__name__}")
         return view(pool, *args, **kwargs)
 
-    module._Worker._take_kept, module.pool.view = _take_kept, _view
+    Worker._take_kept, module.pool.view = _take_kept, _view

@@ -41,9 +41,9 @@ def in_kernel(module):
     _before(module.SplitStep, "_sum", lambda step: step._top_k == FAULT)
 
 
-@wrapt.when_imported("attnhook.serving.step")
+@wrapt.when_imported("attnhook.serving.reduction")
 def in_step(module):
     def wanted(step):
-        return any(group.options.top_k == FAULT_WHILE_TAKING for group in step._groups.values())
+        return any(group.options.top_k == FAULT_WHILE_TAKING for group in step.plan.groups.values())
 
-    _before(module.ServedStep, "take", wanted)
+    _before(module.Reduction, "take", wanted)
