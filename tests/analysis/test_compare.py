@@ -110,6 +110,14 @@ def test_jensen_shannon_has_its_known_values():
     assert jensen_shannon(np.zeros((2, 3)), np.ones((2, 3))).tolist() == [0, 0]
 
 
+def test_jensen_shannon_is_that_of_scipy():
+    from scipy.spatial.distance import jensenshannon
+
+    rng = np.random.default_rng(5)
+    a, b = rng.random((2, 50, 16)) * (rng.random((2, 50, 16)) > 0.3)
+    assert jensen_shannon(a, b) == pytest.approx(jensenshannon(a, b, 2, axis=-1) ** 2, abs=1e-12)
+
+
 def test_energy_distance_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(n, fp.SIZE)).astype(np.float32) for n in (30, 24))

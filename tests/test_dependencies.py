@@ -1,0 +1,58 @@
+"""What attnhook imports is declared in pyproject.toml, or comes with what is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+
+from tests.helpers import ROOT
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+#: Not declared: the engines, which whoever serves has, and what they or a declared package always bring.
+BROUGHT = {"vllm": "", "sglang": "", "fastapi": "vllm and sglang", "triton": "torch", "llvmlite": "numba"}
+
+
+def _imported() -> dict[str, str]:
+    """Packages of others that attnhook imports, each with a module that does."""
+    found = {}
+    for path in sorted((ROOT / "attnhook").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                found.setdefault(name.partition(".")[0], str(path.relative_to(ROOT)))
+    return {name: where for name, where in found.items() if name not in {*sys.stdlib_module_names, "attnhook"}}
+
+
+def _declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra, more in project["optional-dependencies"].items():
+        if extra != "dev":
+            wanted += more
+    names = [re.split(r"[\[<>=!~ ;]", one)[0] for one in wanted]
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def test_what_is_imported_is_declared():
+    homes, declared = packages_distributions(), _declared()
+    missing = {
+        name: where
+        for name, where in _imported().items()
+        if name not in BROUGHT
+        and not {re.sub(r"[-_.]+", "-", home).lower() for home in homes.get(name, [name])} & declared
+    }
+    assert missing == {}, "declare its distribution in pyproject.toml"
+
+
+def test_what_is_named_as_brought_is_imported():
+    assert BROUGHT.keys() <= _imported().keys()
