@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any, TypeGuard
-from urllib.parse import urlsplit
 
 from attnhook.errors import OptionError, ServerError
 from attnhook.options import REQUEST_FIELDS
@@ -24,7 +20,8 @@ from attnhook.record.pieces import pieces, window_start
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.without_sink import without_sink
 from attnhook.system import untrusted
-from attnhook.system.addresses import scrubbed, shown
+from attnhook.system.addresses import shown
+from attnhook.system.web import Site, StatusError, UnreachableError, is_address, is_header
 
 _TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
 _AT_ONCE = 4  # requests for the text of tokens
@@ -55,26 +52,21 @@ class Client:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, attention_key: str | None = None) -> None:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not parts.query
-        except ValueError:
-            good = False
-        if not good or not url.isascii() or not url.isprintable() or " " in url:
+        if not is_address(url):
             raise OptionError("url", f"url={shown(url)!r} must be an address such as http://127.0.0.1:8000/v1")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.shown = shown(self.url)  #: for messages
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         for name, header, prefix, variable, key in (
             ("api_key", "Authorization", "Bearer ", "OPENAI_API_KEY", api_key),
             ("attention_key", "X-Attention-Key", "", "ATTNHOOK_API_KEY", attention_key),
         ):
             key = os.environ.get(variable) if key is None else key
-            if key and not (key.isascii() and key.isprintable()):
+            if key and not is_header(key):
                 raise OptionError(name, f"{name} (or {variable}) must be printable ASCII, as HTTP headers are")
             if key:
-                self._headers[header] = prefix + key
-        self._opener = urllib.request.build_opener(_NoRedirects)  # a key must not travel to another host
+                headers[header] = prefix + key
+        self._site = Site(self.url, headers, timeout=_TIMEOUT)
 
     def capabilities(self) -> dict[str, Any]:
         """What the server can capture. Raises ServerError, also where it has no attnhook."""
@@ -267,24 +259,21 @@ class Client:
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Iterator[Any]:
         """The open reply; what goes wrong until it is closed becomes a ServerError."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
         try:
-            with self._opener.open(request, timeout=_TIMEOUT) as reply:
+            with self._site.open(path, data) as reply:
                 yield reply
-        except urllib.error.HTTPError as error:
-            with error:
-                raise ServerError(
-                    f"{self.shown}{path} gives HTTP {error.code}: {_reason(error.read())}; {_remedy(error.code)}",
-                    error.code,
-                ) from error
+        except StatusError as error:
+            raise ServerError(
+                f"{self.shown}{path} gives HTTP {error.status}: {_reason(error.body)}; {_remedy(error.status)}",
+                error.status,
+            ) from error
+        except UnreachableError as error:
+            raise ServerError(
+                f"{self.shown} cannot be reached: {error}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
+            ) from error
         except ValueError as error:
             raise ServerError(
                 f"{self.shown}{path} does not answer in JSON: is this an OpenAI-compatible server?"
-            ) from error
-        except (OSError, HTTPException) as error:
-            cause = scrubbed(str(getattr(error, "reason", None) or error), self.url)
-            raise ServerError(
-                f"{self.shown} cannot be reached: {cause}; start a server (ATTNHOOK=1 vllm serve MODEL) or mend --url"
             ) from error
 
 
@@ -300,11 +289,6 @@ class _Tokenizer:
         if key not in self._known:
             self._known[key] = self._client.detokenize(self._model, key)
         return self._known[key]
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow none: the redirect becomes an HTTPError."""
 
 
 def engine_of(capabilities: Mapping[str, Any]) -> str:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,7 +16,8 @@ from rich.text import Text
 
 from attnhook.errors import OptionError, ServerError
 from attnhook.record.zones import COLOURS
-from attnhook.system.addresses import scrubbed, shown
+from attnhook.system.addresses import shown
+from attnhook.system.web import Site, StatusError, UnreachableError, is_address, is_header
 
 _TIMEOUT = 10.0  # seconds
 _BAR = 40  # characters
@@ -28,28 +25,17 @@ _REPLY_BYTES = 64 * 2**20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # escape sequences are not a producer's to send
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow none: the token is for the collector, and a redirect may lead to another host."""
-
-
 class Source:
     """A collector at ``url``. Raises OptionError for an address that is none."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-        except ValueError:
-            good = False
-        if not good or not url.isascii() or not url.isprintable() or " " in url:
+        if not is_address(url):
             raise OptionError("url", f"--url {shown(url)!r} must be an address such as http://127.0.0.1:9002")
-        if token is not None and not (token.isascii() and token.isprintable()):
+        if token is not None and not is_header(token):
             raise OptionError("token", "the token must be printable ASCII, as HTTP headers are")
         self.url = url.rstrip("/")
         self.shown = shown(self.url)  #: for messages
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._site = Site(self.url, {} if token is None else {"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT)
 
     def stats(self) -> dict[str, Any]:
         """What GET /stats gives. Raises ServerError."""
@@ -68,30 +54,27 @@ class Source:
             raise ServerError(f"{self.shown}/metrics is not that of a collector: {error}; look at --url") from error
 
     def _get(self, path: str) -> bytes:
-        request = urllib.request.Request(self.url + path, headers=self._headers)
         try:
-            with self._opener.open(request, timeout=_TIMEOUT) as reply:
+            with self._site.open(path) as reply:
                 data: bytes = reply.read(_REPLY_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise ServerError(
-                    f"{self.shown}{path} answers HTTP {error.code}: {_remedy(error)}", error.code
-                ) from error
-        except (OSError, HTTPException) as error:
-            reason = scrubbed(str(getattr(error, "reason", error)), self.url)
+        except StatusError as error:
             raise ServerError(
-                f"{self.shown} cannot be reached: {reason}; is `attnhook collect` running there?"
+                f"{self.shown}{path} answers HTTP {error.status}: {_remedy(error)}", error.status
+            ) from error
+        except UnreachableError as error:
+            raise ServerError(
+                f"{self.shown} cannot be reached: {error}; is `attnhook collect` running there?"
             ) from error
         if len(data) > _REPLY_BYTES:
             raise ServerError(f"{self.shown}{path} answers with more than {_REPLY_BYTES} bytes: look at --url")
         return data
 
 
-def _remedy(error: urllib.error.HTTPError) -> str:
-    if error.code == 401:
+def _remedy(error: StatusError) -> str:
+    if error.status == 401:
         return "give its token with --token-file"
-    if 300 <= error.code < 400:
-        where = _clean(str(error.headers.get("Location")))[:100]
+    if 300 <= error.status < 400:
+        where = _clean(str(error.location))[:100]
         return (
             f"it sends elsewhere, to {where}; redirects are not followed, for the token's sake: give the collector's "
             "own address"
