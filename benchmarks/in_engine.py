@@ -61,14 +61,15 @@ class Vllm:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
         import attnhook
-        from attnhook.backends.vllm import _HOOKS
+        from attnhook.backends.vllm import hooks as table
 
         self._within, self._without = within, without = Clock(), Clock()
         self._front = Clock(), Clock()
 
         def places(modules: tuple[str, ...]) -> set[tuple[Any, str]]:
-            hooks = ((module, owner, name) for module in modules for owner, name, _ in _HOOKS[module])
-            return {(getattr(import_module(module), owner), name) for module, owner, name in hooks if name not in ONCE}
+            split = (place.partition(":") for hook in table.hooks for place in hook.places)
+            hooked = ((module, *path.split(".")) for module, _, path in split if module in modules)
+            return {(getattr(import_module(module), owner), name) for module, owner, name in hooked if name not in ONCE}
 
         core, front_end = places(CORE), places(FRONT_END)
         self._innermost = Clock()

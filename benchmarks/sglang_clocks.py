@@ -28,17 +28,17 @@ PER_STEP = (
 innermost, within, without = Clock(), Clock(), Clock()
 
 
-@wrapt.when_imported("attnhook.backends.sglang")
+@wrapt.when_imported("attnhook.plugins.hooks")
 def clock_hooks(module: Any) -> None:
     """Every hook of the schedulers between two clocks."""
-    marked = module._marked
+    wrapped = module.Hooks._wrapped
     shared = np.memmap(os.environ["IDLE_CLOCKS"], dtype=np.float64, mode="r+", shape=(5,))
 
-    def clocked(name: str, original: Callable[..., Any]) -> Any:
-        if name not in PER_STEP:
-            return marked(name, original)
-        hooked = without.around(marked(name, within.around(innermost.around(original))))
-        return told(hooked) if name == "worker.wrap_forward_batch_generation" else hooked
+    def clocked(self: Any, hook: Any, original: Callable[..., Any]) -> Any:
+        if hook.wrapper not in PER_STEP:
+            return wrapped(self, hook, original)
+        hooked = without.around(wrapped(self, hook, within.around(innermost.around(original))))
+        return told(hooked) if hook.wrapper == "worker.wrap_forward_batch_generation" else hooked
 
     def told(hooked: Callable[..., Any]) -> Any:
         @wraps(hooked)
@@ -49,7 +49,7 @@ def clock_hooks(module: Any) -> None:
 
         return forward_batch_generation
 
-    module._marked = clocked
+    module.Hooks._wrapped = clocked
 
 
 @wrapt.when_imported("attnhook.backends.sglang.worker")

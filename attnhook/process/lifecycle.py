@@ -24,6 +24,7 @@ __all__ = [
     "hooks",
     "install",
     "installed",
+    "load",
     "publish",
     "publishes",
     "publishes_tokens",
@@ -102,6 +103,18 @@ def start() -> None:
                 install()
             finally:
                 switch.starting = False
+
+
+def load() -> None:
+    """Entry point of ``vllm.general_plugins`` and ``sglang.srt.plugins``: does nothing unless ``ATTNHOOK=1``.
+
+    SGLang logs a plugin's exception and goes on without it; a server that was asked to capture must not. So what cannot
+    be done ends a server; a script that runs an engine itself goes on, and its log tells.
+    """
+    try:
+        start()
+    except AttnhookError as error:
+        switch.refuse(error)
 
 
 def any_engine() -> bool:

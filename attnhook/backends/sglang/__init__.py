@@ -10,15 +10,12 @@ plugins, are reached by ``attnhook.pth``.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial, reduce
-from importlib import import_module, metadata
-from types import ModuleType
+from importlib import metadata
 
-from attnhook.errors import AttnhookError, UnsupportedError
-from attnhook.options import CaptureOptions, enabled
+from attnhook.options import CaptureOptions
+from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
 from attnhook.serving.policy import Policy
-from attnhook.system import switch
 
 _WANTED = "SGLang 0.5.11 or newer (tested: 0.5.11, 0.5.21, 0.5.23)"
 _SRT = "sglang.srt"
@@ -83,10 +80,8 @@ _OLDER: tuple[tuple[str, str, str], ...] = (
         "ReqState.customized_info_accumulated",
     ),
 )
-#: What each kind of process must have; the HTTP server's are checked where there is one.
-WORKER = tuple(name for name in _HOOKS if name.startswith(("worker.", "results.", "stages.")))
-FRONTEND = tuple(name for name in _HOOKS if name.startswith("frontend."))
-SERVER = tuple(name for name in _HOOKS if name.startswith("server."))
+#: What each kind of process must have, by the file of its wrappers; the HTTP server's are checked where there is one.
+WORKER, FRONTEND, SERVER = ("worker.", "results.", "stages."), ("frontend.",), ("server.",)
 
 
 class SglangBackend:
@@ -115,92 +110,17 @@ class SglangBackend:
         Raises UnsupportedError, or OptionError for a guard rail's bad variable.
         """
         Policy.from_environ()
-        installation = EngineInstallation(self.name, self.version(), _PATCHERS, _WANTED)
+        installation = EngineInstallation(self.name, self.version(), hooks.patchers(), _WANTED)
         installation.start()
         return installation
 
 
-def load() -> None:
-    """Entry point of ``sglang.srt.plugins``: does nothing unless ``ATTNHOOK=1``.
-
-    SGLang logs a plugin's exception and goes on without it; a server that was asked to capture must not. A script that
-    runs SGLang itself goes on, and its log tells.
-    """
-    try:
-        if enabled():
-            from attnhook.process import lifecycle
-
-            lifecycle.start()
-    except AttnhookError as error:
-        switch.refuse(error)
-
-
-#: Attribute of what we put in place, so that `check_hooks` knows it.
-MARK = "_attnhook_hook"
-
-
-def check_hooks(names: tuple[str, ...]) -> None:
-    """Raise UnsupportedError naming the first of these hooks that is not in place."""
-    for name in names:
-        if not any(_in_place(name, place) for place in _HOOKS[name]):
-            wanted = " or ".join(place.replace(":", ".") for place in _HOOKS[name])
-            raise UnsupportedError(
-                f"sglang {SglangBackend().version()}: {wanted} was not found, so its attention cannot be "
-                f"captured; attnhook needs {_WANTED}"
-            )
-
-
-def _in_place(name: str, place: str) -> bool:
-    module, _, path = place.partition(":")
-    try:
-        return getattr(_resolve(import_module(module), path), MARK, None) == name
-    except (ImportError, AttributeError):
-        return False
-
-
-def _resolve(start: object, path: str) -> object:
-    return reduce(getattr, path.split("."), start)
-
-
-def _has(module: ModuleType, path: str) -> bool:
-    owner, _, name = path.rpartition(".")
-    try:
-        holder = _resolve(module, owner) if owner else module
-    except AttributeError:
-        return False
-    # a dataclass's fields without a plain default are annotations only
-    return hasattr(holder, name) or name in getattr(holder, "__annotations__", ())
-
-
-def _patch(installation: EngineInstallation, module: ModuleType) -> None:
-    """Put the hooks of one of SGLang's modules in place; ours is imported now, when SGLang's is.
-
-    A module may have moved altogether, so `check_hooks` looks for all of them when the engine starts.
-    """
-    for name, places in _HOOKS.items():
-        here = [path for where, _, path in (place.partition(":") for place in places) if where == module.__name__]
-        if here:
-            _put(installation, module, name, next((path for path in here if _has(module, path)), here[0]))
-    for name, place, newer in _OLDER:
-        where, _, path = place.partition(":")
-        if where == module.__name__ and not (newer and _has(module, newer)):
-            _put(installation, module, name, path)
-
-
-def _put(installation: EngineInstallation, module: ModuleType, name: str, path: str) -> None:
-    owner, _, attribute = path.rpartition(".")
-    holder: object = module
-    for part in owner.split(".") if owner else ():
-        holder = installation.need(holder, part)
-    installation.wrap(holder, attribute, partial(_marked, name))
-
-
-def _marked(name: str, original: object) -> object:
-    file, function = name.split(".")
-    wrapped = getattr(import_module(f"{__name__}.{file}"), function)(original)
-    setattr(wrapped, MARK, name)
-    return wrapped
-
-
-_PLACES = (*(place for places in _HOOKS.values() for place in places), *(place for _, place, _ in _OLDER))
-_PATCHERS = {place.partition(":")[0]: _patch for place in _PLACES}
+hooks = Hooks(
+    __name__,
+    (
+        *(Hook(wrapper, places) for wrapper, places in _HOOKS.items()),
+        *(Hook(wrapper, (place,), newer, needed=False) for wrapper, place, newer in _OLDER),
+    ),
+    lambda: f"sglang {SglangBackend().version()}",
+    _WANTED,
+)

@@ -38,12 +38,12 @@ def wrap_init(original: Original) -> Original:
     @wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         global _manager
-        from attnhook.backends.sglang import FRONTEND, SERVER, check_hooks
+        from attnhook.backends.sglang import FRONTEND, SERVER, hooks
 
         original(self, *args, **kwargs)
-        check_hooks(FRONTEND)
+        hooks.check_in_place(FRONTEND)
         if "sglang.srt.entrypoints.http_server" in sys.modules:
-            check_hooks(SERVER)
+            hooks.check_in_place(SERVER)
         _manager = self
 
     return __init__
