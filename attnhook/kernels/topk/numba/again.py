@@ -11,18 +11,14 @@ import numpy as np
 import torch
 
 from attnhook.kernels.topk.numba import aim, dots, loops
+from attnhook.kernels.topk.numba.blocks import ROW, AimWords, DotWords
 from attnhook.kernels.topk.numba.jobs import (
-    LAYER,
-    REQUEST,
-    RESULT,
-    ROW_RESULTS,
-    ROW_SCRATCH,
-    ROW_Z,
     Call,
     Job,
     Shared,
     bytes_per_thread,
-    pool_of,
+    point_at_results,
+    pools_of,
     reads_in_place,
     scales_of,
     threads_for,
@@ -34,9 +30,6 @@ from attnhook.kernels.topk.types import Arrays, LayerRows
 SINGLE_ELEMENTS = 1 << 22  # logits of single rows computed together: 16 MiB, unless one row needs more
 _ROOM = 512  # keys that rows may grow by before the scratch is made anew
 
-# places in the words of `dots.dot_job`
-_DOT_Z, _DOT_Q, _DOT_PARTS = 6, 9, 13
-
 
 class Again:
     """The jobs of layers whose rows lie alike and read their keys in place, all in one call."""
@@ -44,11 +37,12 @@ class Again:
     def __init__(self, shared: Shared, layers: Sequence[LayerRows]) -> None:
         count, rows = len(layers), len(shared.request)
         self._call = call = Call(shared, layers)
-        self._table = np.zeros((7, count, rows), np.int64)
-        self._table[REQUEST], self._table[LAYER] = shared.request, np.arange(count)[:, None]
-        self._table[RESULT] = np.arange(rows) * count + np.arange(count)[:, None]
+        self._table = np.zeros((count, rows), ROW)
+        self._table["request"], self._table["layer"] = shared.request, np.arange(count)[:, None]
+        self._table["result"] = np.arange(rows) * count + np.arange(count)[:, None]
         self._pages = np.empty(tuple(layers[0].keys.page_table.shape), np.int64)
-        self._pools = np.array([pool_of(layer.keys, self._pages) for layer in layers], np.int64)
+        self._pools = pools_of(layers, [self._pages] * count)
+        self._caches = self._pools["cache"]
         self._scales = scales_of(layers)
         self._most = 0  # keys that the scratch has room for
         self._threads = 0
@@ -59,19 +53,21 @@ class Again:
         dim = layers[0].q.shape[2]
         self._products = Job(
             dots.dot_job,
-            [
-                count * rows, call.heads, layers[0].keys.num_kv_heads, dim, 0, 0, self._table.ctypes.data, 0,
-                self._pools.ctypes.data, count, self._scales.ctypes.data, 0,
-            ],
+            DotWords(
+                rows=count * rows, heads=call.heads, kv_heads=layers[0].keys.num_kv_heads, dim=dim, layers=count,
+                table=self._table.ctypes.data, pools=self._pools.ctypes.data, scales=self._scales.ctypes.data,
+            ),
         )  # fmt: skip
-        self._reduction = Job(loops.row_job, call.words(count * rows, self._table))
-        self._reduction.words[ROW_RESULTS] = [x.ctypes.data for x in self._lent]
+        self._reduction = Job(loops.row_job, call.words(self._table))
+        point_at_results(self._reduction.words, self._lent)
         self._places = Job(
             aim.aim_job,
-            [
-                rows, count, call.heads, *self._pages.shape, 0, -1, 0, 0, 0, 0, self._table.ctypes.data,
-                self._pages.ctypes.data, self._memory.ctypes.data, self._memory.size, self._lent[0].size, 0, 0, 0,
-            ],
+            AimWords(
+                rows=rows, layers=count, heads=call.heads, requests=self._pages.shape[0],
+                columns=self._pages.shape[1], window=-1, table=self._table.ctypes.data,
+                pages=self._pages.ctypes.data, found=self._memory.ctypes.data, found_count=self._memory.size,
+                position_count=self._lent.positions.size,
+            ),
         )  # fmt: skip
 
     def fits(self, layers: Sequence[LayerRows]) -> bool:
@@ -111,14 +107,14 @@ class Again:
         """
         one = layers[0]
         if self._seen is one.row_position and _same(self._window, one.window):
-            self._places.at[aim.POSITIONS] = self._places.at[aim.SEEN] = 0
+            self._places.words.positions = self._places.words.seen = 0
             self._places.run(1)
         elif not self._aim(layers, place):
             return None
         q = one.q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
         q = q.to(torch.float32).contiguous()
-        self._pools[:, 0] = [layer.keys.cache.data_ptr() for layer in layers]
-        self._products.at[_DOT_Q] = q.data_ptr()
+        self._caches[:] = [layer.keys.cache.data_ptr() for layer in layers]
+        self._products.words.queries = q.data_ptr()
         self._products.run(self._threads)
         self._reduction.run(self._threads)
         return self._lent
@@ -126,35 +122,37 @@ class Again:
     def _aim(self, layers: Sequence[LayerRows], place: tuple[np.ndarray, np.ndarray] | None) -> bool:
         """Point the jobs at other rows of the same requests, and clear the results."""
         self._seen = None  # until all is done
-        one, at = layers[0], self._places.at
+        one, places = layers[0], self._places.words
         pages = one.keys.page_table
         if place is None:
             assert isinstance(one.window, int)
-            at[aim.POSITIONS], at[aim.WINDOW], at[aim.SEEN] = one.row_position.data_ptr(), one.window, 0
+            places.positions, places.window, places.seen = one.row_position.data_ptr(), one.window, 0
         else:
             first, seen = place
-            at[aim.SEEN], at[aim.FIRST_SEEN] = seen.ctypes.data, first.ctypes.data
+            places.seen, places.first_seen = seen.ctypes.data, first.ctypes.data
         columns, step = pages.stride()
         if pages.dtype == torch.int32 and step == 1:
-            at[aim.PAGES_FROM], at[aim.PAGE_STRIDE] = pages.data_ptr(), columns
+            places.pages_from, places.page_stride = pages.data_ptr(), columns
         else:
             self._pages[:] = pages.numpy()
-            at[aim.PAGES_FROM] = 0
+            places.pages_from = 0
         self._places.run(1)
-        total = at[aim.SIZE] * len(layers)
+        total = places.size * len(layers)
         if not 0 < total <= SINGLE_ELEMENTS:
             return False
         z = self._z = buffer("logits", total, one.q, torch.float32)
-        for job, word in ((self._products.at, _DOT_Z), (self._reduction.at, ROW_Z)):
-            job[word], job[word + 1] = z.data_ptr(), total
-        self._products.at[_DOT_PARTS], longest = at[aim.PARTS], at[aim.LONGEST]
+        products, reduction = self._products.words, self._reduction.words
+        products.logits = reduction.logits = z.data_ptr()
+        products.logit_count = reduction.logit_count = total
+        products.parts, longest = places.parts, places.longest
         threads = threads_for(total)
         if threads > self._threads or longest > self._most:
             self._most = longest + _ROOM
             width = width_for(self._most)
             part = bytes_per_thread(width, self._call.top_k, self._call.lanes)
             self._scratch = np.empty(max(threads, self._threads) * part, np.uint8)
-            self._reduction.words[ROW_SCRATCH] = self._scratch.ctypes.data, part, width
+            reduction.scratch, reduction.scratch_bytes = self._scratch.ctypes.data, part
+            reduction.scratch_keys = width
         self._threads = threads
         self._seen, self._window = one.row_position, one.window
         return True

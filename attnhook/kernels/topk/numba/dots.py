@@ -10,13 +10,13 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import overload
 
+from attnhook.kernels.topk.numba.blocks import NEXT_UNIT, PART, POOL, ROW, DotWords, signature
 from attnhook.kernels.topk.numba.elementary import EXACT, SUMS
 from attnhook.kernels.topk.numba.intrinsics import bits_float, fetch_add, pointer
 from attnhook.kernels.topk.numba.vectors import LANES, TOGETHER, columns_of, products_of
 
 f32, i32 = np.float32, np.int32
 
-PART = 512  # keys of a unit of work
 _NEAR = 1 << 12  # floats of a row's queries that leave room for keys in a core's first cache
 
 
@@ -41,7 +41,7 @@ def _widen_compiled(x):
     return lambda x: bits_float(i32(x) << i32(16))
 
 
-@njit(cache=True, fastmath=SUMS)
+@njit(fastmath=SUMS)
 def _dot(q, k):
     total = f32(0.0)
     for d in range(len(q)):
@@ -49,19 +49,19 @@ def _dot(q, k):
     return total
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _add_product(z, k, factor):
     for j in range(len(z)):
         z[j] += factor * _widen(k[j])
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _scale(z, factor):
     for j in range(len(z)):
         z[j] *= factor
 
 
-@njit(cache=True)
+@njit
 def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
     """Logits of one kv head's queries q [G, D] over consecutive slots."""
     group, dim = q.shape
@@ -78,7 +78,7 @@ def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
                 _add_product(row, k[d * dim_stride : d * dim_stride + slots], q[g, d])
 
 
-@njit(cache=True)
+@njit
 def _row_vectors(size, q, q_step, group, k, k_step, slots, blocks, out, out_step):
     """Products of one kv head's queries and keys of whole vectors; addresses and bytes."""
     g = 0
@@ -120,7 +120,7 @@ def _row_vectors(size, q, q_step, group, k, k_step, slots, blocks, out, out_step
         g += count
 
 
-@njit(cache=True)
+@njit
 def _column_vectors(size, q, q_step, group, k, k_step, dim, out, out_step):
     """Products of one kv head's queries and 16 keys whose elements d lie side by side."""
     g = 0
@@ -146,37 +146,36 @@ def _column_vectors(size, q, q_step, group, k, k_step, dim, out, out_step):
         g += count
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
-def dot_job(words):
+@cfunc(signature(DotWords, ROW, POOL), cache=True, error_model="numpy")
+def dot_job(argument):
     """Logits of rows over paged keys read in place; a unit of work is some keys of one row, for all heads."""
-    w = carray(words, 16)
-    counters = carray(words, 1).ctypes.data
-    rows, heads, kv_heads, dim = w[2], w[3], w[4], w[5]
-    z_at = w[6]
-    z = carray(pointer(z_at), w[7], np.float32)
-    table = carray(pointer(w[8]), (7, rows), np.int64)
-    q = carray(pointer(w[9]), (rows, heads, dim), np.float32)
-    pools = carray(pointer(w[10]), (w[11], 9), np.int64)
-    scales = carray(pointer(w[12]), (w[11], kv_heads), np.float32)
-    parts = w[13]  # units a row, of the longest
+    w = carray(argument, 1)[0].words
+    counter = carray(argument, 1).ctypes.data
+    rows, heads, kv_heads, dim, parts, z_at = w.rows, w.heads, w.kv_heads, w.dim, w.parts, w.logits
+    z = carray(pointer(z_at), w.logit_count, np.float32)
+    table = carray(pointer(w.table), rows, ROW)
+    q = carray(pointer(w.queries), (rows, heads, dim), np.float32)
+    pools = carray(pointer(w.pools), w.layers, POOL)
+    scales = carray(pointer(w.scales), (w.layers, kv_heads), np.float32)
     group = heads // kv_heads
     while True:
-        unit = fetch_add(counters)
+        unit = fetch_add(counter + NEXT_UNIT)
         if unit >= rows * parts:
             break
-        row, part = unit // parts, unit % parts
-        offset, stride, n, first = table[0, row], table[1, row], table[2, row], table[3, row]
-        request, layer = table[4, row], table[5, row]
+        number, part = unit // parts, unit % parts
+        row = table[number]
+        offset, stride, n, first, request = row.offset, row.stride, row.keys, row.first, row.request
         # parts begin at whole multiples, which are where pages begin
         start = max(first // PART * PART + part * PART - first, 0)
         stop = min((first // PART + part + 1) * PART - first, n)
         if start >= stop:
             continue
-        cache, size = pools[layer, 0], pools[layer, 1]
-        page_stride, slot_stride, head_stride, dim_stride = pools[layer, 2:6]
-        page_size, columns = pools[layer, 6], pools[layer, 8]
-        pages = carray(pointer(pools[layer, 7]), (request + 1) * columns, np.int64)[request * columns :]
-        own = q[row].ctypes.data
+        pool = pools[row.layer]
+        cache, size, page_size, columns = pool.cache, pool.element_size, pool.page_size, pool.columns
+        page_stride, slot_stride = pool.page_stride, pool.slot_stride
+        head_stride, dim_stride = pool.head_stride, pool.dim_stride
+        pages = carray(pointer(pool.pages), (request + 1) * columns, np.int64)[request * columns :]
+        own = q[number].ctypes.data
         vectors = dim_stride == 1 and dim % LANES == 0
         done = start
         while done < stop:
@@ -213,7 +212,7 @@ def dot_job(words):
                 whole = slots // LANES * LANES if slot_stride == 1 and dim_stride != 1 else 0
                 for h in range(kv_heads):
                     k, to = here + size * h * head_stride, at + h * group * stride
-                    queries = q[row, h * group : (h + 1) * group]
+                    queries = q[number, h * group : (h + 1) * group]
                     for j in range(0, whole, LANES):
                         _column_vectors(
                             size, own + 4 * h * group * dim, 4 * dim, group, k + size * j, size * dim_stride, dim,
@@ -232,4 +231,4 @@ def dot_job(words):
             done += slots
         for head in range(heads):
             at = offset + head * stride
-            _scale(z[at + start : at + stop], scales[layer, head // group])
+            _scale(z[at + start : at + stop], scales[row.layer, head // group])

@@ -18,7 +18,7 @@ EXACT = {"contract"}  # fused multiply-add, no other liberty
 SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, which is what vectors need
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def exp(x):
     """e**x for x <= 0 (0 below -87)."""
     y = max(x, f32(-87.0))
@@ -36,7 +36,7 @@ def exp(x):
     return e if x > f32(-87.0) else f32(0.0)
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def log(x):
     """ln x of a positive, normal x."""
     bits = float_bits(x) - i32(0x3F3504F3)  # of sqrt(1/2)
@@ -55,7 +55,7 @@ def log(x):
     return f + (p * f * square + e * f32(-2.12194440e-4) - f32(0.5) * square) + e * f32(0.693359375)
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def tanh(x):
     magnitude = abs(x)
     square = x * x
@@ -69,13 +69,13 @@ def tanh(x):
     return p * square * x + x if magnitude < f32(0.625) else (far if x > f32(0.0) else -far)
 
 
-@njit(cache=True)
+@njit
 def ordered(bits):
     """Maps float bits to integers of the same order, and back."""
     return bits ^ ((bits >> i32(31)) & i32(0x7FFFFFFF))
 
 
-@njit(cache=True)
+@njit
 def extremes(bits):
     """Smallest and largest of floats, as ordered integers: NaN counts as beyond infinity."""
     low, high = i32(0x7FFFFFFF), i32(-0x80000000)

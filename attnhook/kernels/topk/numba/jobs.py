@@ -7,23 +7,19 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 
 from attnhook.kernels.topk.numba import loops
+from attnhook.kernels.topk.numba.blocks import POOL, RowWords, W
 from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
 from attnhook.record.fingerprint import BINS
 
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
 _MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again
 _IN_PLACE = (torch.float32, torch.bfloat16)  # keys that the loops read where they lie
-
-# columns of the table of rows that the jobs take
-OFFSET, STRIDE, KEYS, FIRST, REQUEST, LAYER, RESULT = range(7)
-# places in the words of `loops.row_job`
-ROW_Z, ROW_RESULTS, ROW_SCRATCH = 9, slice(12, 17), slice(25, 28)
 
 
 def _pool() -> Any:
@@ -70,18 +66,17 @@ def threads_for(work: int) -> int:
     return 1 if _parallel is None or work <= _SERIAL else torch.get_num_threads()
 
 
-class Job:
-    """A job of `loops` with its words, before which two counters go; it may run more than once."""
+class Job(Generic[W]):
+    """A compiled job and its words; it may run more than once."""
 
-    def __init__(self, job: Any, words: list[int]) -> None:
-        self.words = np.array([0, 0, *words], dtype=np.int64)
-        self.at = self.words.data  # the same words; one is written in a fraction of numpy's time
-        self._address, self._words_at = job.address, self.words.ctypes.data
+    def __init__(self, job: Any, words: W) -> None:
+        self.words = words
+        self._address, self._words_at = job.address, ctypes.addressof(words)
         self._serial = _SERIAL_CALL(job.address)
 
     def run(self, threads: int) -> None:
         """On so many threads, which the scratch must have room for."""
-        self.at[0] = self.at[1] = 0
+        self.words.next_unit = self.words.next_thread = 0
         if threads > 1:
             _parallel(self._address, self._words_at, threads, 0)
         else:
@@ -169,28 +164,38 @@ class Call:
         parts[0] = parts[0].view(np.int32)
         return memory, Arrays(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
-    def words(self, rows: int, table: np.ndarray) -> list[int]:
-        """The words of `loops.row_job` for a table's rows; logits, results and scratch are 0 yet."""
-        return [
-            rows, self.heads, self.top_k, self.spans.shape[1], self.requests, len(self.layers),
-            self.rows * len(self.layers), 0, 0, table.ctypes.data, 0, 0, 0, 0, 0,
-            self.spans.ctypes.data, self.masks.ctypes.data, self.report_from.ctypes.data,
-            self.sinks.ctypes.data, self.sinks.shape[1], self.slopes.ctypes.data, self.slopes.shape[1],
-            self.softcaps.ctypes.data, 0, 0, 0, self.lanes,
-            0 if self.dense is None else self.dense.data_ptr(), 0 if self.dense is None else self.dense.shape[1],
-        ]  # fmt: skip
+    def words(self, table: np.ndarray) -> RowWords:
+        """The words of `loops.row_job` for a table's rows; logits, results and scratch are to come."""
+        dense = self.dense
+        return RowWords(
+            rows=table.size, heads=self.heads, requests=self.requests, layers=len(self.layers),
+            table=table.ctypes.data,
+            sinks=self.sinks.ctypes.data, sink_heads=self.sinks.shape[1],
+            slopes=self.slopes.ctypes.data, slope_heads=self.slopes.shape[1], softcaps=self.softcaps.ctypes.data,
+            top_k=self.top_k, masks=self.masks.ctypes.data, report_from=self.report_from.ctypes.data,
+            spans=self.spans.ctypes.data, span_count=self.spans.shape[1],
+            results=self.rows * len(self.layers), lanes=self.lanes,
+            dense=0 if dense is None else dense.data_ptr(), dense_width=0 if dense is None else dense.shape[1],
+        )  # fmt: skip
 
     def reduce(self, z: torch.Tensor, table: np.ndarray, result: TopK) -> None:
         """Fill the results of a table's rows from their logits z, which it overwrites."""
-        threads = threads_for(int(table[KEYS].sum()) * self.heads)
-        width = width_for(int(table[KEYS].max()))
+        threads = threads_for(int(table["keys"].sum()) * self.heads)
+        width = width_for(int(table["keys"].max()))
         part = bytes_per_thread(width, self.top_k, self.lanes)
         scratch = np.empty(threads * part, np.uint8)
-        job = Job(loops.row_job, self.words(table.shape[1], table))
-        job.words[ROW_Z : ROW_Z + 2] = z.data_ptr(), z.numel()
-        job.words[ROW_RESULTS] = [x.data_ptr() for x in result]
-        job.words[ROW_SCRATCH] = scratch.ctypes.data, part, width
-        job.run(threads)
+        words = self.words(table)
+        words.logits, words.logit_count = z.data_ptr(), z.numel()
+        point_at_results(words, Arrays(*(x.numpy() for x in result)))
+        words.scratch, words.scratch_bytes, words.scratch_keys = scratch.ctypes.data, part, width
+        Job(loops.row_job, words).run(threads)
+
+
+def point_at_results(words: RowWords, results: Arrays) -> None:
+    """Where results go."""
+    words.positions, words.scores = results.positions.ctypes.data, results.scores.ctypes.data
+    words.histogram, words.entropy = results.histogram.ctypes.data, results.entropy.ctypes.data
+    words.span_mass = results.span_mass.ctypes.data
 
 
 def width_for(keys: int) -> int:
@@ -213,8 +218,16 @@ def scales_of(layers: Sequence[LayerRows]) -> np.ndarray:
     return scales
 
 
-def pool_of(keys: PagedKeys, pages: np.ndarray) -> tuple[int, ...]:
-    cache = keys.cache
-    return (
-        cache.data_ptr(), cache.element_size(), *keys.strides, keys.page_size, pages.ctypes.data, pages.shape[1]
-    )  # fmt: skip
+def pools_of(layers: Sequence[LayerRows], pages: Sequence[np.ndarray]) -> np.ndarray:
+    """POOL [L]: each layer's cache, and its page table int64 [R, columns], which the caller keeps."""
+    return np.array([_pool_of(layer.keys, own) for layer, own in zip(layers, pages, strict=True)], POOL)
+
+
+def _pool_of(keys: PagedKeys, pages: np.ndarray) -> tuple[int, ...]:
+    page, slot, head, dim = keys.strides
+    pool = {
+        "cache": keys.cache.data_ptr(), "element_size": keys.cache.element_size(),
+        "page_stride": page, "slot_stride": slot, "head_stride": head, "dim_stride": dim,
+        "page_size": keys.page_size, "pages": pages.ctypes.data, "columns": pages.shape[1],
+    }  # fmt: skip
+    return tuple(pool[name] for name in POOL.names or ())

@@ -16,19 +16,13 @@ import torch
 from attnhook.kernels.topk import torch as torch_kernel
 from attnhook.kernels.topk.numba import dots
 from attnhook.kernels.topk.numba.again import SINGLE_ELEMENTS, Again, alike
+from attnhook.kernels.topk.numba.blocks import PART, ROW, DotWords
 from attnhook.kernels.topk.numba.jobs import (
-    FIRST,
-    KEYS,
-    LAYER,
-    OFFSET,
-    REQUEST,
-    RESULT,
-    STRIDE,
     Call,
     Job,
     Shared,
     as_numpy,
-    pool_of,
+    pools_of,
     reads_in_place,
     scales_of,
     threads_for,
@@ -159,20 +153,20 @@ class Step(Shared):
         single = []
         for number, layer in enumerate(call.layers):
             first, seen, prompts = self._place(layer)
-            table = np.zeros((7, rows), np.int64)
-            table[KEYS], table[FIRST], table[REQUEST], table[LAYER] = seen, first, self.request, number
-            table[RESULT] = np.arange(rows) * count + number
+            table = np.zeros(rows, ROW)
+            table["keys"], table["first"], table["request"], table["layer"] = seen, first, self.request, number
+            table["result"] = np.arange(rows) * count + number
             if not reads_in_place(layer.keys):
                 prompts = list(runs(self.request.tolist(), (first + seen).tolist()))
             for start, stop in prompts:
-                _prompt_rows(call, layer, table[:, start:stop], start, stop, result)
+                _prompt_rows(call, layer, table[start:stop], start, stop, result)
             if prompts:
                 keep = np.ones(rows, bool)
                 for start, stop in prompts:
                     keep[start:stop] = False
-                table = table[:, keep]
+                table = table[keep]
             single.append(table)
-        return single[0] if count == 1 else np.concatenate(single, axis=1)
+        return single[0] if count == 1 else np.concatenate(single)
 
 
 class _Place(NamedTuple):
@@ -201,29 +195,31 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
     layers, heads = call.layers, call.heads
     kv_heads, dim = layers[0].keys.num_kv_heads, layers[0].q.shape[2]
     pages = {id(x.keys.page_table): as_numpy(x.keys.page_table, np.int64) for x in layers}
-    pools = np.array([pool_of(x.keys, pages[id(x.keys.page_table)]) for x in layers], np.int64)
+    pools = pools_of(layers, [pages[id(x.keys.page_table)] for x in layers])
     scales = scales_of(layers)
     q = layers[0].q if len(layers) == 1 else torch.cat([x.q for x in layers])
     q = q.to(torch.float32).contiguous()
-    if len(q) > table.shape[1]:  # the others were prompt rows
-        row, layer = np.divmod(table[RESULT], len(layers))
+    if len(q) > len(table):  # the others were prompt rows
+        row, layer = np.divmod(table["result"], len(layers))
         q = q[torch.from_numpy(layer * call.rows + row)]
-    ends = np.cumsum(table[KEYS]) * heads
-    parts = (table[FIRST] + table[KEYS] - 1) // dots.PART - table[FIRST] // dots.PART + 1
+    keys, first = table["keys"], table["first"]
+    ends = np.cumsum(keys) * heads
+    parts = (first + keys - 1) // PART - first // PART + 1
     start = 0
     while start < len(ends):
         base = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, base + SINGLE_ELEMENTS, side="right")))
-        part = np.ascontiguousarray(table[:, start:stop])
-        part[STRIDE] = part[KEYS]
-        part[OFFSET] = ends[start:stop] - base - part[KEYS] * heads
+        part = table[start:stop]
+        part["stride"] = part["keys"]
+        part["offset"] = ends[start:stop] - base - part["keys"] * heads
         z = buffer("logits", int(ends[stop - 1]) - base, q, torch.float32)
         products = Job(
             dots.dot_job,
-            [
-                stop - start, heads, kv_heads, dim, z.data_ptr(), z.numel(), part.ctypes.data, q[start:].data_ptr(),
-                pools.ctypes.data, len(pools), scales.ctypes.data, int(parts[start:stop].max()),
-            ],
+            DotWords(
+                rows=stop - start, heads=heads, kv_heads=kv_heads, dim=dim, layers=len(pools),
+                parts=int(parts[start:stop].max()), table=part.ctypes.data, queries=q[start:].data_ptr(),
+                pools=pools.ctypes.data, scales=scales.ctypes.data, logits=z.data_ptr(), logit_count=z.numel(),
+            ),
         )  # fmt: skip
         products.run(threads_for(z.numel()))
         call.reduce(z, part, result)
@@ -233,18 +229,18 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
 def _prompt_rows(call: Call, layer: LayerRows, table: np.ndarray, start: int, stop: int, result: TopK) -> None:
     """Rows start..stop of a layer: one request at consecutive positions, which share matrix products."""
     heads, keys = call.heads, layer.keys
-    seen, first = table[KEYS], table[FIRST]
+    seen, first = table["keys"], table["first"]
     position = first + seen - 1
     low = int(first.min())
-    k = gather(keys.pages(layer.q.shape[2]), keys, int(table[REQUEST, 0]), low, int(position[-1]) + 1)
+    k = gather(keys.pages(layer.q.shape[2]), keys, int(table["request"][0]), low, int(position[-1]) + 1)
     scaled = queries(layer.q[start:stop], keys, layer.scale, torch.float32).transpose(0, 1)  # [Hq, R, D]
     t = 0
     while t < len(seen):
         end = min(t + block_rows(int(seen[t]), heads, _BLOCK_ELEMENTS), len(seen))
         lowest = int(first[t:end].min())
         z = logits(scaled[:, t:end], k[lowest - low : int(position[end - 1]) + 1 - low])
-        part = np.ascontiguousarray(table[:, t:end])
-        part[OFFSET] = np.arange(end - t) * z.shape[2] + first[t:end] - lowest
-        part[STRIDE] = z.shape[1] * z.shape[2]
+        part = table[t:end]
+        part["offset"] = np.arange(end - t) * z.shape[2] + first[t:end] - lowest
+        part["stride"] = z.shape[1] * z.shape[2]
         call.reduce(z, part, result)
         t = end

@@ -2,8 +2,7 @@
 
 Each loop runs over contiguous float32 so that LLVM turns it into vector instructions; `row_job`, and
 `dot_job` of `dots.py`, are C functions that any number of threads may enter at once: they share work by a counter.
-A job's one argument is an array of int64 words: two counters, then sizes and addresses as `jobs.py`
-writes them. Rows come as a table of int64 columns, described there too.
+What they are called with is described in `blocks.py`.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
@@ -12,8 +11,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, njit
 
+from attnhook.kernels.topk.numba.blocks import NEXT_THREAD, NEXT_UNIT, ROW, RowWords, signature
 from attnhook.kernels.topk.numba.elementary import EXACT, SUMS, exp, extremes, log, ordered, tanh
 from attnhook.kernels.topk.numba.intrinsics import bits_float, fetch_add, pointer
 from attnhook.kernels.topk.numba.selection import select
@@ -26,19 +26,19 @@ _INFINITY = i32(0x7F800000)
 _STARTS = np.array(BIN_STARTS, dtype=np.int64)
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _add_alibi(z, slope):
     for j in range(len(z)):
         z[j] += slope * f32(j - (len(z) - 1))
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _cap(z, softcap):
     for j in range(len(z)):
         z[j] = softcap * tanh(z[j] / softcap)
 
 
-@njit(cache=True, fastmath=SUMS)
+@njit(fastmath=SUMS)
 def _exponentials(z, most):
     """z becomes e**(z - most); returns the sum."""
     total = f32(0.0)
@@ -49,19 +49,19 @@ def _exponentials(z, most):
     return total
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _set_scaled(a, e, weight):
     for j in range(len(a)):
         a[j] = e[j] * weight
 
 
-@njit(cache=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def _add_scaled(a, e, weight):
     for j in range(len(a)):
         a[j] += e[j] * weight
 
 
-@njit(cache=True, fastmath=SUMS)
+@njit(fastmath=SUMS)
 def _part_sum(a):
     total = f32(0.0)
     for j in range(len(a)):
@@ -69,7 +69,7 @@ def _part_sum(a):
     return total
 
 
-@njit(cache=True, fastmath=SUMS)
+@njit(fastmath=SUMS)
 def _part_entropy(a):
     total = f32(0.0)
     for j in range(len(a)):
@@ -77,7 +77,7 @@ def _part_entropy(a):
     return -total
 
 
-@njit(cache=True)
+@njit
 def _sum(a):
     total = 0.0
     for start in range(0, len(a), _CHUNK):
@@ -85,7 +85,7 @@ def _sum(a):
     return total
 
 
-@njit(cache=True)
+@njit
 def _entropy(a):
     total = 0.0
     for start in range(0, len(a), _CHUNK):
@@ -93,7 +93,7 @@ def _entropy(a):
     return total
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a):
     """a becomes the mean attention of one row's selected heads; False where a logit is not finite."""
     n = len(a)
@@ -131,44 +131,43 @@ def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a):
     return True
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
-def row_job(words):
+@cfunc(signature(RowWords, ROW), cache=True, error_model="numpy")
+def row_job(argument):
     """Softmax, mean over heads, features and selection of rows whose logits are computed."""
-    w = carray(words, 32)
-    counters = carray(words, 1).ctypes.data
-    rows, heads, top_k, spans, requests, layers, results = w[2], w[3], w[4], w[5], w[6], w[7], w[8]
-    z = carray(pointer(w[9]), w[10], np.float32)
-    bits = carray(pointer(w[9]), w[10], np.int32)
-    table = carray(pointer(w[11]), (7, rows), np.int64)
-    positions = carray(pointer(w[12]), (results, top_k), np.int32)
-    scores = carray(pointer(w[13]), (results, top_k), np.float32)
-    histogram = carray(pointer(w[14]), (results, BINS), np.float32)
-    entropy = carray(pointer(w[15]), results, np.float32)
-    span_mass = carray(pointer(w[16]), (results, spans), np.float32)
-    bounds = carray(pointer(w[17]), (requests, spans, 2), np.int64)
-    masks = carray(pointer(w[18]), (requests, heads), np.uint8)
-    report_from = carray(pointer(w[19]), requests, np.int64)
-    # [L, Hq], or no head where no layer has any
-    sinks = carray(pointer(w[20]), (layers, w[21]), np.float32)
-    slopes = carray(pointer(w[22]), (layers, w[23]), np.float32)
-    softcaps = carray(pointer(w[24]), layers, np.float32)
-    mine, width, lane_count = w[25] + fetch_add(counters + 8) * w[26], w[27], w[28]
+    w = carray(argument, 1)[0].words
+    counter = carray(argument, 1).ctypes.data
+    rows, heads, top_k, spans, lane_count = w.rows, w.heads, w.top_k, w.span_count, w.lanes
+    z = carray(pointer(w.logits), w.logit_count, np.float32)
+    bits = carray(pointer(w.logits), w.logit_count, np.int32)
+    table = carray(pointer(w.table), rows, ROW)
+    positions = carray(pointer(w.positions), (w.results, top_k), np.int32)
+    scores = carray(pointer(w.scores), (w.results, top_k), np.float32)
+    histogram = carray(pointer(w.histogram), (w.results, BINS), np.float32)
+    entropy = carray(pointer(w.entropy), w.results, np.float32)
+    span_mass = carray(pointer(w.span_mass), (w.results, spans), np.float32)
+    bounds = carray(pointer(w.spans), (w.requests, spans, 2), np.int64)
+    masks = carray(pointer(w.masks), (w.requests, heads), np.uint8)
+    report_from = carray(pointer(w.report_from), w.requests, np.int64)
+    sinks = carray(pointer(w.sinks), (w.layers, w.sink_heads), np.float32)
+    slopes = carray(pointer(w.slopes), (w.layers, w.slope_heads), np.float32)
+    softcaps = carray(pointer(w.softcaps), w.layers, np.float32)
+    width, mine = w.scratch_keys, w.scratch + fetch_add(counter + NEXT_THREAD) * w.scratch_bytes
     scratch = carray(pointer(mine), width, np.float32)
     kept = carray(pointer(mine), width + 2 * top_k + lane_count, np.int32)
     values, where = kept[width : width + top_k], kept[width + top_k : width + 2 * top_k]
     lanes = kept[width + 2 * top_k :]
     found = carray(pointer(mine + 4 * len(kept)), 2 * lane_count, np.int64)
-    dense_width = w[30]  # 0: features and selection are wanted; else the attention itself
-    dense = carray(pointer(w[29]), (results, dense_width), np.float32)
+    dense_width = w.dense_width
+    dense = carray(pointer(w.dense), (w.results, dense_width), np.float32)
     while True:
-        row = fetch_add(counters)
-        if row >= rows:
+        unit = fetch_add(counter + NEXT_UNIT)
+        if unit >= rows:
             break
-        offset, stride, n, first = table[0, row], table[1, row], table[2, row], table[3, row]
-        request, layer, t = table[4, row], table[5, row], table[6, row]
+        row = table[unit]
+        n, first, request, layer, t = row.keys, row.first, row.request, row.layer, row.result
         a = scratch[:n]
         if not _average(
-            z, bits, offset, stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a
+            z, bits, row.offset, row.stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a
         ):
             dense[t, :] = np.nan
             entropy[t] = np.nan

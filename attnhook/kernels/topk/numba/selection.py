@@ -13,7 +13,7 @@ i32 = np.int32
 _TILE = 16  # keys that one comparison may pass over
 
 
-@njit(cache=True)
+@njit
 def _sift(values, where, i, size):
     """Restore the heap whose root is the worst kept key: smallest value, then highest position."""
     v, p = values[i], where[i]
@@ -33,7 +33,7 @@ def _sift(values, where, i, size):
     values[i], where[i] = v, p
 
 
-@njit(cache=True)
+@njit
 def _tile_most(bits, start):
     most = i32(-1)
     for j in range(start, start + _TILE):
@@ -41,7 +41,7 @@ def _tile_most(bits, start):
     return most
 
 
-@njit(cache=True)
+@njit
 def _lanes_most(bits, lanes):
     """lanes[j] becomes the largest of bits[j], bits[j + len(lanes)], ..."""
     width = len(lanes)
@@ -51,7 +51,7 @@ def _lanes_most(bits, lanes):
             lanes[j] = max(lanes[j], bits[start + j])
 
 
-@njit(cache=True)
+@njit
 def _count_from(bits, least):
     count = i32(0)
     for j in range(len(bits)):
@@ -59,7 +59,7 @@ def _count_from(bits, least):
     return count
 
 
-@njit(cache=True)
+@njit
 def _bound(lanes, top_k):
     """A value, as bits, that at least and about ``top_k`` of the lanes reach."""
     low, high = extremes(lanes)
@@ -76,7 +76,7 @@ def _bound(lanes, top_k):
     return i32(low)
 
 
-@njit(cache=True)
+@njit
 def _candidates(bits, start, least, found):
     """Collect what reaches ``least`` of ``bits[start:]`` as sortable integers; -1 where there is no room."""
     count, j, end = 0, start, len(bits)
@@ -92,7 +92,7 @@ def _candidates(bits, start, least, found):
     return count
 
 
-@njit(cache=True)
+@njit
 def select(bits, start, top_k, values, where, lanes, found):
     """Best k of ``bits[start:]`` (floats >= 0 order like their bits), ties to the lower index, in order.
 
@@ -117,7 +117,7 @@ def select(bits, start, top_k, values, where, lanes, found):
     return top_k
 
 
-@njit(cache=True)
+@njit
 def _select_by_heap(bits, start, top_k, values, where):
     """`select` for few or equal values; starts from the last k, where attention is mostly high."""
     size = min(top_k, len(bits) - start)
