@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv model demo demo-vllm test check format clean
+.PHONY: venv model demo demo-vllm test test-all check format clean
 
 venv:  ## .venv with attnhook, Transformers and the test tools; reused while its lock hash matches
 	@PYTHON="$(PYTHON)" bash tools/venv.sh $(VENV)
@@ -25,12 +25,20 @@ check: venv  ## the inner loop: lint, format, types, unit tests without the mode
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not model and not slow"
 
-test: venv  ## everything: check and every test, with the real model
+test: venv  ## check, and the tests, with the real model and both servers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@$(BIN)/attnhook model-path
 	@bash tools/test.sh $(BIN)
+
+test-all: venv  ## test, and what takes minutes: older engines, soaks, thousands of aborted requests
+	@bash tools/venv_all.sh $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(BIN)/attnhook model-path
+	@TEST_ALL=1 bash tools/test.sh $(BIN)
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -34,13 +34,7 @@ pip install -q --no-deps --target "$venv/sglang-extra" "$(grep '^torchvision==' 
 pip install -q --no-deps --target "$venv/moto-extra" -r tools/moto-requirements.txt
 # peft, which Transformers imports where it finds it, and Triton with it: in a folder that only its tests put on the path
 pip install -q --no-deps --target "$venv/peft-extra" "$(grep '^peft==' constraints.txt)"
-# the newest and the oldest Transformers that we support, likewise
-grep '^transformers==' tools/transformers-other-requirements.txt | while read -r wanted; do
-  hub=$([ "$wanted" = transformers==5.16.0 ] && echo huggingface_hub==1.33.0 || true)  # what that one wants
-  pip install -q --no-deps --target "$venv/transformers-${wanted#transformers==}" "$wanted" ${hub:+"$hub"}
-done
-# the oldest SGLang that we support and one between, each in a folder that only its tests put on the path
-for version in 0.5.11 0.5.21; do
-  tools/sglang_other.sh "$venv/bin/python" "$version" "$venv/sglang-$version"
-done
+# the newest Transformers that we support, likewise; the oldest and other SGLangs: tools/venv_all.sh
+newest=$(grep -m 1 '^transformers==' tools/transformers-other-requirements.txt)
+pip install -q --no-deps --target "$venv/transformers-${newest#transformers==}" "$newest"
 echo "$hash" > "$venv/lock-hash"

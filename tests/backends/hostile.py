@@ -27,7 +27,7 @@ from tests.backends.servers import Server
 KEY = "open-sesame"
 PREFIX, WIDTH, LIMIT = 50, 16, 6
 #: Requests of a run; HOSTILE_REQUESTS=500 is the long one.
-COUNT = int(os.environ.get("HOSTILE_REQUESTS", "60"))
+COUNT = int(os.environ.get("HOSTILE_REQUESTS", "30"))
 ENVIRONMENT = {
     "ATTNHOOK_API_KEY": KEY,
     "ATTNHOOK_FINGERPRINT_ONLY": "1",

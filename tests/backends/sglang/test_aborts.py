@@ -13,7 +13,7 @@ import pytest
 from tests.backends.sglang.engine import COMMON, engine_environment, needs_sglang
 from tests.helpers import ROOT, tiny_model
 
-pytestmark = [pytest.mark.slow, needs_sglang]
+pytestmark = [pytest.mark.slow, pytest.mark.long, needs_sglang]
 
 MB = 2**20
 REQUESTS, WARM_UP = 1600, 800

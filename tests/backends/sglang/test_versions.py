@@ -18,7 +18,7 @@ from tests.backends.servers import Server
 from tests.backends.sglang.engine import UNDER_TEST, check, needs_sglang, serve
 from tests.backends.vllm.engine import ALL, from_entry
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.long, needs_sglang]
 
 ASK = {"return_attention_tokens": True}
 FAULT = 13  # a top_k that makes standin/sitecustomize.py raise inside the capture step

@@ -38,7 +38,7 @@ def test_oracle_is_output_attentions(smol: Any, tokenizer: Any, long_text: str) 
         assert torch.equal(ours[layer], weights.mean(1, dtype=torch.float64).float())
 
 
-@pytest.mark.parametrize("length", [1, 2, 37, 700, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1, 2, 37, 700, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_every_layer_and_head_selection_equals_eager(smol: Any, tokenizer: Any, long_text: str, length: int) -> None:
     ids = prompt_of(tokenizer, long_text, length)
     plain = generate(smol, ids)

@@ -40,6 +40,7 @@ TEXTS = [f"{start} Write {n} words about {thing}." for n, (start, thing) in enum
 ])]  # fmt: skip
 
 
+@pytest.mark.long
 def test_ten_thousand_aborts_leave_nothing(tmp_path: Path) -> None:
     model = tiny_model(hidden_size=128, num_hidden_layers=4)  # heads of 32, the least that vLLM's CPU kernels take
     model.save_pretrained(tmp_path / "model")
