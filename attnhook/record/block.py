@@ -45,19 +45,19 @@ class RowBlock:
 
     def __init__(self, rows: Sequence[bytes], zones: np.ndarray | None = None) -> None:
         self._data = b"".join(rows)
-        self._flat = np.frombuffer(self._data, np.uint8)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self._starts = np.cumsum(lengths) - lengths
         self.nbytes = len(self._data) + _ROW_MEMORY * len(rows)
-        self._header = Header.read_many(self._gather(self._starts, HEADER.itemsize).view(HEADER).reshape(len(rows)))
-        self._bounds = [self._starts + bound for bound in self._header.bounds]
+        self._header = Header.read_many(self._gather(self._starts, HEADER, 1)[:, 0])
+        ids_at, models_at, self._names_at, self._bodies = (self._starts + bound for bound in self._header.bounds)
         self._unreadable: list[int] = []  # rows whose id or model is no UTF-8
-        self.ids: list[str] = self._texts(*self._bounds[0:2])
-        self.models: list[str] = self._texts(*self._bounds[1:3])
+        self.ids: list[str] = self._texts(ids_at, models_at)
+        self.models: list[str] = self._texts(models_at, self._names_at)
         self.steps: np.ndarray = self._header.step
         self.tokens: np.ndarray = self._header.shape.tokens
-        self.fingerprints = np.zeros((len(rows), fp.SIZE), np.float32)
-        for where, layout in self._layouts():
+        self._layouts = [*self._find_layouts()]
+        self.fingerprints = np.empty((len(rows), fp.SIZE), np.float32)
+        for where, layout in self._layouts:
             own = self._numbers(where, layout.places["fingerprints"])
             self.fingerprints[where] = own[:, 0] if own.shape[1] == 1 else own.mean(axis=1, dtype=np.float64)
         self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
@@ -68,7 +68,7 @@ class RowBlock:
     def records(self) -> list[TokenRecord]:
         """The rows as records, in order, with their fingerprints and zones filled in."""
         found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row has a layout
-        for where, layout in self._layouts():
+        for where, layout in self._layouts:
             fields = self._sections(where, layout) | self._others(where, layout)
             for row, values in zip(where.tolist(), zip(*fields.values(), strict=True), strict=True):
                 record = object.__new__(TokenRecord)
@@ -83,7 +83,7 @@ class RowBlock:
         rows: list[bytes | None] = [*self.rows()]
         layer: list[int | None] = [None] * len(self)
         query: list[int | None] = [None] * len(self)
-        for where, layout in self._layouts():
+        for where, layout in self._layouts:
             if (place := layout.places.get("query_token")) is not None:
                 _put(query, where, self._numbers(where, place))
             if fits_columns(layout):
@@ -131,7 +131,7 @@ class RowBlock:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite, the token ids from -1 up."""
         sound = np.ones(len(self), bool)
         sound &= np.isfinite(self.fingerprints).all(axis=1)
-        for where, layout in self._layouts():
+        for where, layout in self._layouts:
             for place in layout.places.values():
                 if place.dtype.kind == "f" and place.name != "fingerprints":  # their means have told
                     sound[where] &= np.isfinite(self._plain(where, place)).all(axis=1)
@@ -168,13 +168,13 @@ class RowBlock:
         return raw.count(NAME_SEPARATOR.encode()) + 1 == spans if spans or raw else True
 
     def _raw_names(self, row: int) -> bytes:
-        return self._data[self._bounds[2][row] : self._bounds[3][row]]
+        return self._data[self._names_at[row] : self._bodies[row]]
 
     def _span_names(self, row: int) -> tuple[str, ...]:
         """The names of a sound row's spans, of which there are some."""
         return tuple(self._raw_names(row).decode().split(NAME_SEPARATOR))
 
-    def _layouts(self) -> Iterator[tuple[np.ndarray, RowLayout]]:
+    def _find_layouts(self) -> Iterator[tuple[np.ndarray, RowLayout]]:
         """The rows of each layout; in a frame all are alike, as a rule."""
         if not len(self._starts):
             return
@@ -224,21 +224,21 @@ class RowBlock:
         return self._plain(where, place).reshape(len(where), *place.shape)
 
     def _plain(self, where: np.ndarray, place: Place) -> np.ndarray:
-        return self._gather(self._bounds[-1][where] + place.at, place.size).view(place.dtype)
+        """The same as [len(where), numbers]."""
+        return self._gather(self._bodies[where] + place.at, place.dtype, place.length)
 
-    def _gather(self, starts: np.ndarray, size: int) -> np.ndarray:
-        """uint8 [len(starts), size] of what begins at these places, contiguous and writable by nobody else."""
+    def _gather(self, starts: np.ndarray, dtype: np.dtype[Any], length: int) -> np.ndarray:
+        """Array [len(starts), length] of what begins at these places, contiguous and of its own."""
+        size = length * dtype.itemsize
         if not len(starts) or not size:
-            return np.zeros((len(starts), size), np.uint8)
+            return np.zeros((len(starts), length), dtype)
         step = int(starts[1] - starts[0]) if len(starts) > 1 else size
         first = int(starts[0])
-        if step >= size and (starts == first + np.arange(len(starts)) * step).all():  # columns of a table
-            table = np.lib.stride_tricks.as_strided(self._flat[first:], (len(starts), size), (step, 1), writeable=False)
-            return np.ascontiguousarray(table) if step > size else table.copy()
+        if step >= size and (len(starts) < 3 or (np.diff(starts) == step).all()):  # columns of a table
+            return np.ndarray((len(starts), length), dtype, self._data, first, (step, dtype.itemsize)).copy()
         data = self._data
-        return np.frombuffer(bytearray().join([data[at : at + size] for at in starts.tolist()]), np.uint8).reshape(
-            len(starts), size
-        )
+        whole = bytearray().join([data[at : at + size] for at in starts.tolist()])
+        return np.frombuffer(whole, dtype).reshape(len(starts), length)
 
 
 def read_rows(rows: Sequence[bytes]) -> tuple[RowBlock, Counter[str]]:

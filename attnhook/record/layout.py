@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
@@ -47,21 +49,12 @@ class Header(NamedTuple):
     @classmethod
     def read(cls, data: bytes) -> Header:
         """What ``data`` begins with; it has at least ``HEADER.itemsize`` bytes."""
-        return cls._make(_STRUCT.unpack_from(data))
+        return cls._make(STRUCT.unpack_from(data))
 
     @classmethod
     def read_many(cls, table: np.ndarray) -> Header:
         """The headers of N rows, from an array [N] of `HEADER`; what sizes are made of as int64."""
-        return cls(**{name: table[name].astype(np.int64) if name in _SIZES else table[name] for name in cls._fields})
-
-    def to_bytes(self, choice: int, id_size: int, step: int, position: int) -> bytes:
-        """The header of a row like this one, but for what rows of a step differ in.
-
-        Raises struct.error where a number does not fit its field.
-        """
-        fields = [*self]
-        fields[_CHOICE], fields[_ID_SIZE], fields[_STEP], fields[_POSITION] = choice, id_size, step, position
-        return _STRUCT.pack(*fields)
+        return cls(**{name: table[name].astype(np.int64) if name in _WIDE else table[name] for name in cls._fields})
 
     @property
     def shape(self) -> Shape:
@@ -81,16 +74,18 @@ class Header(NamedTuple):
         return known & (self.layers > 0) & (self.step >= -1) & (self.position >= 0)
 
 
-_SIZES = {"spans", "layers", "k", "id_size", "model_size", "names_size"}
-_CHOICE, _ID_SIZE, _STEP, _POSITION = map(Header._fields.index, ("choice", "id_size", "step", "position"))
+_WIDE = {"spans", "layers", "k", "id_size", "model_size", "names_size"}
 #: The header's fields, as `numpy.dtype` takes them.
 HEADER_FIELDS: list[tuple[str, str]] = [
     (name, hint.__metadata__[0]) for name, hint in get_type_hints(Header, include_extras=True).items()
 ]
+#: The header, for many rows at a time.
 HEADER = np.dtype(HEADER_FIELDS)
 _KINDS = [HEADER[name] for name, _ in HEADER_FIELDS]
-_STRUCT = struct.Struct("<" + "".join(f"{kind.itemsize}s" if kind.kind == "S" else kind.char for kind in _KINDS))
-_PLACES = dict(zip(HEADER.names or (), accumulate((kind.itemsize for kind in _KINDS), initial=0), strict=False))
+#: The same for `Header`, one row at a time.
+STRUCT = struct.Struct("<" + "".join(f"{kind.itemsize}s" if kind.kind == "S" else kind.char for kind in _KINDS))
+#: Where each field of the header begins.
+FIELD_AT = dict(zip(Header._fields, accumulate((kind.itemsize for kind in _KINDS), initial=0), strict=False))
 
 
 class Shape(NamedTuple):
@@ -146,8 +141,8 @@ class Place(NamedTuple):
 class RowLayout:
     """Where the sections lie in rows of one shape; see `layout_of`.
 
-    ``places`` has those sections that there are, by name and in order; ``sizes`` their names, types and bytes, for
-    writers; ``size`` is the bytes of all; ``without_tokens`` are the pieces, from and to, of a row without token ids.
+    ``places`` has those sections that there are, by name and in order; ``values`` reads them off a record; ``size`` is
+    the bytes of all; ``without_tokens`` are the pieces, from and to, of a row without token ids.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -161,7 +156,7 @@ class RowLayout:
                 size = length * section.dtype.itemsize
                 self.places[section.name] = Place(section.name, section.dtype, self.size, size, own, length, section)
                 self.size += size
-        self.sizes = [(place.name, place.dtype, place.size) for place in self.places.values()]
+        self.values: Callable[[RowData], tuple[Any, ...]] = attrgetter(*self.places)
         self.without_tokens = self._without("tokens")
 
     def _without(self, when: str) -> list[tuple[int, int]]:
@@ -204,15 +199,3 @@ def _terms() -> dict[tuple[str, ...], int]:
 
 
 _TERMS = _terms()
-
-
-def byte_of(data: bytes, field: str) -> bytes:
-    """A field of one byte out of a row's header; b"" where the row ends before it."""
-    at = _PLACES[field]
-    return data[at : at + 1]
-
-
-def with_byte(data: bytes, field: str, value: int) -> bytes:
-    """A row with another number in a field of one byte."""
-    at = _PLACES[field]
-    return data[:at] + bytes((value,)) + data[at + 1 :]

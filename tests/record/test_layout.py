@@ -16,7 +16,7 @@ from attnhook.errors import RecordError
 from attnhook.record import block, columns, layout, packing
 from attnhook.record import fingerprint as fp
 from attnhook.record.block import read_rows
-from attnhook.record.layout import HEADER, SECTIONS, Header, Shape, layout_of, row_size, sections_size
+from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Shape, layout_of, row_size, sections_size
 from attnhook.record.packing import layers_of, row_without_tokens
 from attnhook.record.token_record import TokenRecord, without_tokens
 from tests.record.samples import ARRAYS, a_record, assert_same, packed, token_records
@@ -123,9 +123,7 @@ def test_the_header_is_what_it_was():
     assert found == np.frombuffer(row, HEADER, 1)[0].item()
     assert found.bounds == (26, 32, 41, 52)
     assert [row[start:end] for start, end in pairwise(found.bounds)] == [b"cmpl-1", b"org/model", b"doc1\x1fprompt"]
-    assert found.to_bytes(choice=7, id_size=8, step=-1, position=9) == struct.pack(
-        "<2sBBBBHHHHHHii", b"AH", 1, 0, 1, 2, 7, 2, 3, 8, 9, 11, -1, 9
-    )
+    assert STRUCT.pack(*found) == row[: HEADER.itemsize]
 
 
 SHAPES = st.builds(
