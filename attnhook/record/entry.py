@@ -9,7 +9,7 @@ import numpy as np
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, VERSIONS, RowData, is_token
+from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, UNKNOWN, VERSIONS, RowData, is_token
 
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
 _DECIMALS = 7
@@ -147,7 +147,7 @@ def _fingerprints_and_spans(layers: list[Mapping[str, Any]], spans: object) -> d
 
 def _tokens(layers: list[Mapping[str, Any]], query: object, k: int) -> dict[str, Any]:
     """The id of the query's token, and those of the keys [L, k]."""
-    ids = np.full((len(layers), k), -1, np.int32)
+    ids = np.full((len(layers), k), UNKNOWN, np.int32)
     for i, values in enumerate(layers):
         own, count = values["token_ids"], len(values["token_positions"])
         if len(own) != count:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.row import MODES, PHASES, TOKENS_VERSION, RowData
+from attnhook.record.row import MODES, PHASES, TOKENS_VERSION, UNKNOWN, RowData
 
 MAGIC = b"AH"
 NAME_SEPARATOR = "\x1f"  # between the names of the spans
@@ -121,8 +121,8 @@ SECTIONS: tuple[Section, ...] = (
     Section("attention_scores", _FLOAT, ("layers", "k")),
     Section("fingerprints", _FLOAT, ("layers", fp.SIZE)),
     Section("span_mass", _FLOAT, ("layers", "spans")),
-    Section("query_token", _INT, (), when="tokens", least=-1),
-    Section("token_ids", _INT, ("layers", "k"), when="tokens", least=-1),
+    Section("query_token", _INT, (), when="tokens", least=UNKNOWN),
+    Section("token_ids", _INT, ("layers", "k"), when="tokens", least=UNKNOWN),
 )
 
 
@@ -142,7 +142,8 @@ class RowLayout:
     """Where the sections lie in rows of one shape; see `layout_of`.
 
     ``places`` has those sections that there are, by name and in order; ``values`` reads them off a record; ``size`` is
-    the bytes of all; ``without_tokens`` are the pieces, from and to, of a row without token ids.
+    the bytes of all; ``bounded`` has the places whose numbers have a least one, and ``without_tokens`` the pieces, from
+    and to, that a row without token ids has.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -157,6 +158,7 @@ class RowLayout:
                 self.places[section.name] = Place(section.name, section.dtype, self.size, size, own, length, section)
                 self.size += size
         self.values: Callable[[RowData], tuple[Any, ...]] = attrgetter(*self.places)
+        self.bounded = [place for place in self.places.values() if place.section.least is not None]
         self.without_tokens = self._without("tokens")
 
     def _without(self, when: str) -> list[tuple[int, int]]:

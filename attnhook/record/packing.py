@@ -27,6 +27,7 @@ from attnhook.record.row import (
     PHASES,
     SCHEMA_VERSION,
     TOKENS_VERSION,
+    UNKNOWN,
     VERSIONS,
     Mode,
     RowData,
@@ -50,12 +51,8 @@ def pack(row: RowData) -> bytes:
     layers, spans = tuple(row.layers), tuple(row.span_names)
     front = _front(layers, row.token_positions.shape, ids is not None, row.mode, row.think_phase, row.model, spans)
     parts = front.head(row)
-    if ids is not None and (ids.shape != row.token_positions.shape or not is_token(row.query_token)):
-        raise _misfit(
-            row,
-            f"query token {row.query_token!r}, token ids of shape {ids.shape} for positions of shape "
-            f"{row.token_positions.shape}",
-        )
+    if ids is not None:
+        _check_tokens(row, ids)
     for value, (part, scalar, dtype, size) in zip(front.layout.values(row), front.parts):  # noqa: B905 # costs 5%
         if scalar:
             part = np.array(value, dtype).tobytes()
@@ -133,8 +130,11 @@ def unpack(data: bytes) -> dict[str, Any]:
         name: np.frombuffer(data, place.dtype, place.length, start + place.at).reshape(place.shape)
         for name, place in layout.places.items()
     }
+    for place in layout.bounded:
+        if (fields[place.name] < place.section.least).any():
+            raise RecordError(f"damaged record: a number of {place.name} is below {place.section.least}")
     fields["layers"] = tuple(fields["layers"].tolist())
-    if "query_token" in fields:
+    if header.shape.tokens:
         fields["query_token"] = int(fields["query_token"])
     return fields | {
         "request_id": request_id,
@@ -245,6 +245,16 @@ def _front(
         **dict.fromkeys(_OF_ROWS, 0),
     )
     return _Front(header, b"".join(texts), numbers, problem)
+
+
+def _check_tokens(row: RowData, ids: np.ndarray) -> None:
+    """Raise RecordError unless all are ids, or -1, and there is one for each position."""
+    if ids.shape != row.token_positions.shape or not is_token(row.query_token) or (ids < UNKNOWN).any():
+        raise _misfit(
+            row,
+            f"query token {row.query_token!r}, token ids of shape {ids.shape} from {ids.min(initial=UNKNOWN)} up for "
+            f"positions of shape {row.token_positions.shape}",
+        )
 
 
 def _split(names: str, count: int) -> tuple[str, ...] | None:

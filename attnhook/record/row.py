@@ -16,6 +16,7 @@ PHASES: tuple[ThinkPhase, ...] = get_args(ThinkPhase)
 SCHEMA_VERSION = 1  # of rows and entries without token ids
 TOKENS_VERSION = 2  # of those with them: what version 1 holds, and the ids behind it
 VERSIONS = (SCHEMA_VERSION, TOKENS_VERSION)
+UNKNOWN = -1  # in the place of a token id that is masked or not known
 
 
 class RowName(NamedTuple):
@@ -49,8 +50,8 @@ class RowData:
     model: str = ""
     span_names: tuple[str, ...] = ()
     span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
-    query_token: int = -1  # id of the token at query_position; -1 where it is masked, not known, or there are no ids
-    token_ids: np.ndarray | None = None  # int32 [L, k]: ids at token_positions, -1 as above; None: no ids
+    query_token: int = UNKNOWN  # id of the token at query_position; also unknown where there are no ids
+    token_ids: np.ndarray | None = None  # int32 [L, k]: ids at token_positions, or UNKNOWN (-1); None: no ids
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -96,5 +97,5 @@ class RowData:
 
 
 def is_token(value: object) -> bool:
-    """Whether a value is a token id, or -1 for one that is masked or not known."""
-    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
+    """Whether a value is a token id or `UNKNOWN`."""
+    return isinstance(value, int) and not isinstance(value, bool) and UNKNOWN <= value < 2**31

@@ -12,7 +12,7 @@ import numpy as np
 from attnhook.record.entry import read_entry, write_entry
 from attnhook.record.layout import SECTIONS
 from attnhook.record.packing import pack, unpack
-from attnhook.record.row import RowData
+from attnhook.record.row import UNKNOWN, RowData
 from attnhook.record.zones import ZONE_NAMES, classify, classify_many
 from attnhook.system import moved
 
@@ -85,7 +85,7 @@ def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
 
 def without_tokens(record: TokenRecord) -> TokenRecord:
     """The record without token ids: itself, where it has none."""
-    return record if record.token_ids is None else replace(record, query_token=-1, token_ids=None)
+    return record if record.token_ids is None else replace(record, query_token=UNKNOWN, token_ids=None)
 
 
 def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None = None) -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from attnhook.record.row import UNKNOWN
 from attnhook.record.token_record import TokenRecord
 
-UNKNOWN = -1
 Lookup = Callable[[int], int]  # position in the request -> token id, or UNKNOWN
 
 

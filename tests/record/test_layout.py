@@ -220,6 +220,20 @@ def test_a_header_that_one_reader_refuses_is_refused_by_all(field):
     assert (len(found), bad) == (1, {"record_version" if field == "version" else "damaged_record": 1})
 
 
+@pytest.mark.parametrize("name", ["query_token", "token_ids"])
+def test_ids_that_one_reader_refuses_are_refused_by_all(name):
+    """A row with an id below -1 was read one by one, could then not be written again, and was damage among many."""
+    row = bytearray(a_record(token_ids=np.zeros((2, 3), np.int32), query_token=5).to_bytes())
+    header = Header.read(bytes(row))
+    place = layout_of(header.shape).places[name]
+    at = header.bounds[-1] + place.at
+    row[at : at + 4] = struct.pack("<i", -2)
+    with pytest.raises(RecordError, match=f"damaged record: a number of {name} is below -1"):
+        TokenRecord.from_bytes(bytes(row))
+    found, bad = read_rows([bytes(row)])
+    assert (len(found), bad) == (0, {"damaged_record": 1})
+
+
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("name", ARRAYS[:4])
 def test_arrays_that_make_up_for_one_another_are_refused(name, count):

@@ -154,6 +154,7 @@ def test_what_a_row_of_the_first_version_was():
     "changes",
     [
         {"token_ids": np.zeros((2, 2), np.int32)},
+        {"token_ids": np.full((2, 3), -2, np.int32)},
         {"query_token": -2},
         {"query_token": 2**31},
         {"query_token": True},

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnhook.record.tokens import UNKNOWN, Lookup
+from attnhook.record.row import UNKNOWN
+from attnhook.record.tokens import Lookup
 
 
 class History:
