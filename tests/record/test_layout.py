@@ -19,6 +19,7 @@ from attnhook.record.block import read_rows
 from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Shape, layout_of, row_size, sections_size
 from attnhook.record.packing import layers_of, row_without_tokens
 from attnhook.record.token_record import TokenRecord, without_tokens
+from attnhook.record.zones import are_fingerprints
 from tests.record.samples import ARRAYS, a_record, assert_same, packed, token_records
 
 #: Rows as attnhook wrote them before the layout was described in one place: versions 1 and 2, to the byte.
@@ -218,6 +219,30 @@ def test_a_header_that_one_reader_refuses_is_refused_by_all(field):
         layers_of(bytes(row))
     found, bad = read_rows([bytes(row), a_record().to_bytes()])
     assert (len(found), bad) == (1, {"record_version" if field == "version" else "damaged_record": 1})
+
+
+def _is_good(row: bytes) -> bool:
+    """Whether a row, read alone, is a record of which every number can be."""
+    try:
+        found = TokenRecord.from_bytes(row)
+    except RecordError:
+        return False
+    numbers = (found.attention_scores, found.fingerprints, found.span_mass)
+    with np.errstate(invalid="ignore"):  # infinities of both signs have no mean
+        means = found.fingerprint[None]
+    return all(np.isfinite(array).all() for array in numbers) and bool(are_fingerprints(means).all())
+
+
+@settings(max_examples=300)
+@given(token_records(), st.lists(st.tuples(st.integers(0, 2**16), st.integers(1, 255)), max_size=3))
+def test_a_damaged_row_is_good_alone_where_it_is_good_among_many(record, flips):
+    row = bytearray(record.to_bytes())
+    for at, bits in flips:  # half of them in the header and the texts, where it matters most
+        row[at % (len(row) if at % 2 else min(len(row), 60))] ^= bits
+    found, bad = read_rows([bytes(row)])
+    assert len(found) == _is_good(bytes(row)) == 1 - sum(bad.values())
+    for same in found.records():
+        assert same.to_bytes() == bytes(row)
 
 
 @pytest.mark.parametrize("name", ["query_token", "token_ids"])
