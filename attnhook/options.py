@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 from attnhook.errors import OptionError
 from attnhook.record.row import MODES, Mode
-from attnhook.system import switch
-from attnhook.system.addresses import shown as shown_url
+from attnhook.system import moved, switch
+from attnhook.system.addresses import masked
+
+__getattr__ = moved.names(__name__, {"shown": "options:quoted"})
 
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 
@@ -27,18 +29,16 @@ _AUTO_LAYERS = 4
 _SPANS_MAX = 255
 _SPAN_NAME_MAX = 255
 _SPAN_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_QUOTED = 400  # characters
 
 
-_SHOWN = 400  # characters
-
-
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """A value as an error repeats it: whole where it is short, else its ends, however much a client has sent."""
     try:
         text = repr(value)
     except ValueError:  # a number of thousands of digits, which Python does not write out
         return f"<{type(value).__name__}>"
-    return text if len(text) <= _SHOWN else f"{text[:300]}...{text[-60:]} ({len(text)} characters)"
+    return text if len(text) <= _QUOTED else f"{text[:300]}...{text[-60:]} ({len(text)} characters)"
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class RequestOptions:
                 values[name] = spec.check(spec.env, spec.parse(spec.env, environ[spec.env]))
         for name, value in (arguments or {}).items():
             if name not in _FIELDS:
-                raise OptionError(name, f"unknown option {shown(name)}{_hint(name, _FIELDS)}")
+                raise OptionError(name, f"unknown option {quoted(name)}{_hint(name, _FIELDS)}")
             values[name] = _FIELDS[name].check(name, value)
         by_json = {spec.json: name for name, spec in _FIELDS.items()}
         for key, value in (request or {}).items():
             if key in by_json:
                 values[by_json[key]] = _FIELDS[by_json[key]].check(key, value)
             elif key.startswith("attention_"):
-                raise OptionError(key[:80], f"unknown field {shown(key)}{_hint(key[:80], by_json)}")
+                raise OptionError(key[:80], f"unknown field {quoted(key)}{_hint(key[:80], by_json)}")
         return cls(**values)
 
 
@@ -206,7 +206,7 @@ def _parse_ints(name: str, text: str, wanted: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise OptionError(name, f"{name}={shown(text)} must be {wanted}") from None
+        raise OptionError(name, f"{name}={quoted(text)} must be {wanted}") from None
 
 
 def _parse_int(name: str, text: str) -> int | str:
@@ -218,7 +218,7 @@ def _parse_int(name: str, text: str) -> int | str:
 
 def _parse_bool(name: str, text: str) -> bool:
     if text not in ("0", "1"):
-        raise OptionError(name, f"{name}={shown(text)} must be 0 or 1")
+        raise OptionError(name, f"{name}={quoted(text)} must be 0 or 1")
     return text == "1"
 
 
@@ -226,13 +226,13 @@ def _parse_spans(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise OptionError(name, f'{name}={shown(text)} must be JSON such as {{"system": [0, 40]}}') from None
+        raise OptionError(name, f'{name}={quoted(text)} must be JSON such as {{"system": [0, 40]}}') from None
 
 
 def _between(low: int, high: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise OptionError(name, f"{name}={shown(value)} must be a whole number from {low} to {high}")
+            raise OptionError(name, f"{name}={quoted(value)} must be a whole number from {low} to {high}")
         return value
 
     return check
@@ -240,14 +240,14 @@ def _between(low: int, high: int) -> Callable[[str, Any], int]:
 
 def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(name, f"{name}={shown(value)} must be true or false")
+        raise OptionError(name, f"{name}={quoted(value)} must be true or false")
     return value
 
 
 def _check_ints(name: str, value: Any, low: int | None = None) -> tuple[int, ...]:
     if not _is_ints(value) or not value or (low is not None and min(value) < low):
         wanted = "whole numbers" if low is None else f"whole numbers from {low} up"
-        raise OptionError(name, f"{name}={shown(value)} must be a non-empty list of {wanted}")
+        raise OptionError(name, f"{name}={quoted(value)} must be a non-empty list of {wanted}")
     return tuple(dict.fromkeys(value))
 
 
@@ -266,7 +266,7 @@ def _check_layers(name: str, value: Any) -> LayerSpec:
         return _check_ints(name, value)
     except OptionError:
         raise OptionError(
-            name, f'{name}={shown(value)} must be "last", "auto", "all" or a list of layer numbers such as [0, 14, -1]'
+            name, f'{name}={quoted(value)} must be "last", "auto", "all" or a list of layer numbers such as [0, 14, -1]'
         ) from None
 
 
@@ -276,13 +276,13 @@ def _check_heads(name: str, value: Any) -> tuple[int, ...] | None:
 
 def _check_mode(name: str, value: Any) -> Mode:
     if value not in MODES:
-        raise OptionError(name, f"{name}={shown(value)} must be one of {', '.join(MODES)}")
+        raise OptionError(name, f"{name}={quoted(value)} must be one of {', '.join(MODES)}")
     return value  # type: ignore[no-any-return]
 
 
 def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
     if not isinstance(value, Mapping):
-        raise OptionError(name, f"{name}={shown(value)} must map names to [start, end] position ranges")
+        raise OptionError(name, f"{name}={quoted(value)} must map names to [start, end] position ranges")
     if len(value) > _SPANS_MAX:
         raise OptionError(name, f"{name} has {len(value)} spans; at most {_SPANS_MAX} are allowed")
     spans = {}
@@ -290,13 +290,13 @@ def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
         if not _is_ints(bounds) or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] < 2**31:
             raise OptionError(
                 name,
-                f"{name}: {shown(label)}: {shown(bounds)} must be [start, end] positions, 0 <= start < end < 2**31",
+                f"{name}: {quoted(label)}: {quoted(bounds)} must be [start, end] positions, 0 <= start < end < 2**31",
             )
         # what the records' binary row can hold
         if not isinstance(label, str) or not _SPAN_NAME.fullmatch(label) or len(label.encode()) > _SPAN_NAME_MAX:
             raise OptionError(
                 name,
-                f"{name}: {shown(label)} must be a name of 1 to {_SPAN_NAME_MAX} bytes of UTF-8 without control "
+                f"{name}: {quoted(label)} must be a name of 1 to {_SPAN_NAME_MAX} bytes of UTF-8 without control "
                 "characters",
             )
         spans[label] = (bounds[0], bounds[1])
@@ -312,7 +312,7 @@ def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "
         if start >= tokens:
             raise OptionError(
                 name,
-                f"{name}: {shown(label)}: [{start}, {end}] begins beyond the request's positions 0..{tokens - 1}: its "
+                f"{name}: {quoted(label)}: [{start}, {end}] begins beyond the request's positions 0..{tokens - 1}: its "
                 "prompt and the most tokens of its answer",
             )
 
@@ -321,10 +321,10 @@ def _check_sinks(name: str, value: Any) -> tuple[str, ...]:
     urls = (value,) if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or any(not isinstance(url, str) or ":" not in url for url in urls):
         if isinstance(value, str):
-            value = shown_url(value)
+            value = masked(value)
         elif isinstance(value, (list, tuple)):
-            value = [shown_url(url) if isinstance(url, str) else url for url in value]
-        raise OptionError(name, f"{name}={shown(value)} must be sink URLs such as jsonl:records.jsonl")
+            value = [masked(url) if isinstance(url, str) else url for url in value]
+        raise OptionError(name, f"{name}={quoted(value)} must be sink URLs such as jsonl:records.jsonl")
     return tuple(urls)
 
 

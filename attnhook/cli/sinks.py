@@ -17,7 +17,7 @@ from attnhook.cli.progress import progress
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.sinks.opening import open_sink
 from attnhook.store.base import BATCH
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 
 app = typer.Typer(no_args_is_help=True, help="List the sinks, try one out, convert stores, remove what is too old.")
 
@@ -61,9 +61,9 @@ def test_sink(url: _Url) -> None:
             sink.flush()
     except Exception as error:  # a sink may raise what it likes
         raise PluginError(
-            f"sink {shown(url)} opens, but cannot be written to: {type(error).__name__}: {error}"
+            f"sink {masked(url)} opens, but cannot be written to: {type(error).__name__}: {error}"
         ) from error
-    print(f"{shown(url)}: a record was written in {(time.perf_counter() - started) * 1000:.0f} ms")
+    print(f"{masked(url)}: a record was written in {(time.perf_counter() - started) * 1000:.0f} ms")
     if scheme not in store.SCHEMES or url == "jsonl:-":
         print("this sink cannot be read back: look for the request id", stored.request_id)
         return
@@ -74,14 +74,16 @@ def test_sink(url: _Url) -> None:
         with closing(sink):
             removed = sink.delete(stored.request_id)
     except OSError as error:
-        raise PluginError(f"sink {shown(url)}: the probe {stored.request_id} could not be deleted: {error}") from error
+        raise PluginError(f"sink {masked(url)}: the probe {stored.request_id} could not be deleted: {error}") from error
     if len(found) != 1 or max(abs(a - b) for a, b in zip(found[0], stored.fingerprint.tolist(), strict=True)) > 1e-6:
-        raise PluginError(f"sink {shown(url)}: {len(found)} records came back, or another fingerprint than was written")
+        raise PluginError(
+            f"sink {masked(url)}: {len(found)} records came back, or another fingerprint than was written"
+        )
     with store.open_store(url) as reader:
         left = reader.count(request_id=stored.request_id)
     if removed != 1 or left:
         raise PluginError(
-            f"sink {shown(url)}: the probe {stored.request_id} could not be deleted: {left} records of it are left"
+            f"sink {masked(url)}: the probe {stored.request_id} could not be deleted: {left} records of it are left"
         )
     print("it was read back and deleted: this sink works")
 
@@ -105,10 +107,10 @@ def convert(
 
     source, target = cli_stores.readable(source, "STORE"), cli_stores.writable(target, "SINK")
     if _place(source) == _place(target):
-        raise OptionError("target", f"{shown(source)} and {shown(target)} are the same store: name two")
+        raise OptionError("target", f"{masked(source)} and {masked(target)} are the same store: name two")
     with store.open_store(source) as reader:
         if not append and _exists(target):
-            raise OptionError("target", f"{shown(target)} exists already: name a new one, or add to it with --append")
+            raise OptionError("target", f"{masked(target)} exists already: name a new one, or add to it with --append")
         total = reader.count()
         sink: Any = open_sink(target)
         # not a store of columns: it takes records
@@ -126,16 +128,16 @@ def convert(
                 sink.flush()
                 duplicates, left_out = getattr(sink, "duplicates", 0), sink.tokens_left_out
         except AttnhookError as error:
-            raise PluginError(f"{error}; {shown(target)} has the {done} rows before that") from error
+            raise PluginError(f"{error}; {masked(target)} has the {done} rows before that") from error
         except OSError as error:
             raise PluginError(
-                f"{shown(target)} could not be finished: {error}; it may have a part of the rows: mend that, and "
+                f"{masked(target)} could not be finished: {error}; it may have a part of the rows: mend that, and "
                 "convert into a new one"
             ) from error
     again = f", {duplicates} of them were there already" if duplicates else ""
-    print(f"{done} rows of {shown(source)} are in {shown(target)}{again}")
+    print(f"{done} rows of {masked(source)} are in {masked(target)}{again}")
     if left_out:
-        print(f"the token ids of {left_out} rows were left out: keep them with {shown(_asking_for_tokens(target))}")
+        print(f"the token ids of {left_out} rows were left out: keep them with {masked(_asking_for_tokens(target))}")
 
 
 @app.command()
@@ -161,9 +163,9 @@ def prune(
             removed = sink.prune(retention.cutoff(days))
     except OSError as error:
         raise PluginError(
-            f"{shown(url)} could not be pruned to the end: {error}; mend that, and prune it again"
+            f"{masked(url)} could not be pruned to the end: {error}; mend that, and prune it again"
         ) from error
-    print(f"{removed} records of {shown(url)} were older than {days:g} days and are gone")
+    print(f"{removed} records of {masked(url)} were older than {days:g} days and are gone")
 
 
 def _probe() -> Any:

@@ -20,7 +20,7 @@ from attnhook.record.pieces import pieces, window_start
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.without_sink import without_sink
 from attnhook.system import untrusted
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 from attnhook.system.web import Site, StatusError, UnreachableError, is_address, is_header
 
 _TIMEOUT = 600.0  # seconds; an answer comes in one piece, so its first byte may take long
@@ -53,9 +53,9 @@ class Client:
 
     def __init__(self, url: str, *, api_key: str | None = None, attention_key: str | None = None) -> None:
         if not is_address(url):
-            raise OptionError("url", f"url={shown(url)!r} must be an address such as http://127.0.0.1:8000/v1")
+            raise OptionError("url", f"url={masked(url)!r} must be an address such as http://127.0.0.1:8000/v1")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.shown = shown(self.url)  #: for messages
+        self.shown = masked(self.url)  #: for messages
         headers = {"Content-Type": "application/json"}
         for name, header, prefix, variable, key in (
             ("api_key", "Authorization", "Bearer ", "OPENAI_API_KEY", api_key),

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from attnhook.errors import OptionError, ServerError
 from attnhook.record.zones import COLOURS
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 from attnhook.system.web import Site, StatusError, UnreachableError, is_address, is_header
 
 _TIMEOUT = 10.0  # seconds
@@ -30,11 +30,11 @@ class Source:
 
     def __init__(self, url: str, token: str | None = None) -> None:
         if not is_address(url):
-            raise OptionError("url", f"--url {shown(url)!r} must be an address such as http://127.0.0.1:9002")
+            raise OptionError("url", f"--url {masked(url)!r} must be an address such as http://127.0.0.1:9002")
         if token is not None and not is_header(token):
             raise OptionError("token", "the token must be printable ASCII, as HTTP headers are")
         self.url = url.rstrip("/")
-        self.shown = shown(self.url)  #: for messages
+        self.shown = masked(self.url)  #: for messages
         self._site = Site(self.url, {} if token is None else {"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT)
 
     def stats(self) -> dict[str, Any]:

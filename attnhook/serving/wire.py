@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.options import REQUEST_FIELDS, RequestOptions, shown
+from attnhook.options import REQUEST_FIELDS, RequestOptions, quoted
 
 #: The request field that asks for capture.
 ASK = "return_attention_tokens"
@@ -39,7 +39,7 @@ def asked(fields: Mapping[str, Any], environ: Mapping[str, str] | None = None) -
     options = RequestOptions.resolve(request={k: v for k, v in fields.items() if k != ASK}, environ=environ)
     wanted = fields.get(ASK, False)
     if not isinstance(wanted, bool):
-        raise OptionError(ASK, f"{ASK}={shown(wanted)} must be true or false")
+        raise OptionError(ASK, f"{ASK}={quoted(wanted)} must be true or false")
     return options if wanted else None
 
 

@@ -27,7 +27,7 @@ from attnhook.sinks.privacy import wants_tokens
 from attnhook.sinks.record_writers import Observer, ObserverWriter, RecordWriter, SinkWriter
 from attnhook.sinks.writer import State
 from attnhook.system import forks, moved, termination
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 
 logger = logging.getLogger("attnhook")
 
@@ -110,7 +110,7 @@ class Delivery:
             for url in urls:
                 if url in sinks:
                     raise PluginError(
-                        f"sink {shown(url)!r} is named twice: every record would be there twice; name it once"
+                        f"sink {masked(url)!r} is named twice: every record would be there twice; name it once"
                     )
                 sinks[url] = open_sink(url, listen_later=True) if listen_later else open_sink(url)
                 opened.callback(sinks[url].close)

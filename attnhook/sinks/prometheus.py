@@ -12,7 +12,7 @@ from attnhook.record.columns import mean_fingerprints
 from attnhook.record.tally import Tally
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.listening import ListeningSink
-from attnhook.system.addresses import host_port, listen_remedy, shown
+from attnhook.system.addresses import host_port, listen_remedy, masked
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -116,4 +116,4 @@ class PrometheusSink(ListeningSink):
 
 def _scheme(url: str) -> str:
     """A sink's name without its options and its user info."""
-    return shown(url).partition("?")[0]
+    return masked(url).partition("?")[0]

@@ -15,7 +15,7 @@ from enum import IntEnum
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 
 FLUSH_SECONDS = 1.0  # a queue that never runs dry is flushed this often
 
@@ -41,7 +41,7 @@ class Writer(Generic[Item]):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.shown = shown(name)  # for logs: a name is a URL
+        self.shown = masked(name)  # for logs: a name is a URL
         self._inherited = False
         self._reset()
 

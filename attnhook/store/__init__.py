@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnhook.errors import PluginError, needs
 from attnhook.store.base import SCHEMES, Filters, Store
-from attnhook.system.addresses import hiding, shown
+from attnhook.system.addresses import hiding, masked
 
 __all__ = ["SCHEMES", "Filters", "Store", "open_store"]
 
@@ -24,7 +24,7 @@ def _open_store(url: str) -> Store:
     scheme, colon, rest = url.partition(":")
     if scheme not in SCHEMES or not colon:
         raise PluginError(
-            f"{shown(url)!r} is no store that can be read; known: {', '.join(f'{name}:' for name in SCHEMES)}"
+            f"{masked(url)!r} is no store that can be read; known: {', '.join(f'{name}:' for name in SCHEMES)}"
         )
     path, _ = config.split(rest)
     with needs(f"reading {scheme}:", "sinks"):

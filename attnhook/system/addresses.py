@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 from attnhook.errors import AttnhookError, PluginError
+from attnhook.system import moved
+
+__getattr__ = moved.names(__name__, {"shown": "system.addresses:masked"})
 
 _HIDDEN = "***"
 #: Options of the built-in sinks that are no secret; a value of any other may be one, if only by a misspelt name.
@@ -46,7 +49,7 @@ def _secrets(url: str) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def shown(url: str) -> str:
+def masked(url: str) -> str:
     """A URL of a sink or a server as messages and logs may have it: ``***`` for its user info and its options' values.
 
     Values of the built-in sinks' harmless options (``every=1m``) stay.
@@ -60,9 +63,9 @@ def shown(url: str) -> str:
 
 
 def scrubbed(text: str, *urls: str) -> str:
-    """A text, such as another library's error, with everything out of it that `shown` hides in these URLs."""
+    """A text, such as another library's error, with everything out of it that `masked` hides in these URLs."""
     for url in urls:
-        text = text.replace(url, shown(url))
+        text = text.replace(url, masked(url))
         hidden = {url[start:end] for start, end in _secrets(url)}
         hidden |= {secret.rpartition(":")[2] for secret in hidden}
         hidden |= {unquote(secret) for secret in hidden}
@@ -74,7 +77,7 @@ def scrubbed(text: str, *urls: str) -> str:
 
 @contextmanager
 def hiding(*urls: str) -> Iterator[None]:
-    """Take out of attnhook's own errors what `shown` hides in these URLs, whoever wrote it into them."""
+    """Take out of attnhook's own errors what `masked` hides in these URLs, whoever wrote it into them."""
     try:
         yield
     except AttnhookError as error:
@@ -98,7 +101,7 @@ def host_port(text: str, *, user: str, default_host: str = "127.0.0.1") -> tuple
     except ValueError as error:
         # not chained: the library's own error repeats the address, with what should not be shown
         place, at, rest = text.rpartition("@")
-        hidden = shown(f"x:{_HIDDEN}@{rest}" if at else f"x:{text}")[2:]
+        hidden = masked(f"x:{_HIDDEN}@{rest}" if at else f"x:{text}")[2:]
         raise PluginError(
             f"{scrubbed(user, f'x:{text}')}: bad address {hidden!r}: {scrubbed(str(error), f'x:{text}', place)}; write "
             "one such as 127.0.0.1:9464"

@@ -74,15 +74,19 @@ class _Loader:
 
 
 def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a package that was a module: name -> the module below ``attnhook.`` where it is now."""
+    """``__getattr__`` of a module that had these names: name -> the module below ``attnhook.`` where it is now.
+
+    ``module:new`` where its name is another one too.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         from importlib import import_module
 
-        _warn(f"{package}.{name}", f"attnhook.{homes[name]}.{name}")
-        return getattr(import_module(f"attnhook.{homes[name]}"), name)
+        home, _, new = homes[name].partition(":")
+        _warn(f"{package}.{name}", f"attnhook.{home}.{new or name}")
+        return getattr(import_module(f"attnhook.{home}"), new or name)
 
     return __getattr__
 

@@ -16,7 +16,7 @@ from attnhook.record import fingerprint as fp
 from attnhook.record.row import SCHEMA_VERSION
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.zones import ZONE_NAMES
-from attnhook.system.addresses import shown
+from attnhook.system.addresses import masked
 from attnhook.verify.report import Report, own_versions
 
 #: Largest self-check error that is the engine's own rounding; a dtype that is not told gets the widest.
@@ -114,7 +114,7 @@ def run(url: str, *, model: str | None = None, api_key: str | None = None, atten
     client = Client(url, api_key=api_key, attention_key=attention_key)
     report = Report()
     report.sections["versions"] = own_versions()
-    report.sections["server"] = {"url": shown(url)}
+    report.sections["server"] = {"url": masked(url)}
     try:
         _check(client, model, report)
     except AttnhookError as error:

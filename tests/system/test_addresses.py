@@ -21,7 +21,7 @@ from attnhook.process import lifecycle
 from attnhook.sinks.delivery import Delivery
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
-from attnhook.system.addresses import hiding, host_port, scrubbed, shown
+from attnhook.system.addresses import hiding, host_port, masked, scrubbed
 from tests.helpers import ROOT, python
 from tests.sinks.samples import record
 
@@ -53,8 +53,8 @@ SECRET = "geheim-4711"
     ],
 )
 def test_shown(url, expected):
-    assert shown(url.replace("S", SECRET)) == expected
-    assert shown(expected) == expected
+    assert masked(url.replace("S", SECRET)) == expected
+    assert masked(expected) == expected
 
 
 def test_scrubbed_takes_parts_out_of_what_libraries_say():

@@ -29,7 +29,7 @@ def colours(clusters: int) -> list[str]:
     return [_CYCLE[i % len(_CYCLE)] for i in range(clusters)]
 
 
-def shown(count: int, seed: int) -> np.ndarray:
+def points_drawn(count: int, seed: int) -> np.ndarray:
     """Numbers of the points that are drawn, ascending."""
     rng = np.random.default_rng([seed, 3])
     return np.sort(rng.choice(count, min(_SHOWN, count), replace=False))

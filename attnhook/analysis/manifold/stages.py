@@ -195,7 +195,7 @@ def measure(job: Job) -> list[Path]:
 def draw(job: Job) -> list[Path]:
     """The map as PNG and HTML."""
     settings, clusters = job.settings, job.json("clusters.json")
-    rows = picture.shown(clusters["rows"], settings.seed)
+    rows = picture.points_drawn(clusters["rows"], settings.seed)
     points = _picked(job.artifact / POINTS, rows, ["request_id", "choice", "query_position", "layer", "pack", "x", "y"])
     own = _picked(job.artifact / ASSIGNMENTS, rows, ["cluster", "zone"])
     xy = np.stack([points.column(name).to_numpy() for name in ("x", "y")], axis=1)
