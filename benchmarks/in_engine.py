@@ -61,7 +61,7 @@ class Vllm:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
         import attnhook
-        from attnhook.backends.vllm import hooks as table
+        from attnhook.backends.vllm import HOOKS as table
 
         self._within, self._without = within, without = Clock(), Clock()
         self._front = Clock(), Clock()

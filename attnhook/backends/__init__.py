@@ -6,7 +6,7 @@ from attnhook.plugins.hookspecs import RegisterBackend, hookimpl
 from attnhook.system import moved
 
 
-@hookimpl
+@hookimpl(tryfirst=True)  # built-ins are listed first
 def attnhook_register_backends(register: RegisterBackend) -> None:
     from attnhook.backends.sglang import SglangBackend
     from attnhook.backends.transformers import TransformersBackend

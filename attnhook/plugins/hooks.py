@@ -82,7 +82,8 @@ class Hooks:
             here = [path for where, path in map(_split, hook.places) if where == module.__name__]
             if here and not (hook.unless and _has(module, hook.unless)):
                 path = next((path for path in here if _has(module, path)), here[0])
-                self._put(installation, module, hook, path)
+                if hook.needed or _has(module, path):
+                    self._put(installation, module, hook, path)
 
     def _put(self, installation: EngineInstallation, module: ModuleType, hook: Hook, path: str) -> None:
         owner, _, attribute = path.rpartition(".")

@@ -110,16 +110,16 @@ class SglangBackend:
         Raises UnsupportedError, or OptionError for a guard rail's bad variable.
         """
         Policy.from_environ()
-        installation = EngineInstallation(self.name, self.version(), hooks.patchers(), _WANTED)
+        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), _WANTED)
         installation.start()
         return installation
 
 
-hooks = Hooks(
+HOOKS = Hooks(
     __name__,
     (
         *(Hook(wrapper, places) for wrapper, places in _HOOKS.items()),
-        *(Hook(wrapper, (place,), newer, needed=False) for wrapper, place, newer in _OLDER),
+        *(Hook(wrapper, (place,), newer) for wrapper, place, newer in _OLDER),
     ),
     lambda: f"sglang {SglangBackend().version()}",
     _WANTED,

@@ -38,12 +38,12 @@ def wrap_init(original: Original) -> Original:
     @wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         global _manager
-        from attnhook.backends.sglang import FRONTEND, SERVER, hooks
+        from attnhook.backends.sglang import FRONTEND, HOOKS, SERVER
 
         original(self, *args, **kwargs)
-        hooks.check_in_place(FRONTEND)
+        HOOKS.check_in_place(FRONTEND)
         if "sglang.srt.entrypoints.http_server" in sys.modules:
-            hooks.check_in_place(SERVER)
+            HOOKS.check_in_place(SERVER)
         _manager = self
 
     return __init__

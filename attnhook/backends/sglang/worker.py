@@ -102,11 +102,11 @@ def wrap_init_attention_backends(original: Original) -> Original:
     @wraps(original)
     def init_attention_backends(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _scheduler
-        from attnhook.backends.sglang import WORKER, hooks
+        from attnhook.backends.sglang import HOOKS, WORKER
 
         result = original(self, *args, **kwargs)
         if not self.is_draft_worker and self.is_generation:
-            hooks.check_in_place(WORKER)
+            HOOKS.check_in_place(WORKER)
             refusals.check(self.server_args)
             _scheduler = _Scheduler(self)
             for backend in live_backends(self):

@@ -7,11 +7,10 @@ patched functions, `frames` knows which rows a forward pass computes, `masks` wh
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
-from importlib import import_module, metadata
-from types import ModuleType
+from importlib import metadata
 
 from attnhook.options import CaptureOptions
+from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
 
 
@@ -39,70 +38,35 @@ class TransformersBackend:
 
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """Patch Transformers now if it is imported, else when it is. Raises UnsupportedError."""
-        installation = EngineInstallation(
-            self.name,
-            self.version(),
-            _PATCHERS,
-            "transformers 5.16 to 5.24: pip install 'transformers>=5.16,<5.25'",
-        )
+        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), HOOKS.wanted)
         installation.start()
         return installation
 
 
-def _patch_modeling(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    installation.wrap(installation.need(module, "AttentionInterface"), "get_interface", hooks.observing_interface)
-    installation.wrap(installation.need(module, "PreTrainedModel"), "__call__", hooks.observing_call)
-    hooks.forget_compiled_code()
+_GENERATION = "transformers.generation"
+_MIXIN = f"{_GENERATION}.utils:GenerationMixin"
+_CACHE = "transformers.cache_utils:Cache"
 
-
-def _patch_generation(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    mixin = installation.need(module, "GenerationMixin")
-    installation.wrap(mixin, "generate", hooks.observing_generate)
-    installation.wrap(mixin, "_sample", hooks.observing_sample)
-    if hasattr(mixin, "generate_batch"):
-        installation.wrap(mixin, "generate_batch", hooks.refusing_batches)
-    installation.wrap(mixin, "_valid_auto_compile_criteria", hooks.eager_while_capturing)
-    for name, mode in _REFUSED_DECODING.items():
-        if hasattr(mixin, name):
-            installation.wrap(mixin, name, partial(hooks.refusing_decoding, mode=mode))
-
-
-def _patch_stopping(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    installation.wrap(installation.need(module, "StoppingCriteriaList"), "__call__", hooks.observing_stop)
-
-
-def _patch_processors(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    installation.wrap(installation.need(module, "LogitsProcessorList"), "__call__", hooks.observing_processors)
-
-
-def _patch_caches(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    cache = installation.need(module, "Cache")
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
-        if hasattr(cache, name):
-            installation.wrap(cache, name, hooks.observing_rearrangement)
-
-
-def _patch_peft(installation: EngineInstallation, module: ModuleType) -> None:
-    hooks = import_module("attnhook.backends.transformers.hooks")
-    model = getattr(module, "PeftModel", None)
-    if hasattr(model, "get_prompt"):  # what other releases do without it is told by their masks and lengths
-        installation.wrap(model, "get_prompt", hooks.observing_prompt)
-
-
-_PATCHERS = {
-    "transformers.modeling_utils": _patch_modeling,
-    "transformers.generation.utils": _patch_generation,
-    "transformers.generation.stopping_criteria": _patch_stopping,
-    "transformers.generation.logits_process": _patch_processors,
-    "transformers.cache_utils": _patch_caches,
-    "peft.peft_model": _patch_peft,
-}
-_REFUSED_DECODING = {
-    "_beam_search": "beam search",
-    "_assisted_decoding": "assisted (speculative) decoding",
-}
+HOOKS = Hooks(
+    __name__,
+    (
+        Hook("hooks.wrap_get_interface", ("transformers.modeling_utils:AttentionInterface.get_interface",)),
+        Hook("hooks.wrap_call", ("transformers.modeling_utils:PreTrainedModel.__call__",)),
+        Hook("hooks.wrap_generate", (f"{_MIXIN}.generate",)),
+        Hook("hooks.wrap_sample", (f"{_MIXIN}._sample",)),
+        Hook("hooks.wrap_generate_batch", (f"{_MIXIN}.generate_batch",), needed=False),
+        Hook("hooks.wrap_valid_auto_compile_criteria", (f"{_MIXIN}._valid_auto_compile_criteria",)),
+        Hook("hooks.wrap_beam_search", (f"{_MIXIN}._beam_search",), needed=False),
+        Hook("hooks.wrap_assisted_decoding", (f"{_MIXIN}._assisted_decoding",), needed=False),
+        Hook("hooks.wrap_stopping_criteria", (f"{_GENERATION}.stopping_criteria:StoppingCriteriaList.__call__",)),
+        Hook("hooks.wrap_logits_processors", (f"{_GENERATION}.logits_process:LogitsProcessorList.__call__",)),
+        *(
+            Hook("hooks.wrap_cache_rearrangement", (f"{_CACHE}.{name}",), needed=False)
+            for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")
+        ),
+        # what other releases do without it is told by their masks and lengths
+        Hook("hooks.wrap_get_prompt", ("peft.peft_model:PeftModel.get_prompt",), needed=False),
+    ),
+    lambda: f"transformers {TransformersBackend().version()}",
+    "transformers 5.16 to 5.24: pip install 'transformers>=5.16,<5.25'",
+)

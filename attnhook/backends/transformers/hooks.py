@@ -27,7 +27,7 @@ from attnhook.record.token_record import TokenRecord
 Original = Callable[..., Any]
 
 
-def forget_compiled_code() -> None:
+def _forget_compiled_code() -> None:
     """Make models that ``torch.compile`` has compiled already be compiled again, with the hooks in place.
 
     Compiled code does not watch the functions that we replace, so it would run on unobserved.
@@ -36,7 +36,7 @@ def forget_compiled_code() -> None:
         torch._dynamo.reset()
 
 
-def observing_interface(original: Original) -> Original:
+def wrap_get_interface(original: Original) -> Original:
     """``AttentionInterface.get_interface`` that hands out observed attention functions."""
 
     @wraps(original)
@@ -47,8 +47,9 @@ def observing_interface(original: Original) -> Original:
     return get_interface
 
 
-def observing_call(original: Original) -> Original:
+def wrap_call(original: Original) -> Original:
     """``PreTrainedModel.__call__`` that opens a frame around the forward pass."""
+    _forget_compiled_code()
 
     @wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ def observing_call(original: Original) -> Original:
     return __call__
 
 
-def observing_sample(original: Original) -> Original:
+def wrap_sample(original: Original) -> Original:
     """``GenerationMixin._sample`` that tells the frames inside which tokens are prompt."""
 
     @wraps(original)
@@ -94,7 +95,7 @@ def observing_sample(original: Original) -> Original:
     return _sample
 
 
-def observing_generate(original: Original) -> Original:
+def wrap_generate(original: Original) -> Original:
     """``GenerationMixin.generate`` that tells whose answer the models inside it serve, and ends a refused stream."""
 
     @wraps(original)
@@ -116,7 +117,7 @@ def observing_generate(original: Original) -> Original:
     return generate
 
 
-def observing_stop(original: Original) -> Original:
+def wrap_stopping_criteria(original: Original) -> Original:
     """``StoppingCriteriaList.__call__`` that notes which sequences are finished, and their tokens."""
 
     @wraps(original)
@@ -132,7 +133,7 @@ def observing_stop(original: Original) -> Original:
     return __call__
 
 
-def observing_processors(original: Original) -> Original:
+def wrap_logits_processors(original: Original) -> Original:
     """``LogitsProcessorList.__call__``: a model that a processor calls (guidance) gives no token of this answer."""
 
     @wraps(original)
@@ -143,7 +144,7 @@ def observing_processors(original: Original) -> Original:
     return __call__
 
 
-def refusing_batches(original: Original) -> Original:
+def wrap_generate_batch(original: Original) -> Original:
     """``generate_batch``, refused where it is called: in the thread in which its passes run nobody would see it."""
 
     @wraps(original)
@@ -156,7 +157,7 @@ def refusing_batches(original: Original) -> Original:
     return generate_batch
 
 
-def observing_rearrangement(original: Original) -> Original:
+def wrap_cache_rearrangement(original: Original) -> Original:
     """A method of ``Cache`` after which its rows belong to other texts than before."""
 
     @wraps(original)
@@ -168,7 +169,7 @@ def observing_rearrangement(original: Original) -> Original:
     return rearranged
 
 
-def observing_prompt(original: Original) -> Original:
+def wrap_get_prompt(original: Original) -> Original:
     """PEFT's ``PeftModel.get_prompt``, which makes the virtual tokens of the pass that follows."""
 
     @wraps(original)
@@ -193,7 +194,7 @@ def _aside() -> Iterator[None]:
         local.aside -= 1
 
 
-def eager_while_capturing(original: Original) -> Original:
+def wrap_valid_auto_compile_criteria(original: Original) -> Original:
     """No automatic compilation in ``generate`` while capturing: Python does not run in a replayed graph."""
 
     @wraps(original)
@@ -203,7 +204,17 @@ def eager_while_capturing(original: Original) -> Original:
     return _valid_auto_compile_criteria
 
 
-def refusing_decoding(original: Original, mode: str) -> Original:
+def wrap_beam_search(original: Original) -> Original:
+    """``GenerationMixin._beam_search``, whose passes give no token each."""
+    return _refused(original, "beam search")
+
+
+def wrap_assisted_decoding(original: Original) -> Original:
+    """``GenerationMixin._assisted_decoding``, whose passes give several tokens or none."""
+    return _refused(original, "assisted (speculative) decoding")
+
+
+def _refused(original: Original, mode: str) -> Original:
     """A decoding method whose forward passes are refused by name."""
 
     @wraps(original)

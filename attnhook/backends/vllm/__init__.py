@@ -90,12 +90,12 @@ class VllmBackend:
         Raises UnsupportedError, or OptionError for a guard rail's bad variable.
         """
         Policy.from_environ()
-        installation = EngineInstallation(self.name, self.version(), hooks.patchers(), hooks.wanted)
+        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), HOOKS.wanted)
         installation.start()
         return installation
 
 
-hooks = Hooks(
+HOOKS = Hooks(
     __name__,
     [Hook(wrapper, (place,)) for wrapper, place in _PLACES],
     lambda: f"vllm {VllmBackend().version()}",

@@ -33,9 +33,9 @@ def wrap_init(original: Original) -> Original:
     @wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         global _model, _device
-        from attnhook.backends.vllm import hooks
+        from attnhook.backends.vllm import HOOKS
 
-        hooks.check_modules()
+        HOOKS.check_modules()
         original(self, vllm_config, *args, **kwargs)
         _model = vllm_config.model_config
         _device = str(vllm_config.device_config.device_type)

@@ -124,9 +124,9 @@ def wrap_initialize_kv_cache(original: Original) -> Original:
         if why_not is not None:
             logger.warning("attnhook captures nothing here: %s", why_not)
         elif not is_profiling:
-            from attnhook.backends.vllm import hooks
+            from attnhook.backends.vllm import HOOKS
 
-            hooks.check_modules()
+            HOOKS.check_modules()
             own = objects["vllm"].note(self, "_attnhook", Runner(self))
             for number, (name, layer) in own.adapter.layers.items():
                 if "_attnhook" not in layer.__dict__:

@@ -120,7 +120,7 @@ def test_a_module_that_a_release_does_not_have_is_named() -> None:
         from attnhook.errors import UnsupportedError
         from attnhook.plugins.hooks import Hook, Hooks
 
-        hooks = backend.hooks
+        hooks = backend.HOOKS
         hooks.check_modules()
         for missing in ("vllm.v1.not_there", "vllm.nowhere.at_all"):
             one = Hook("worker.wrap_load_model", (f"{missing}:Runner.load_model",))
