@@ -29,7 +29,12 @@ class Installation(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """One engine. Installing is idempotent and reversible, and imports nothing by itself."""
+    """One engine. Installing is idempotent and reversible, and imports nothing by itself.
+
+    A backend may have an attribute ``contract``, the version of this contract that it was written against (`CONTRACTS`;
+    without it the first), and a method ``models_in(target)``: the models that an object is or wraps, for
+    ``capture(model=...)``.
+    """
 
     name: str
 
@@ -57,6 +62,9 @@ class Sink(ABC):
 
     Subclasses document their delivery guarantee in their docstring.
     """
+
+    #: Version of this contract that a subclass was written against, see `CONTRACTS`.
+    contract: ClassVar[int] = 1
 
     #: Whether ``tokens=1`` makes a difference: a sink that counts and forgets the records refuses it.
     keeps_tokens: ClassVar[bool] = True

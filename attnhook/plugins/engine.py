@@ -72,6 +72,9 @@ class EngineAdapter(ABC, Generic[Batch, Call]):
     requests that asked, and never reaches the engine.
     """
 
+    #: Version of this contract that a subclass was written against, see `CONTRACTS`.
+    contract = 1
+
     #: Name of the engine, for messages.
     engine: str
 

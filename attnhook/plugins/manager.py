@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib import metadata
+from traceback import walk_tb
+from typing import Any
 
 import pluggy
 
 from attnhook.errors import OptionError, PluginError
-from attnhook.plugins import hookspecs
+from attnhook.plugins import hookspecs, versions
 from attnhook.plugins.contracts import Backend, Sink
 from attnhook.system import forks
 
@@ -45,7 +47,8 @@ def manager() -> pluggy.PluginManager:
 
 
 def _load_entry_points(pm: pluggy.PluginManager) -> None:
-    for entry in metadata.entry_points(group=GROUP):
+    # pluggy calls the last that is registered first; names are to be listed in the order of the plugins' own
+    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name, reverse=True):
         name = f"{entry.name!r} ({entry.value}{f', from {entry.dist.name}' if entry.dist else ''})"
         if pm.has_plugin(entry.name):
             raise PluginError(f"attnhook plugin {name}: another plugin has that name. Uninstall or rename one.")
@@ -59,10 +62,15 @@ def _load_entry_points(pm: pluggy.PluginManager) -> None:
 
 
 def backends() -> dict[str, Backend]:
-    """Registered backends by name, built-ins first."""
+    """Registered backends by name, built-ins first.
+
+    Raises PluginError naming the plugin: for what is no backend, a name that is taken, a version of the contract that
+    is not known here, and whatever else a plugin raises.
+    """
     found: dict[str, Backend] = {}
 
     def register(backend: Backend) -> None:
+        versions.check("backend", backend, f"backend {getattr(backend, 'name', backend)!r}")
         if not isinstance(backend, Backend):
             raise PluginError(
                 f"{backend!r} was registered as a backend but lacks one of name, available, version, install"
@@ -73,7 +81,7 @@ def backends() -> dict[str, Backend]:
             )
         found[backend.name] = backend
 
-    _call_each("attnhook_register_backends", register)
+    _call("attnhook_register_backends", register=register)
     return found
 
 
@@ -98,17 +106,18 @@ def model_in(target: object) -> object:
 
 
 def sink_classes() -> dict[str, type[Sink]]:
-    """Registered sink classes by URL scheme, built-ins first."""
+    """Registered sink classes by URL scheme, built-ins first. Raises PluginError as `backends` does."""
     found: dict[str, type[Sink]] = {}
 
     def register(scheme: str, sink: type[Sink]) -> None:
         if not (isinstance(sink, type) and issubclass(sink, Sink)):
-            raise PluginError(f"{sink!r} was registered as sink {scheme!r} but is no subclass of attnhook.sinks.Sink")
+            raise PluginError(f"{sink!r} was registered as sink {scheme!r} but is no subclass of attnhook.plugins.Sink")
+        versions.check("sink", sink, f"sink {scheme!r}")
         if scheme in found:
             raise PluginError(f"two sinks are called {scheme!r}: {found[scheme]!r} and {sink!r}. Rename one.")
         found[scheme] = sink
 
-    _call_each("attnhook_register_sinks", register)
+    _call("attnhook_register_sinks", register=register)
     return found
 
 
@@ -117,15 +126,22 @@ def has_observers() -> bool:
     return bool(manager().hook.attnhook_token.get_hookimpls())
 
 
-def _call_each(hook: str, register: Callable[..., None]) -> None:
-    # pluggy calls the last registered first; names are to be listed in the order of registration
-    for implementation in getattr(manager().hook, hook).get_hookimpls():
-        try:
-            implementation.function(*([register] if implementation.argnames else []))
-        except PluginError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"attnhook plugin {implementation.plugin_name!r}: {hook} failed: {type(error).__name__}: {error}. "
-                "Mend it or uninstall it."
-            ) from error
+def _call(name: str, **arguments: Any) -> Any:
+    """pluggy's own call of a hook, with its order and its wrappers. Raises PluginError naming the plugin at fault."""
+    hook = getattr(manager().hook, name)
+    try:
+        return hook(**arguments)
+    except Exception as error:
+        why = (
+            f"{error}"
+            if isinstance(error, PluginError)
+            else (f"{name} failed: {type(error).__name__}: {error}. Mend it or uninstall it.")
+        )
+        raise PluginError(f"attnhook plugin {_at_fault(error, hook.get_hookimpls())}: {why}") from error
+
+
+def _at_fault(error: Exception, implementations: Sequence[pluggy.HookImpl]) -> str:
+    """Name of the plugin whose code is the innermost on the way to the error."""
+    names = {getattr(one.function, "__code__", None): one.plugin_name for one in implementations}
+    passed = [names[frame.f_code] for frame, _ in walk_tb(error.__traceback__) if frame.f_code in names]
+    return repr(passed[-1]) if passed else f"(one of {', '.join(repr(one.plugin_name) for one in implementations)})"

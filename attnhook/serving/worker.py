@@ -13,6 +13,7 @@ import torch
 
 from attnhook.errors import UnsupportedError
 from attnhook.options import graph_layers, resolve_layers
+from attnhook.plugins import versions
 from attnhook.plugins.engine import Batch, Call, EngineAdapter, ModelShape
 from attnhook.serving.exchange import answers
 from attnhook.serving.graphs import KeptQueries
@@ -27,10 +28,12 @@ _NOT_KEPT = (
 class Worker(Generic[Batch, Call]):
     """What is ours of one model in one worker process; passes come one at a time.
 
-    Raises UnsupportedError where the model has nothing that can be captured.
+    Raises UnsupportedError where the model has nothing that can be captured, and PluginError for an adapter that was
+    written against a contract that this release does not know.
     """
 
     def __init__(self, adapter: EngineAdapter[Batch, Call], kept: KeptQueries | None = None) -> None:
+        versions.check("adapter", adapter, f"the adapter of {adapter.engine}")
         self.adapter = adapter
         shape = adapter.shape()
         self.model = Model(shape.name, {number: layer.heads for number, layer in shape.layers.items()}, shape.ranks)

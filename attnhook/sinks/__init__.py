@@ -9,7 +9,7 @@ from attnhook.sinks.opening import open_sink
 __all__ = ["Sink", "open_sink"]
 
 
-@hookimpl
+@hookimpl(tryfirst=True)  # built-ins are listed first
 def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook.sinks.jsonl import JsonlSink
     from attnhook.sinks.memory import MemorySink

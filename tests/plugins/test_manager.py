@@ -273,3 +273,106 @@ def test_an_unknown_sink_lists_the_known_ones(fresh, url):
     with pytest.raises(PluginError, match=r"memory:.*jsonl:") as caught:
         open_sink(url)
     assert repr(url) in str(caught.value)
+
+
+# -- pluggy's own call: its order, its wrappers, and whose fault it is
+
+
+class _Sinks:
+    """Registers sinks under the names that it is given."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    @hookimpl
+    def attnhook_register_sinks(self, register):
+        for name in self.names:
+            register(name, MemorySink)
+
+
+def test_a_wrapper_sees_and_changes_what_others_register(fresh):
+    class Renames:
+        @hookimpl(wrapper=True)
+        def attnhook_register_sinks(self, register):
+            done.append("before")
+            yield
+            done.append("after")
+            register("last", MemorySink)
+
+    done = []
+    plugins.manager().register(_Sinks("theirs"))
+    plugins.manager().register(Renames())
+    names = list(plugins.sink_classes())
+    assert done == ["before", "after"]
+    assert names[0] == "memory" and names[-2:] == ["theirs", "last"]
+
+
+def test_tryfirst_and_trylast_are_heeded(fresh):
+    class First(_Sinks):
+        @hookimpl(tryfirst=True)
+        def attnhook_register_sinks(self, register):
+            register("first", MemorySink)
+
+    class Last(_Sinks):
+        @hookimpl(trylast=True)
+        def attnhook_register_sinks(self, register):
+            register("last", MemorySink)
+
+    for plugin in (Last(), First(), _Sinks("between")):
+        plugins.manager().register(plugin)
+    names = list(plugins.sink_classes())
+    assert names[:2] == ["first", "memory"] and names[-2:] == ["between", "last"]
+
+
+def test_installed_plugins_are_listed_by_name_behind_the_built_ins(distribution):
+    names = [
+        distribution(f"""
+            from attnhook import hookimpl
+            from attnhook.sinks.memory import MemorySink
+            @hookimpl
+            def attnhook_register_sinks(register):
+                register("theirs{n}", MemorySink)
+        """)
+        for n in range(3)
+    ]
+    assert sorted(names) == names
+    found = list(plugins.sink_classes())
+    assert found[0] == "memory"
+    assert [name for name in found if name.startswith("theirs")] == ["theirs0", "theirs1", "theirs2"]
+
+
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_who_raises_is_named(fresh, wrapper):
+    class Broken:
+        if wrapper:
+
+            @hookimpl(wrapper=True)
+            def attnhook_register_sinks(self, register):
+                yield
+                raise ZeroDivisionError("by a wrapper")
+        else:
+
+            @hookimpl
+            def attnhook_register_sinks(self, register):
+                raise ZeroDivisionError("by an implementation")
+
+    class Passes:
+        @hookimpl(wrapper=True)
+        def attnhook_register_sinks(self, register):
+            return (yield)  # the error comes through here, and is none of this plugin's
+
+    plugins.manager().register(_Sinks("theirs"), name="innocent")
+    plugins.manager().register(Broken(), name="broken")
+    plugins.manager().register(Passes(), name="passes")
+    said = "by a wrapper" if wrapper else "by an implementation"
+    with pytest.raises(
+        PluginError,
+        match=rf"^attnhook plugin 'broken': attnhook_register_sinks failed: ZeroDivisionError: {said}\. Mend",
+    ):
+        plugins.sink_classes()
+
+
+def test_who_takes_a_name_twice_is_named(fresh):
+    plugins.manager().register(_Sinks("jsonl"), name="late")
+    with pytest.raises(PluginError, match=r"^attnhook plugin 'late': two sinks are called 'jsonl'"):
+        plugins.sink_classes()
