@@ -55,11 +55,8 @@ class RowBlock:
         self.models: list[str] = self._texts(models_at, self._names_at)
         self.steps: np.ndarray = self._header.step
         self.tokens: np.ndarray = self._header.shape.tokens
-        self._layouts = [*self._find_layouts()]
-        self.fingerprints = np.empty((len(rows), fp.SIZE), np.float32)
-        for where, layout in self._layouts:
-            own = self._numbers(where, layout.places["fingerprints"])
-            self.fingerprints[where] = own[:, 0] if own.shape[1] == 1 else own.mean(axis=1, dtype=np.float64)
+        self._order, self._ends, self._shapes = self._by_shape()
+        self.fingerprints: np.ndarray = self._means()
         self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
 
     def __len__(self) -> int:
@@ -68,7 +65,7 @@ class RowBlock:
     def records(self) -> list[TokenRecord]:
         """The rows as records, in order, with their fingerprints and zones filled in."""
         found: list[TokenRecord] = [None] * len(self)  # type: ignore[list-item] # every row has a layout
-        for where, layout in self._layouts:
+        for where, layout in self._layouts():
             fields = self._sections(where, layout) | self._others(where, layout)
             for row, values in zip(where.tolist(), zip(*fields.values(), strict=True), strict=True):
                 record = object.__new__(TokenRecord)
@@ -83,7 +80,7 @@ class RowBlock:
         rows: list[bytes | None] = [*self.rows()]
         layer: list[int | None] = [None] * len(self)
         query: list[int | None] = [None] * len(self)
-        for where, layout in self._layouts:
+        for where, layout in self._layouts():
             if (place := layout.places.get("query_token")) is not None:
                 _put(query, where, self._numbers(where, place))
             if fits_columns(layout):
@@ -131,7 +128,7 @@ class RowBlock:
         """bool [N]: the names are UTF-8 and as many as announced, the numbers finite, the token ids from -1 up."""
         sound = np.ones(len(self), bool)
         sound &= np.isfinite(self.fingerprints).all(axis=1)
-        for where, layout in self._layouts:
+        for where, layout in self._layouts():
             for place in layout.places.values():
                 if place.dtype.kind == "f" and place.name != "fingerprints":  # their means have told
                     sound[where] &= np.isfinite(self._plain(where, place)).all(axis=1)
@@ -174,19 +171,31 @@ class RowBlock:
         """The names of a sound row's spans, of which there are some."""
         return tuple(self._raw_names(row).decode().split(NAME_SEPARATOR))
 
-    def _find_layouts(self) -> Iterator[tuple[np.ndarray, RowLayout]]:
-        """The rows of each layout; in a frame all are alike, as a rule."""
-        if not len(self._starts):
-            return
+    def _means(self) -> np.ndarray:
+        """float32 [N, 20]: each row's fingerprints, mean over its layers."""
+        found = np.empty((len(self), fp.SIZE), np.float32)
+        for where, layout in self._layouts():
+            own = self._numbers(where, layout.places["fingerprints"])
+            mean = own[:, 0] if own.shape[1] == 1 else own.mean(axis=1, dtype=np.float64).astype(np.float32)
+            if len(mean) == len(found):  # all rows, in order
+                return mean
+            found[where] = mean
+        return found
+
+    def _by_shape(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows by their shapes, where those of each shape end in that order, and the shapes [M, 4]."""
         shapes = np.stack(self._header.shape)
-        if (shapes == shapes[:, :1]).all():
-            yield np.arange(shapes.shape[1]), layout_of(Shape(*shapes[:, 0].tolist()))
-            return
+        if (shapes == shapes[:, :1]).all():  # in a frame all are alike, as a rule
+            return np.arange(shapes.shape[1]), np.array([shapes.shape[1]]), shapes[:, :1].T
         kinds, which = np.unique(shapes, axis=1, return_inverse=True)
-        order = np.argsort(which.ravel(), kind="stable")
-        ends = np.cumsum(np.bincount(which.ravel()))
-        for kind, where in zip(kinds.T.tolist(), np.split(order, ends[:-1]), strict=True):
-            yield where, layout_of(Shape(*kind))
+        return np.argsort(which.ravel(), kind="stable"), np.cumsum(np.bincount(which.ravel())), kinds.T
+
+    def _layouts(self) -> Iterator[tuple[np.ndarray, RowLayout]]:
+        """The rows of each layout. No layout is kept: it is larger than a small row, and each row may have its own."""
+        start = 0
+        for end, shape in zip(self._ends.tolist(), self._shapes.tolist(), strict=False):  # no rows, no shape
+            yield self._order[start:end], layout_of(Shape(*shape))
+            start = end
 
     def _sections(self, where: np.ndarray, layout: RowLayout) -> dict[str, Iterable[Any]]:
         """The sections of these rows as a record's fields; what they do not have is what a record without it has."""

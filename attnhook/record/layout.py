@@ -64,7 +64,7 @@ class Header(NamedTuple):
     @property
     def bounds(self) -> tuple[Any, Any, Any, Any]:
         """Where in the row the request id, the model's name, the spans' names and the sections begin."""
-        first = HEADER.itemsize
+        first = STRUCT.size
         return first, (second := first + self.id_size), (third := second + self.model_size), third + self.names_size
 
     @property

@@ -13,7 +13,6 @@ import numpy as np
 from attnhook.errors import RecordError
 from attnhook.record.layout import (
     FIELD_AT,
-    HEADER,
     MAGIC,
     NAME_SEPARATOR,
     SECTIONS,
@@ -165,7 +164,7 @@ def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
 
 def row_without_tokens(data: bytes) -> bytes:
     """A binary row without token ids. What is no whole row with ids is given back as it is."""
-    if not has_tokens(data) or len(data) < HEADER.itemsize:
+    if not has_tokens(data) or len(data) < STRUCT.size:
         return data
     header = Header.read(data)
     layout, start = layout_of(header.shape), header.bounds[-1]
@@ -269,7 +268,7 @@ def _misfit(row: RowName | RowData, why: str) -> RecordError:
 
 def _read(data: bytes) -> tuple[Header, tuple[int, ...], RowLayout]:
     """A whole row's header, `Header.bounds` and layout. Raises RecordError unless it is one of a known version."""
-    if len(data) < HEADER.itemsize or data[: len(MAGIC)] != MAGIC:
+    if len(data) < STRUCT.size or data[: len(MAGIC)] != MAGIC:
         raise RecordError(f"not an attnhook record: {len(data)} bytes that begin with {bytes(data[:4])!r}")
     header = Header.read(data)
     if header.version not in VERSIONS:
