@@ -142,8 +142,32 @@ class Client:
             "attention_spans": spans,
             **fields,
         }
-        reply = self._complete(body, prompt, messages)
+        return self._exchange(name, self._complete(body, prompt, messages))
+
+    def _exchange(self, name: str, reply: Mapping[str, Any]) -> Exchange:
+        """What a completion's reply holds."""
         choice, *_ = [*_entries(reply, "choices"), {}]
+        entries = self._rows(choice)
+        prompt_ids = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        new_ids = choice.get("token_ids") or choice.get("response_token_ids")  # vLLM's name, SGLang's in chats
+        if not _are_ids(prompt_ids) or not _are_ids(new_ids):
+            raise ServerError(
+                f"{self.shown} answered without token ids: upgrade the server to one with return_token_ids"
+            )
+        ids = [*prompt_ids, *new_ids]
+        request = str(reply.get("id", ""))
+        records = [TokenRecord.from_dict(entry, request_id=request, model=name) for entry in entries]
+        self._check_positions(records, len(ids))
+        message = choice.get("message") or {}
+        return Exchange(
+            token_ids=ids,
+            prompt_length=len(prompt_ids),
+            text=str(message.get("content") or choice.get("text") or ""),
+            records=records,
+        )
+
+    def _rows(self, choice: Mapping[str, Any]) -> list[Any]:
+        """The records of a choice, the prompt's first, as JSON values."""
         entries = choice.get("attention_tokens")
         if choice.get("attention_error"):
             raise ServerError(
@@ -154,31 +178,15 @@ class Client:
                 f"{self.shown} answered without attention_tokens (it gave {', '.join(choice) or 'no choice'}): is "
                 "there a proxy that drops unknown fields? Ask the server itself"
             )
-        prompt_ids = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
-        new_ids = choice.get("token_ids") or choice.get("response_token_ids")  # vLLM's name, SGLang's in chats
-        if not _are_ids(prompt_ids) or not _are_ids(new_ids):
-            raise ServerError(
-                f"{self.shown} answered without token ids: upgrade the server to one with return_token_ids"
-            )
-        ids = [*prompt_ids, *new_ids]
-        request = str(reply.get("id", ""))
-        records = [
-            TokenRecord.from_dict(entry, request_id=request, model=name)
-            for entry in [*(choice.get("prompt_attention_tokens") or []), *entries]
-        ]
+        return [*(choice.get("prompt_attention_tokens") or []), *entries]
+
+    def _check_positions(self, records: Sequence[TokenRecord], tokens: int) -> None:
         for record in records:
-            if record.query_position + 1 >= len(ids) or record.token_positions.max(initial=0) >= len(ids):
+            if record.query_position + 1 >= tokens or record.token_positions.max(initial=0) >= tokens:
                 raise ServerError(
-                    f"{self.shown} gave a record of query position {record.query_position} for {len(ids)} tokens: use "
+                    f"{self.shown} gave a record of query position {record.query_position} for {tokens} tokens: use "
                     "the same attnhook on both sides"
                 )
-        message = choice.get("message") or {}
-        return Exchange(
-            token_ids=ids,
-            prompt_length=len(prompt_ids),
-            text=str(message.get("content") or choice.get("text") or ""),
-            records=records,
-        )
 
     def pieces(self, model: str, ids: list[int]) -> list[str]:
         """Text of each token such that the pieces, joined, are the decoded text; see `runner.pieces`."""
