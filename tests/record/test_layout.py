@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import dataclasses
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
 from attnhook.record import block, columns, layout, packing
 from attnhook.record import fingerprint as fp
 from attnhook.record.block import read_rows
-from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Shape, layout_of, row_size, sections_size
+from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Section, Shape, layout_of, row_size, sections_size
 from attnhook.record.packing import layers_of, row_without_tokens
 from attnhook.record.token_record import TokenRecord, without_tokens
 from attnhook.record.zones import are_fingerprints
@@ -180,13 +182,14 @@ def test_all_that_read_or_write_rows_agree(records):
     _agree(records)
 
 
-@pytest.fixture
-def turned(monkeypatch):
-    """The sections lie in a row the other way round."""
+@contextmanager
+def other_sections(sections: tuple[Section, ...]) -> Iterator[None]:
+    """Rows have these sections, and nothing is remembered of others."""
     caches = (layout_of, packing._front, columns.fits_columns)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for module in (layout, block):
-            patch.setattr(module, "SECTIONS", SECTIONS[::-1])
+            patch.setattr(module, "SECTIONS", sections)
+        patch.setattr(layout, "_TERMS", layout._terms())
         for cache in caches:
             cache.cache_clear()
         yield
@@ -194,14 +197,37 @@ def turned(monkeypatch):
         cache.cache_clear()
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(records=st.lists(token_records(), min_size=1, max_size=4))
-def test_nothing_else_knows_in_which_order_the_sections_lie(turned, records):
-    first = records[0].to_bytes()
-    start = Header.read(first).bounds[-1]
-    assert [*layout_of(Shape.of(records[0])).places][-1] == "layers"
-    assert first[-2 * len(records[0].layers) :] == np.array(records[0].layers, "<i2").tobytes() and start < len(first)
-    _agree(records)
+@settings(max_examples=30)
+@given(st.lists(token_records(), min_size=1, max_size=4))
+def test_nothing_else_knows_in_which_order_the_sections_lie(records):
+    with other_sections(SECTIONS[::-1]):
+        row, layers = records[0].to_bytes(), records[0].layers
+        assert row[-2 * len(layers) :] == np.array(layers, "<i2").tobytes()
+        _agree(records)
+
+
+@pytest.mark.parametrize("where", [0, 3, len(SECTIONS)])
+def test_a_section_more_is_one_line(where):
+    more = Section("head_mass", np.dtype("<f4"), ("layers", 3))
+    record = a_record(token_ids=np.zeros((2, 3), np.int32), query_token=5)
+    bare = a_record(**{name: getattr(golden()["lean"], name) for name in (*ARRAYS[:4], "layers", "mode", "span_names")})
+    with other_sections((*SECTIONS[:where], more, *SECTIONS[where:])):
+        for one in (record, bare):
+            one.__dict__["head_mass"] = np.linspace(0, 1, 3 * len(one.layers), dtype=np.float32).reshape(-1, 3)
+        row, lean = record.to_bytes(), bare.to_bytes()
+        fields = packing.unpack(row)
+        np.testing.assert_array_equal(fields.pop("head_mass"), record.head_mass)
+        assert_same(TokenRecord(**fields), record)
+        found, bad = read_rows([row, lean])
+        assert not bad
+        np.testing.assert_array_equal(found.records()[0].head_mass, record.head_mass)
+        assert found.columns(0).record == [row, lean]  # there is no column for it
+        assert len(row_without_tokens(row)) == len(row) - 4 - 4 * 6
+        np.testing.assert_array_equal(packing.unpack(row_without_tokens(row))["head_mass"], record.head_mass)
+        damaged = bare.head_mass.copy()
+        damaged[0, 1] = np.nan
+        bare.__dict__["head_mass"] = damaged
+        assert read_rows([bare.to_bytes()])[1] == {"damaged_record": 1}
 
 
 @pytest.mark.parametrize("field", ["version", "mode", "phase", "layers", "step", "position"])
