@@ -46,7 +46,7 @@ _HOMES = {
 }
 # as attributes of the package, for who writes attnhook.process.lifecycle.dropped() after `import attnhook`
 _MODULES = frozenset({"client", "errors", "options", "plugins", "process", "record", "sinks", "store"})
-# that were such attributes before 0.2
+# that were such attributes before
 _OLD = frozenset({"delivery", "hookspecs", "lifecycle", "records"})
 
 

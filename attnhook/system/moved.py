@@ -1,4 +1,4 @@
-"""Names that modules had before 0.2: they still work, with a DeprecationWarning, until 0.3.
+"""Names that modules had before they were put into rooms: they work until 0.2, with a DeprecationWarning.
 
 Imported with the package itself, so it imports next to nothing.
 """
@@ -95,7 +95,7 @@ def _warn(old: str, new: str) -> None:
     import warnings
 
     # level 3: whoever imports it, since Python passes over the frames of its import system
-    warnings.warn(f"{old} is {new} since 0.2; the old name goes in 0.3", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{old} is {new} now; the old name goes in attnhook 0.2", DeprecationWarning, stacklevel=3)
 
 
 def watch() -> None:
