@@ -77,6 +77,14 @@ def batches(draw: st.DrawFn, max_size: int = 6) -> list[TokenRecord]:
     return draw(st.lists(anything, min_size=1, max_size=max_size, unique_by=lambda record: record.key))
 
 
+def assert_rows(rows: list[dict], records: list[TokenRecord]) -> None:
+    assert len(rows) == len(records)
+    for row, whole in zip(rows, records, strict=True):
+        assert (row["request_id"], row["choice"], row["query_position"]) == whole.key
+        assert (row["model"], row["decode_step"], row["zone"]) == (whole.model, whole.decode_step, whole.zone)
+        np.testing.assert_array_equal(np.array(row["fingerprint"], np.float32), whole.fingerprint)
+
+
 @contextmanager
 def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
     """A file system of that size; skips the test where none can be mounted."""

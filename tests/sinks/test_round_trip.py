@@ -25,7 +25,7 @@ from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from tests.helpers import python
 from tests.record.samples import assert_same
-from tests.sinks.samples import batches, lean, record
+from tests.sinks.samples import assert_rows, batches, lean, record
 
 MAKE = {
     "sqlite": "sqlite:{}/records.db?tokens=1",
@@ -55,71 +55,6 @@ def by_key(records: list[TokenRecord]) -> list[TokenRecord]:
     return sorted(records, key=lambda record: record.key)
 
 
-def assert_rows(rows: list[dict], records: list[TokenRecord]) -> None:
-    assert len(rows) == len(records)
-    for row, whole in zip(rows, records, strict=True):
-        assert (row["request_id"], row["choice"], row["query_position"]) == whole.key
-        assert (row["model"], row["decode_step"], row["zone"]) == (whole.model, whole.decode_step, whole.zone)
-        np.testing.assert_array_equal(np.array(row["fingerprint"], np.float32), whole.fingerprint)
-
-
-# -- columns
-
-
-@settings(deadline=None)
-@given(batches())
-def test_columns_lose_nothing(records):
-    batch = columns.from_records(records, time=5).to_arrow()
-    batch.validate(full=True)
-    for found, whole in zip(columns.to_records(batch), records, strict=True):
-        assert_same(found, whole)
-    again = columns.Columns.from_arrow(batch)
-    assert again.to_arrow().equals(batch)
-    assert_rows(batch.to_pylist(), records)
-
-
-def test_a_lean_record_needs_no_binary_row_and_any_other_has_one():
-    lines = {
-        "lean": lean(),
-        "two layers": replace(
-            record(),
-            mode="fingerprint",
-            token_positions=np.zeros((2, 0), np.int32),
-            attention_scores=np.zeros((2, 0), np.float32),
-            span_names=(),
-            span_mass=np.zeros((2, 0), np.float32),
-        ),
-        "spans": lean(span_names=("a",), span_mass=np.ones((1, 1), np.float32)),
-        "raw": lean(mode="raw"),
-        "whole": record(),
-    }
-    kept = columns.from_records(list(lines.values())).record
-    assert {name: row is None for name, row in zip(lines, kept, strict=True)} == {
-        name: name == "lean" for name in lines
-    }
-
-
-def test_a_record_whose_arrays_disagree_is_named():
-    with pytest.raises(RecordError, match=r"'r', 0, 4.*2 layers and fingerprints of shape \(1, 20\)"):
-        columns.from_records([record(3), record(4, fingerprints=lean(4).fingerprints)])
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        (None, "was not written by attnhook"),
-        ({b"pandas": b"{}"}, "was not written by attnhook"),
-        ({columns.VERSION_KEY: b"3"}, "schema version 3; this attnhook reads 2: upgrade"),
-        ({columns.VERSION_KEY: b"0"}, "schema version 0"),
-        ({columns.VERSION_KEY: b"\xffx"}, "schema version"),
-    ],
-)
-def test_columns_of_another_version_are_refused(metadata, message):
-    with pytest.raises(RecordError, match=f"a file.*{message}"):
-        columns.check_version(metadata, "a file")
-    columns.check_version(columns.arrow_schema().metadata, "a file")
-
-
 def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
     newer = columns.from_records([record()])
     newer.record = [bytes([*record().to_bytes()[:2], TOKENS_VERSION + 1]) + record().to_bytes()[3:]]
@@ -131,9 +66,6 @@ def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
             assert store.count() == 1  # its columns can still be read
             with pytest.raises(RecordError, match=f"schema version {TOKENS_VERSION + 1}.*upgrade"):
                 list(store.records())
-
-
-# -- stores
 
 
 @few
