@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from attnhook.analysis.drift.baseline import load as load_baseline
 from attnhook.cli import stores as cli_stores
 from attnhook.errors import OptionError, needs
 from attnhook.sinks import config
+
+if TYPE_CHECKING:
+    from attnhook.collector.classifiers import Classifier
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +84,6 @@ def collect(
     with needs("attnhook collect", "sinks"):
         import zmq  # noqa: F401
 
-        from attnhook.collector.classifiers import Classifier
         from attnhook.collector.drift import DriftWatch
         from attnhook.collector.http import application
         from attnhook.collector.server import Server
@@ -90,15 +92,9 @@ def collect(
     drift = None if drift_baseline is None else DriftWatch(load_baseline(drift_baseline), idle_seconds=drift_idle)
     # many small pieces of work: a thread that computes is not to hold up the one that receives
     sys.setswitchinterval(0.0005)
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    stopping = _told_to_stop()
     secret = _token(token, token_file)
-    classifiers: dict[str, Classifier] = {}
-    if artifact is not None:
-        from attnhook.analysis.classify import FingerprintClassifier
-
-        classifiers["clusters"] = FingerprintClassifier(artifact)
+    classifiers = _classifiers(artifact)
     server = Server(http, token=secret)
     collector = Collector(listen, stores, journal=journal, queue_bytes=size, drift=drift)
     collector.start()
@@ -117,6 +113,23 @@ def collect(
             file=sys.stderr,
         )
         raise typer.Exit(1)
+
+
+def _told_to_stop() -> threading.Event:
+    """An event that SIGTERM and Ctrl-C set from now on."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    return stopping
+
+
+def _classifiers(artifact: Path | None) -> dict[str, Classifier]:
+    """What /classify knows by name."""
+    if artifact is None:
+        return {}
+    from attnhook.analysis.classify import FingerprintClassifier
+
+    return {"clusters": FingerprintClassifier(artifact)}
 
 
 def monitor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from attnhook.cli import options as cli_options
 from attnhook.cli import stores as cli_stores
 from attnhook.cli.progress import progress
 from attnhook.errors import AttnhookError, OptionError, PluginError
-from attnhook.options import CaptureOptions, parse_layers
+from attnhook.options import CaptureOptions, RequestOptions, parse_layers
 from attnhook.plugins.contracts import Sink
 from attnhook.probing import journal as journals
 from attnhook.probing import repeats
@@ -84,24 +85,14 @@ def probe(
     )
     if concurrency is not None:
         check_concurrency(concurrency)
-    out = cli_stores.kept(out)
-    if config.split(out)[1].get("tokens", "0").lower() in ("1", "true"):
-        raise PluginError(f"--out {out}: tokens=1 has nothing to add: probes have no token ids; drop it")
-    cli_stores.try_options(out)
+    out = _store(out)
     path = journals.place(out, state)
     going_on = resume and path.exists()
     if not going_on:
         journals.check_new(out, path)
 
-    error_console = Console(stderr=True)
-    target: Target
     if url is None:
-        from attnhook.backends.transformers import model_files, runner
-
-        runner.check_dtype(dtype)
-        with progress(model_files.work(model), measured=False):
-            model_files.limits(model).check(wanted.layers, wanted.heads, new_tokens)
-            target = LocalTarget(model, dtype, device)
+        target = _model(model, dtype, device, wanted, new_tokens)
     else:
         target = ServerTarget(url, model, concurrency=concurrency or 4, api_key=api_key, attention_key=attention_key)
     identity = {
@@ -110,33 +101,61 @@ def probe(
         **target.identity,
         "options": {**options, "mode": "raw", "new_tokens": new_tokens},
     }
-    journal = (journals.Journal.resume if going_on else journals.Journal.begin)(path, out, identity)
-    try:
+    with closing((journals.Journal.resume if going_on else journals.Journal.begin)(path, out, identity)) as journal:
         before = len(journal.done)
-        sink = _open(out, journal, going_on)
-        try:
-            known = repeats.find(out, sink, journal.done) if going_on and journal.may_repeat else None
-            if going_on and journal.may_repeat and known is None:
-                error_console.print(
-                    f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
-                    soft_wrap=True,
-                )
-            tally = _run(chosen, target, sink, journal, known, new_tokens, {**options, "mode": "raw"})
-        except AttnhookError as error:
-            raise AttnhookError(f"{error}; {_finished(chosen, journal)}") from error
-        except KeyboardInterrupt:
-            error_console.print(_finished(chosen, journal), soft_wrap=True)
-            raise
-        finally:
-            sink.close()
-    finally:
-        journal.close()
+        tally = _into_store(out, chosen, target, journal, going_on, new_tokens, {**options, "mode": "raw"})
     console = Console()
     console.print(_summary(tally))
     if before:
         console.print(f"{before} probes were there already")
     _tell_skips(tally, console)
     console.print(f"wrote {out}, recorded in {path}", soft_wrap=True)
+
+
+def _store(out: str) -> str:
+    """The URL of ``--out``. Raises AttnhookError where it cannot take probes."""
+    out = cli_stores.kept(out)
+    if config.split(out)[1].get("tokens", "0").lower() in ("1", "true"):
+        raise PluginError(f"--out {out}: tokens=1 has nothing to add: probes have no token ids; drop it")
+    cli_stores.try_options(out)
+    return out
+
+
+def _model(model: str | None, dtype: str, device: str | None, wanted: RequestOptions, new_tokens: int) -> Target:
+    """A model on this machine, looked at before it is loaded."""
+    from attnhook.backends.transformers import model_files, runner
+
+    runner.check_dtype(dtype)
+    with progress(model_files.work(model), measured=False):
+        model_files.limits(model).check(wanted.layers, wanted.heads, new_tokens)
+        return LocalTarget(model, dtype, device)
+
+
+def _into_store(
+    out: str,
+    chosen: list[probes.Probe],
+    target: Target,
+    journal: journals.Journal,
+    going_on: bool,
+    new_tokens: int,
+    options: dict[str, Any],
+) -> Tally:
+    """Run what is left; a run that ends early says how far it is."""
+    console = Console(stderr=True)
+    with closing(_open(out, journal, going_on)) as sink:
+        try:
+            known = repeats.find(out, sink, journal.done) if going_on and journal.may_repeat else None
+            if going_on and journal.may_repeat and known is None:
+                console.print(
+                    f"{out} cannot tell what it has: the records of one probe may be there twice, with the same keys",
+                    soft_wrap=True,
+                )
+            return _run(chosen, target, sink, journal, known, new_tokens, options)
+        except AttnhookError as error:
+            raise AttnhookError(f"{error}; {_finished(chosen, journal)}") from error
+        except KeyboardInterrupt:
+            console.print(_finished(chosen, journal), soft_wrap=True)
+            raise
 
 
 def _names(text: str) -> list[str]:

@@ -74,20 +74,16 @@ def run(
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
     if heads is not None:
         options["heads"] = parse_heads("--heads", heads)
-    wanted = CaptureOptions.resolve(options).request
+    CaptureOptions.resolve(options)
     if max_new_tokens < 1:
         raise OptionError("max_new_tokens", f"--max-new-tokens {max_new_tokens} must be at least 1")
     cli_options.check_place(
         url, here={"dtype": dtype, "device": device}, there={"api-key": api_key, "attention-key": attention_key}
     )
-    from attnhook.backends.transformers import model_files, runner
+    from attnhook.backends.transformers import runner
 
     runner.check_dtype(dtype)
     text = _prompt(words, prompt, file)
-    if not text.strip():
-        raise OptionError("prompt", f"the prompt is empty: give some text{_other_way(words, prompt, file)}")
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise OptionError("prompt", f"the prompt {text[:20]!r} is not UTF-8: encode it so, or give a file of it")
     sink = None if out is None else _Output(out)
     _check_file(html, "--html")
     if sink is not None and html is not None and sink.path is not None and sink.path.resolve() == html.resolve():
@@ -95,17 +91,7 @@ def run(
 
     answer: Any
     if url is None:
-        with progress(model_files.work(model), measured=False):
-            model_files.limits(model).check(wanted.layers, wanted.heads, max_new_tokens)
-            ids: list[int] = []
-            loaded = runner.load(
-                model,
-                dtype,
-                device,
-                before=lambda reader: ids.extend(runner.encode(reader, text, chat=chat, max_new_tokens=max_new_tokens)),
-            )
-        with progress("generating", max_new_tokens) as work:
-            answer = runner.answer(loaded, ids, max_new_tokens=max_new_tokens, progress=work.tell, **options)
+        answer = _from_model(model, dtype, device, text, chat=chat, max_new_tokens=max_new_tokens, options=options)
     else:
         from attnhook.client.client import Client
 
@@ -128,11 +114,48 @@ def run(
             print(f"wrote {written}")
 
 
+def _from_model(
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    text: str,
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> Any:
+    """The answer of a model on this machine; what its files tell is checked before it is loaded."""
+    from attnhook.backends.transformers import model_files, runner
+
+    wanted = CaptureOptions.resolve(options).request
+    ids: list[int] = []
+    with progress(model_files.work(model), measured=False):
+        model_files.limits(model).check(wanted.layers, wanted.heads, max_new_tokens)
+        loaded = runner.load(
+            model,
+            dtype,
+            device,
+            before=lambda reader: ids.extend(runner.encode(reader, text, chat=chat, max_new_tokens=max_new_tokens)),
+        )
+    with progress("generating", max_new_tokens) as work:
+        return runner.answer(loaded, ids, max_new_tokens=max_new_tokens, progress=work.tell, **options)
+
+
 def _prompt(words: str | None, prompt: str | None, file: str | None) -> str:
+    """The text of the one way in which a prompt was given."""
     given = {"a prompt": words, "--prompt": prompt, "--file": file}
     both = [name for name, value in given.items() if value is not None]
     if len(both) > 1:
         raise OptionError("prompt", f"{' and '.join(both)} were both given: choose one")
+    text = _read(words, prompt, file)
+    if not text.strip():
+        raise OptionError("prompt", f"the prompt is empty: give some text{_other_way(words, prompt, file)}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise OptionError("prompt", f"the prompt {text[:20]!r} is not UTF-8: encode it so, or give a file of it")
+    return text
+
+
+def _read(words: str | None, prompt: str | None, file: str | None) -> str:
     if words == "-":
         file, words = words, None
     if file is None:
