@@ -40,7 +40,7 @@ class LayerView(NamedTuple):
 
     keys: PagedKeys
     values: PagedKeys
-    softmax: dict[str, Any]  # scale, softcap, window, sinks, alibi_slopes: see `topk_attention`
+    softmax: dict[str, Any]  # scale, and of softcap, window, sinks, alibi_slopes what it has: see `topk_attention`
     value_heads: torch.Tensor | None = None  # [Hq, L, Dv]: how heads read shared latent values of L numbers (MLA)
 
 

@@ -83,7 +83,7 @@ class Reduction:
         self, number: int, q: torch.Tensor, view: LayerView, output: torch.Tensor, row: Row, asked: bool
     ) -> None:
         """Rebuild the attention output of one row, [Hq, Dv], from its query [Hq, D]."""
-        window = view.softmax["window"]
+        window = view.softmax.get("window", -1)
         low = 0 if window < 0 else max(0, row.position - window + 1)
         latent = output.shape[-1] if view.value_heads is None else view.value_heads.shape[1]
         k, v = (

@@ -320,3 +320,12 @@ def test_the_kernel_of_a_batch_is_kept_and_dropped_with_its_shape() -> None:
         engine.run((request, 1))
     assert len(engine.worker._memory.kernels) == 1
     assert engine.adapter.shape().layers[0].dim == DIM
+
+
+def test_an_adapter_tells_of_a_softmax_what_it_has() -> None:
+    request, engine = a_request(options=replace(ALL, self_check=True)), Engine()
+    whole = engine.adapter.keys
+    engine.adapter.keys = lambda call: whole(call)._replace(softmax={"scale": DIM**-0.5})  # type: ignore[method-assign]
+    share = engine.run((request, 6))["r0"]
+    assert share.error is None and share.check is not None and share.check < 1e-5
+    check(request, records(share.generated)[0])
