@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attnhook.kernels.topk.triton import kernel as kernels
-from attnhook.kernels.topk.types import PagedKeys
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax
 
 NAMES = ("logits", "average", "norms", "merge", "direct", "masses", "select")
 BF16 = torch.bfloat16
@@ -139,15 +139,14 @@ def measure(call: Call, architecture: int) -> list[Taken]:
         cache = torch.zeros(4, 16, call.kv_heads, call.dim, dtype=BF16)
         keys = PagedKeys(cache, torch.zeros(2, 64, dtype=torch.int32), 16, cache.stride(), call.kv_heads)  # type: ignore[arg-type]
         index = torch.zeros(call.rows, dtype=torch.int32)
-        options: dict[str, Any] = {}
+        softmax, selection = Softmax(0.1), Selection(32)
         if call.full:
-            options = {
-                "sinks": torch.zeros(call.heads, dtype=BF16), "alibi_slopes": torch.zeros(call.heads), "softcap": 30.0,
-                "head_mask": torch.ones(2, call.heads, dtype=torch.bool),
-                "spans": torch.zeros(2, 3, 2, dtype=torch.int64), "first_reported": torch.zeros(2, dtype=torch.int32),
-            }  # fmt: skip
+            sinks, slopes = torch.zeros(call.heads, dtype=BF16), torch.zeros(call.heads)
+            softmax = Softmax(0.1, softcap=30.0, sinks=sinks, alibi_slopes=slopes)
+            spans, first_reported = torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+            selection = Selection(32, torch.ones(2, call.heads, dtype=torch.bool), spans, first_reported)
         q = torch.zeros(call.rows, call.heads, call.dim, dtype=BF16)
-        kernels.topk_attention(q, keys, index, index, top_k=32, scale=0.1, **options)
+        kernels.topk_attention(LayerRows(q, keys, index, softmax), index, selection)
     finally:
         for name, function in originals.items():
             setattr(kernels, f"{name}_kernel", function)

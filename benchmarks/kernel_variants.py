@@ -22,7 +22,7 @@ import torch
 import benchmarks.bare  # noqa: F401 - before attnhook
 
 # isort: split
-from attnhook.kernels.topk import TopK
+from attnhook.kernels.topk import LayerRows, Selection, Softmax, TopK
 from attnhook.kernels.topk.triton import kernel, plan
 from benchmarks.kernel_rivals import Inputs, Size, make_inputs
 from benchmarks.kernels import clock, name_of
@@ -90,9 +90,8 @@ def measure(what: str, inputs: Inputs, variants: tuple[dict[str, int], ...], rou
 
 def call(inputs: Inputs) -> TopK:
     """The Triton kernel, whatever the device."""
-    return kernel.topk_attention(
-        inputs.q, inputs.paged, inputs.rows, inputs.positions, top_k=32, scale=inputs.size.dim**-0.5
-    )
+    layer = LayerRows(inputs.q, inputs.paged, inputs.positions, Softmax(inputs.size.dim**-0.5))
+    return kernel.topk_attention(layer, inputs.rows, Selection(32))
 
 
 def shaped(inputs: Inputs, variant: dict[str, int]) -> Callable[[], TopK]:

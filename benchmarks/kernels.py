@@ -207,8 +207,9 @@ def draw(device: torch.device, out: Path, rounds: int) -> dict[str, list[tuple[i
 
     def layers(count: int) -> Method:
         def call() -> None:
-            step = topk.TopKStep(inputs.rows, top_k=32)
-            layer = topk.LayerRows(inputs.q, inputs.paged, inputs.positions, inputs.size.dim**-0.5)
+            step = topk.TopKStep(inputs.rows, topk.Selection(32))
+            softmax = topk.Softmax(inputs.size.dim**-0.5)
+            layer = topk.LayerRows(inputs.q, inputs.paged, inputs.positions, softmax)
             step([layer] * count)
 
         return call

@@ -77,9 +77,9 @@ class StepCapture:
         request's positions lie behind its slots there (left padding, evicted keys). ``softmax`` goes to
         `topk_attention`: scale, softcap, window, sinks, alibi_slopes.
         """
-        from attnhook.kernels.topk import LayerRows
+        from attnhook.kernels.topk import LayerRows, Softmax
 
-        self.add_layers([layer], [LayerRows(q, keys, row_slot, **softmax)], shift)
+        self.add_layers([layer], [LayerRows(q, keys, row_slot, Softmax(**softmax))], shift)
 
     def add_layers(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None = None) -> None:
         """`add` of several layers at once, for engines whose keys stay where they are until the pass ends."""
@@ -133,7 +133,7 @@ class StepCapture:
         """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
         import torch
 
-        from attnhook.kernels.topk import TopKStep
+        from attnhook.kernels.topk import Selection, TopKStep
 
         if shift is None and self.kernel is not None:
             return None, self.kernel, None
@@ -162,14 +162,14 @@ class StepCapture:
         if shift is not None and bool(shift.any()):
             offset = shift[source.long()][:, None]
         if ranks is None:
-            step = TopKStep(source, **arguments)
+            step = TopKStep(source, Selection(**arguments))
             if shift is None:
                 self.kernel = step
             return shift, step, offset
         from attnhook.kernels.topk.split import SplitStep
 
         width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
-        return shift, SplitStep(source, total=ranks.total, heads=heads, width=width, **arguments), offset
+        return shift, SplitStep(source, Selection(**arguments), total=ranks.total, heads=heads, width=width), offset
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""

@@ -11,7 +11,7 @@ from attnhook.capture.rebuild import KEYS_THAT_TELL, check_output
 from attnhook.capture.rows import Row
 from attnhook.capture.step import StepCapture
 from attnhook.errors import UnsupportedError
-from attnhook.kernels.topk import LayerRows, PagedKeys, TopKStep, topk_attention
+from attnhook.kernels.topk import LayerRows, PagedKeys, Softmax, TopKStep, topk_attention
 from attnhook.kernels.topk.types import gather
 from attnhook.plugins.engine import LayerView
 from attnhook.serving.plan import Group, Plan
@@ -125,7 +125,7 @@ class Reduction:
         slots = torch.tensor([row.position for row in group.rows], device=self.plan.device)
         taken = [self._taken[layer] for layer in group.own]
         whole = len(self.plan.groups) == 1
-        layers = [LayerRows(q if whole else q[part], view.keys, slots, **view.softmax) for q, view in taken]
+        layers = [LayerRows(q if whole else q[part], view.keys, slots, Softmax(**view.softmax)) for q, view in taken]
         return Prepared(group, capture, layers, kernel)
 
     def reduce(self, ready: Prepared) -> dict[Key, bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnhook.kernels.topk import TopK, naive
+from attnhook.kernels.topk import LayerRows, Selection, Softmax, TopK, naive
 from benchmarks import kernels
 from benchmarks.kernel_rivals import Size, log_sum_exp, make_inputs, probabilities
 from tests.helpers import ROOT, environment
@@ -35,12 +35,12 @@ def test_methods_are_timed_and_told() -> None:
 
 def test_the_inputs_are_one_batch_in_two_forms() -> None:
     inputs = kernels.in_order(make_inputs(SMALL, CPU))
-    exact = naive.topk_attention(inputs.q, inputs.paged, inputs.rows, inputs.positions, top_k=256, scale=32**-0.5)
+    layer = LayerRows(inputs.q, inputs.paged, inputs.positions, Softmax(32**-0.5))
+    exact = naive.topk_attention(layer, inputs.rows, Selection(256))
     dense = torch.zeros(2, 256, dtype=torch.float64).scatter_(1, exact.positions.long(), exact.scores)
     assert float((probabilities(inputs) - dense).abs().max()) < 2e-2  # its logits are bfloat16
-    told = naive.topk_attention(
-        inputs.q, inputs.paged, inputs.rows, inputs.positions, top_k=8, scale=32**-0.5, lse=log_sum_exp(inputs)
-    )
+    layer = layer._replace(softmax=Softmax(32**-0.5, lse=log_sum_exp(inputs)))
+    told = naive.topk_attention(layer, inputs.rows, Selection(8))
     assert float((told.scores - exact.scores[:, :8]).abs().max()) < 1e-5
 
 

@@ -18,7 +18,7 @@ import torch
 from attnhook.kernels.topk import naive
 from attnhook.kernels.topk.dispatch import kernel as kernel_module
 from attnhook.kernels.topk.triton import plan as triton_plan
-from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
 
 #: The contract is 1e-5 (DESIGN section 3). The kernels do better on these sizes, and a closer bound
 #: notices one lost key among hundreds.
@@ -40,6 +40,20 @@ class Case:
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
+    @property
+    def layer(self) -> LayerRows:
+        own = {name: self.options[name] for name in Softmax._fields if name in self.options}
+        return LayerRows(self.q, self.keys, self.row_position, Softmax(**own))
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(**{name: self.options[name] for name in Selection._fields if name in self.options})
+
+    @property
+    def arguments(self) -> tuple[LayerRows, torch.Tensor, Selection]:
+        """What every kernel takes."""
+        return self.layer, self.row_request, self.selection
+
 
 def run(kernel: str, case: Case) -> TopK:
     """Call one implementation; the Triton kernel on the GPU where there is one.
@@ -57,7 +71,7 @@ def run(kernel: str, case: Case) -> TopK:
     elif way:
         forced = mock.patch("attnhook.kernels.topk.triton.kernel.make_plan", partial(forced_plan, way))
     with forced:
-        out = module.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
+        out = module.topk_attention(*case.arguments)
     return TopK(*(x.cpu() for x in out))
 
 
@@ -211,9 +225,7 @@ def _arrange_queries(q: torch.Tensor, layout: str) -> torch.Tensor:
 
 def oracle(case: Case) -> TopK:
     """The whole distribution of every row, in float64 and in the order of the contract."""
-    return naive.topk_attention(
-        case.q, case.keys, case.row_request, case.row_position, **{**case.options, "top_k": case.keys.max_keys}
-    )
+    return naive.topk_attention(*case.with_options(top_k=case.keys.max_keys).arguments)
 
 
 def assert_matches(kernel: str, case: Case, tolerance: float = TOLERANCE) -> TopK:

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attnhook.kernels.topk.triton import kernel
-from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
 
 backend, arch, warp_size = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
@@ -62,17 +62,15 @@ def call(heads, kv_heads, dim, dtype, k_type, page=16, pages=64, k_scale=None, f
     cache = torch.zeros(4, page, kv_heads, dim).to(k_type)
     table = torch.zeros(2, pages, dtype=torch.int32)
     keys = PagedKeys(cache, table, page, cache.stride(), kv_heads, k_scale)
-    options = {} if not full else {
-        "sinks": torch.zeros(heads, dtype=torch.bfloat16), "alibi_slopes": torch.zeros(heads), "softcap": 30.0,
-        "head_mask": torch.ones(2, heads, dtype=torch.bool), "spans": torch.zeros(2, 3, 2, dtype=torch.int64),
-        "first_reported": torch.zeros(2, dtype=torch.int32),
-    }
+    softmax, selection = Softmax(0.1, window=window, lse=torch.zeros(rows, heads) if lse else None), Selection(4)
+    if full:
+        sinks = torch.zeros(heads, dtype=torch.bfloat16)
+        softmax = softmax._replace(sinks=sinks, alibi_slopes=torch.zeros(heads), softcap=30.0)
+        spans, first_reported = torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        selection = Selection(4, torch.ones(2, heads, dtype=torch.bool), spans, first_reported)
     index = torch.zeros(rows, dtype=torch.int64 if full else torch.int32)
-    if lse:
-        options["lse"] = torch.zeros(rows, heads)
-    kernel.topk_attention(
-        torch.zeros(rows, heads, dim, dtype=dtype), keys, index, index, top_k=4, scale=0.1, window=window, **options
-    )
+    q = torch.zeros(rows, heads, dim, dtype=dtype)
+    kernel.topk_attention(LayerRows(q, keys, index, softmax), index, selection)
 
 
 # Triton has no e4m3 for MI300's variant of it, nor for GPUs before compute capability 8.9
@@ -86,7 +84,8 @@ call(16, 4, 128, torch.bfloat16, fp8, k_scale=torch.ones(4), full=True, window=t
 call(32, 8, 128, torch.bfloat16, torch.bfloat16, rows=300, full=True)  # tiles of prompt rows
 floats = [torch.zeros(3, n) for n in (40, 16, 0)]
 out = TopK(torch.zeros(3, 40, dtype=torch.int32), *floats[:2], torch.zeros(3), floats[2])
-kernel.reduce_rows(torch.zeros(3, 1000), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), out)
+place = torch.zeros(3, dtype=torch.int64)
+kernel.reduce_rows(torch.zeros(3, 1000), place, place, Selection(40), out)
 print("compiled")
 '''
 

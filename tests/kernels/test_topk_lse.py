@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnhook.kernels import topk
-from attnhook.kernels.topk import LayerRows, TopKStep, naive
+from attnhook.kernels.topk import TopKStep, naive
 from tests.kernels.cases import TOLERANCE, Case, assert_equals_oracle, assert_same, build, first_visible, oracle, run
 from tests.kernels.test_topk import CASES, PROMPT, SCATTERED, rand
 
@@ -26,16 +26,14 @@ NAMES = (
 
 def log_sum_exp(case: Case) -> torch.Tensor:
     """float64 [T, Hq]: what an engine's attention would return, by the definition."""
-    names = ("scale", "softcap", "alibi_slopes")
-    own = {name: case.options[name] for name in names if name in case.options}
-    sinks, window = case.options.get("sinks"), case.options.get("window", -1)
+    softmax = case.layer.softmax
+    # exp(z - 0) is what the oracle gives for a normaliser of 0: its logarithm is the logit
+    logits = softmax._replace(sinks=None, lse=torch.zeros(case.q.shape[1]))
+    sinks, window = softmax.sinks, softmax.window
     rows = []
     for t, (request, p) in enumerate(zip(case.row_request.tolist(), case.row_position.tolist(), strict=True)):
         first = first_visible(p, int(window[t]) if isinstance(window, torch.Tensor) else window)
-        # exp(z - 0) is what the oracle gives for a normaliser of 0: its logarithm is the logit
-        z = naive.head_probabilities(
-            case.q[t], case.keys, request, p, first, lse=torch.zeros(case.q.shape[1]), **own
-        ).log()
+        z = naive.head_probabilities(case.q[t], case.keys, request, p, first, logits).log()
         if sinks is not None:
             z = torch.cat([z, sinks.double()[:, None]], dim=1)
         rows.append(torch.logsumexp(z, dim=1))
@@ -84,13 +82,11 @@ def test_a_broken_normaliser_breaks_its_row(kernel: str, bad: float) -> None:
 def test_layers_of_a_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNHOOK_KERNEL", kernel)
     case = build(SCATTERED, sinks=rand(4))
-    sinks, scale = case.options["sinks"], case.options["scale"]
     lse = log_sum_exp(case).float()
     wide = torch.zeros(3, 8)
     wide[:, ::2] = lse  # strided, as engines return it
-    step = TopKStep(case.row_request, top_k=8)
-    plain = LayerRows(case.q, case.keys, case.row_position, scale, sinks=sinks)
-    for result in step([plain, plain._replace(lse=lse), plain._replace(lse=wide[:, ::2])]):
+    step = TopKStep(case.row_request, case.selection)
+    for result in step([case.with_options(lse=given).layer for given in (None, lse, wide[:, ::2])]):
         assert_equals_oracle(result, oracle(case), 8, TOLERANCE)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from attnhook.kernels.topk import LayerRows, TopK
+from attnhook.kernels.topk import TopK
 from attnhook.kernels.topk.split import SplitStep
 from tests.kernels.cases import TOLERANCE, Case, assert_equals_oracle, build, oracle
 
@@ -41,7 +41,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield name, build(rows, seed=len(name), **options)  # type: ignore[arg-type]
 
 
-def part(case: Case, rank: int, ranks: int) -> tuple[LayerRows, torch.Tensor | None]:
+def part(case: Case, rank: int, ranks: int) -> Case:
     """One rank's heads: their queries, keys and numbers."""
     heads, kv_heads = case.q.shape[1], case.keys.num_kv_heads
     own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
@@ -51,17 +51,14 @@ def part(case: Case, rank: int, ranks: int) -> tuple[LayerRows, torch.Tensor | N
         start = stored.storage_offset() + rank * kv_heads // ranks * keys.strides[2]
         keys = replace(keys, cache=stored.as_strided((1,), (1,), start), num_kv_heads=kv_heads // ranks)
     options = dict(case.options)
-    for name in ("sinks", "alibi_slopes"):
+    for name in ("sinks", "alibi_slopes", "head_mask"):
         if name in options:
             options[name] = options[name][own]
-    mask = options.get("head_mask")
-    names = ("scale", "softcap", "window", "sinks", "alibi_slopes")
-    layer = LayerRows(case.q[:, own], keys, case.row_position, **{n: options[n] for n in names if n in options})
-    return layer, None if mask is None else mask[own]
+    return replace(case, q=case.q[:, own], keys=keys, options=options)
 
 
 def split(case: Case, rank: int, ranks: int, layers: int = 2) -> list[TopK]:
-    layer, mask = part(case, rank, ranks)
+    own = part(case, rank, ranks)
     whole = case.options.get("head_mask")
 
     def total(attention: torch.Tensor) -> bool:
@@ -70,13 +67,12 @@ def split(case: Case, rank: int, ranks: int, layers: int = 2) -> list[TopK]:
 
     step = SplitStep(
         case.row_request,
+        own.selection,
         total=total,
         heads=case.q.shape[1] if whole is None else int(whole.sum()),
         width=int(case.row_position.max()) + 1,
-        head_mask=mask,
-        **{n: case.options[n] for n in ("top_k", "spans", "first_reported") if n in case.options},
     )
-    return step([layer] * layers)
+    return step([own.layer] * layers)
 
 
 def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
@@ -128,8 +124,7 @@ def test_rows_are_added_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         pieces.append(attention.shape)
         return True
 
-    layer, _ = part(case, 0, 1)
-    step = SplitStep(case.row_request, total=total, heads=12, width=40, top_k=8)
-    result = step([layer])[0]
+    step = SplitStep(case.row_request, case.selection, total=total, heads=12, width=40)
+    result = step([case.layer])[0]
     assert len(pieces) == 3
     assert_equals_oracle(result, oracle(case), case.options["top_k"], TOLERANCE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnhook.kernels import topk
-from attnhook.kernels.topk import LayerRows, TopK, TopKStep
+from attnhook.kernels.topk import Selection, TopK, TopKStep
 from attnhook.kernels.topk.numba import again
 from tests.kernels.cases import Case, assert_same, build
 
@@ -34,12 +34,6 @@ def cases(rows: list[tuple[int, int]], **shared: Any) -> list[Case]:
     return [build(rows, seed=n, **{**shared, **options}) for n, options in enumerate(own)]
 
 
-def layer(case: Case) -> LayerRows:
-    names = ("scale", "softcap", "window", "sinks", "alibi_slopes")
-    own = {name: case.options[name] for name in names if name in case.options}
-    return LayerRows(case.q, case.keys, case.row_position, **own)
-
-
 def alone(case: Case) -> TopK:
     return topk.topk_attention(case.q, case.keys, case.row_request, case.row_position, **case.options)
 
@@ -55,11 +49,11 @@ def test_layers_of_a_step(
     if rows is PROMPT:  # one request
         shared = {name: x[:1] if name in ("spans", "first_reported") else x for name, x in shared.items()}
     layers = cases(rows, **shared)
-    step = TopKStep(layers[0].row_request, **{"top_k": 8, **shared})
+    step = TopKStep(layers[0].row_request, layers[0].selection)
     if together:
-        got = step([layer(case) for case in layers])
+        got = step([case.layer for case in layers])
     else:
-        got = [result for case in layers for result in step([layer(case)])]
+        got = [result for case in layers for result in step([case.layer])]
     for case, result in zip(layers, got, strict=True):
         assert_same(result, alone(case), 2e-6)
 
@@ -77,9 +71,9 @@ def test_a_decoding_step_prepares_its_jobs_once(monkeypatch: pytest.MonkeyPatch)
     # layers of a model: other keys and queries, the same positions, windows and page table
     layers = [replace(first, q=build(ROWS, seed=n).q) for n in range(4)]
     layers = [replace(case, keys=replace(case.keys, cache=case.keys.cache + 0.01 * n)) for n, case in enumerate(layers)]
-    step = TopKStep(first.row_request, top_k=8)
+    step = TopKStep(first.row_request, Selection(8))
     monkeypatch.setattr(again.Again, "__init__", prepare)
-    got = [step([layer(case)])[0] for case in layers]
+    got = [step([case.layer])[0] for case in layers]
     assert made == [len(ROWS)]
     for case, result in zip(layers, got, strict=True):
         assert_same(result, alone(case), 1e-7)
@@ -92,7 +86,7 @@ def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch
     made: list[Any] = []
     whole = again.Again.__init__
     monkeypatch.setattr(again.Again, "__init__", lambda self, *args: (made.append(args), whole(self, *args))[1])
-    step = TopKStep(torch.tensor([0, 1]), top_k=8)
+    step = TopKStep(torch.tensor([0, 1]), Selection(8))
     for turn, positions in enumerate([[30, 90], [31, 91], [1500, 2], [1501, 2030]]):
         first = build([(0, 2040), (1, 2040)], seed=7 + turn)  # as many pages in every pass
         place = torch.tensor(positions)
@@ -101,7 +95,7 @@ def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch
             for n in range(count)
         ]
         layers = [replace(case, row_position=place) for case in layers]
-        rows = [layer(case) for case in layers]
+        rows = [case.layer for case in layers]
         lent = step.again(rows)
         assert (lent is None) == (turn == 0)
         if lent is not None:
@@ -120,9 +114,9 @@ def test_layers_with_windows_of_their_own_at_the_same_positions(kernel: str, mon
     first = build(ROWS, seed=3)
     windows: list[Any] = [-1, 7, -1, torch.tensor([5, 9, -1]), 7, 3]
     layers = [replace(first, options={**first.options, "window": window}) for window in windows]
-    step = TopKStep(first.row_request, top_k=8)
+    step = TopKStep(first.row_request, Selection(8))
     expected = [alone(case) for case in layers]
-    in_turn = [result for case in layers for result in step([layer(case)])]
-    for got in (in_turn, step([layer(case) for case in layers]), in_turn):
+    in_turn = [result for case in layers for result in step([case.layer])]
+    for got in (in_turn, step([case.layer for case in layers]), in_turn):
         for one, wanted in zip(got, expected, strict=True):
             assert_same(one, wanted, 1e-7)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnhook.kernels.topk import LayerRows, TopK, split
+from attnhook.kernels.topk import LayerRows, Selection, Softmax, TopK, split
 from attnhook.kernels.topk.triton import kernel
 from attnhook.kernels.topk.types import PagedKeys
 from attnhook.record.fingerprint import BINS
@@ -174,15 +174,16 @@ def test_launches_depend_on_shapes_alone(
     q, keys = empty_call(rows, 3, 1000, heads, 64, BF16)
     keys = replace(keys, k_scale=torch.empty(heads[1], device=META))
     index = torch.empty(rows, dtype=torch.int32, device=META)
-    softmax: dict[str, Any] = {
-        "scale": 0.1, "softcap": 3.0, "window": index, "sinks": torch.empty(heads[0], device=META),
-        "alibi_slopes": torch.empty(heads[0], device=META),
-        "head_mask": torch.empty(3, heads[0], dtype=torch.bool, device=META),
-        "lse": torch.empty(rows, heads[0], device=META) if lse else None,
-    }  # fmt: skip
-    spans = torch.empty(3, 20, 2, dtype=torch.int64, device=META)
-    first_reported = torch.empty(3, dtype=torch.int32, device=META)
-    out = kernel.topk_attention(q, keys, index, index, top_k=32, spans=spans, first_reported=first_reported, **softmax)
+    layer = LayerRows(q, keys, index, Softmax(
+        scale=0.1, softcap=3.0, window=index, sinks=torch.empty(heads[0], device=META),
+        alibi_slopes=torch.empty(heads[0], device=META),
+        lse=torch.empty(rows, heads[0], device=META) if lse else None,
+    ))  # fmt: skip
+    selection = Selection(
+        32, torch.empty(3, heads[0], dtype=torch.bool, device=META),
+        torch.empty(3, 20, 2, dtype=torch.int64, device=META), torch.empty(3, dtype=torch.int32, device=META),
+    )  # fmt: skip
+    out = kernel.topk_attention(layer, index, selection)
     assert [x.device.type for x in out] == ["meta"] * 5
     names = [name for name, *_ in recorder.launches]
     if lse:
@@ -191,9 +192,9 @@ def test_launches_depend_on_shapes_alone(
         assert names == ["norms", "merge", "direct", "masses", "select"]
     else:
         assert names == ["logits", "average"] * (len(names) // 2 - 1) + ["masses", "select"]
-    assert kernel.attention_rows(q, keys, index, index, width=900, **softmax).shape == (rows, 900)
+    assert kernel.attention_rows(layer, index, width=900, head_mask=selection.head_mask).shape == (rows, 900)
     long = index.long()
-    kernel.reduce_rows(torch.empty(rows, 900, device=META), long, long, out, normalise=True)
+    kernel.reduce_rows(torch.empty(rows, 900, device=META), long, long, Selection(32), out, normalise=True)
     assert [name for name, *_ in recorder.launches][-3:] == ["tiles", "masses", "select"]
 
 
@@ -234,7 +235,7 @@ def test_static_buffers(rows: list[tuple[int, int]], replay: str) -> None:
     after = shuffled(replace(after, q=shorter.q, row_position=shorter.row_position), seed=5)
 
     def launch() -> TopK:
-        return kernel.topk_attention(before.q, before.keys, before.row_request, before.row_position, **before.options)
+        return kernel.topk_attention(*before.arguments)
 
     first = launch()  # compiles
     graph = None
@@ -285,7 +286,7 @@ def test_reduction_of_summed_attention(width: int, normalise: bool) -> None:
         first_, last_, attention_, spans_, from_ = (
             x.clone().to(device) for x in (first, last, attention, spans, report_from)
         )
-        reduce(attention_, first_, last_, out, spans=spans_, report_from=from_, normalise=normalise)
+        reduce(attention_, first_, last_, Selection(20, None, spans_, from_), out, normalise=normalise)
         results.append(TopK(*(x.cpu() for x in out)))
     plain, got = (TopK(*(x[:5] for x in result)) for result in results)
     assert_same(got, plain, 1e-6)
@@ -302,7 +303,7 @@ def test_reduction_of_more_than_the_registers_hold() -> None:
         torch.zeros(1, 0),
     )  # fmt: skip
     out = TopK(*(x.to(DEVICE) for x in out))
-    kernel.reduce_rows(attention.clone(), *place, out)
+    kernel.reduce_rows(attention.clone(), *place, Selection(1100), out)
     assert_close("scores", out.scores, attention.sort(descending=True).values[:, :1100], 0)
 
 
@@ -317,8 +318,7 @@ def test_a_rank_adds_up_with_the_kernel_of_its_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr("attnhook.kernels.topk.triton.reduce_rows", spy)
     monkeypatch.setenv("ATTNHOOK_KERNEL", "triton")
     case = to_device(build([(0, 40), (1, 130)], heads=(4, 2), window=20), DEVICE)
-    step = split.SplitStep(case.row_request, total=lambda x: True, heads=4, width=131, top_k=8)
-    layer = LayerRows(case.q, case.keys, case.row_position, case.options["scale"], window=20)
-    got = TopK(*(x.cpu() for x in step([layer])[0]))
+    step = split.SplitStep(case.row_request, case.selection, total=lambda x: True, heads=4, width=131)
+    got = TopK(*(x.cpu() for x in step([case.layer])[0]))
     assert called == [2]
     assert_equals_oracle(got, oracle(build([(0, 40), (1, 130)], heads=(4, 2), window=20)), 8, TOLERANCE)

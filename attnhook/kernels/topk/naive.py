@@ -6,34 +6,19 @@ Computes in float64 whatever it is given, so that it can judge the other impleme
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 
-def topk_attention(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    softcap: float = 0.0,
-    window: int | torch.Tensor = -1,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-    first_reported: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-) -> TopK:
+def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; scores, histogram and entropy come back in float64."""
+    q, _, row_position, softmax = layer
+    top_k, _, spans, first_reported = selection
     rows = q.shape[0]
-    span_count = 0 if spans is None else spans.shape[1]
+    span_count = selection.span_count
     f64 = {"dtype": torch.float64, "device": q.device}
     positions = torch.full((rows, top_k), -1, dtype=torch.int32, device=q.device)
     scores = torch.zeros((rows, top_k), **f64)  # type: ignore[call-overload]
@@ -43,13 +28,7 @@ def topk_attention(
 
     for t in range(rows):
         request, p = int(row_request[t]), int(row_position[t])
-        width = int(window[t]) if isinstance(window, torch.Tensor) else window
-        first = 0 if width < 0 else max(0, p - width + 1)
-        a = row_attention(
-            q[t], keys, request, p, first, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-            head_mask=None if head_mask is None else head_mask.expand(keys.page_table.shape[0], -1)[request],
-            lse=None if lse is None else lse[t],
-        )  # fmt: skip
+        first, a = row_attention(layer, t, request, selection.head_mask)
         seen = torch.arange(first, p + 1, device=q.device)
 
         reportable = seen >= (0 if first_reported is None else int(first_reported[request]))
@@ -63,7 +42,7 @@ def topk_attention(
             end = BIN_STARTS[i + 1] if i + 1 < BINS else p + 1
             histogram[t, i] = a[(distance >= start) & (distance < end)].sum()
         # a sink that takes everything leaves no distribution to speak of: entropy 0
-        normalised = a if sinks is None or a.sum() == 0 else a / a.sum()
+        normalised = a if softmax.sinks is None or a.sum() == 0 else a / a.sum()
         if len(seen) > 1:
             entropy[t] = torch.special.entr(normalised).sum() / math.log(len(seen))
         elif not torch.isfinite(a).all():
@@ -75,58 +54,37 @@ def topk_attention(
 
 
 def attention_rows(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    width: int,
-    window: int | torch.Tensor = -1,
-    head_mask: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    **softmax: Any,
+    layer: LayerRows, row_request: torch.Tensor, *, width: int, head_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`; float64."""
-    dense = torch.zeros((q.shape[0], width), dtype=torch.float64, device=q.device)
-    for t in range(q.shape[0]):
-        request, p = int(row_request[t]), int(row_position[t])
-        size = int(window[t]) if isinstance(window, torch.Tensor) else window
-        first = 0 if size < 0 else max(0, p - size + 1)
-        mask = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], -1)[request]
-        own = None if lse is None else lse[t]
-        dense[t, first : p + 1] = row_attention(q[t], keys, request, p, first, head_mask=mask, lse=own, **softmax)
+    dense = torch.zeros((layer.q.shape[0], width), dtype=torch.float64, device=layer.q.device)
+    for t, request in enumerate(row_request.tolist()):
+        first, a = row_attention(layer, t, request, head_mask)
+        dense[t, first : first + len(a)] = a
     return dense
 
 
 def row_attention(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    request: int,
-    position: int,
-    first: int,
-    *,
-    head_mask: torch.Tensor | None = None,
-    **softmax: Any,
-) -> torch.Tensor:
-    """Head-averaged attention float64 ``[position + 1 - first]`` of one query ``[Hq, D]``."""
-    p = head_probabilities(q, keys, request, position, first, **softmax)
-    return p.mean(0) if head_mask is None else p[head_mask.bool()].mean(0)
+    layer: LayerRows, row: int, request: int, head_mask: torch.Tensor | None = None
+) -> tuple[int, torch.Tensor]:
+    """The first key that a row sees, and its head-averaged attention, float64, from there to its own key."""
+    softmax, position = layer.softmax.rows(row), int(layer.row_position[row])
+    width = int(softmax.window)
+    first = 0 if width < 0 else max(0, position - width + 1)
+    p = head_probabilities(layer.q[row], layer.keys, request, position, first, softmax)
+    if head_mask is not None:
+        p = p[head_mask.expand(layer.keys.page_table.shape[0], -1)[request].bool()]
+    return first, p.mean(0)
 
 
 def head_probabilities(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    request: int,
-    position: int,
-    first: int,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
+    q: torch.Tensor, keys: PagedKeys, request: int, position: int, first: int, softmax: Softmax
 ) -> torch.Tensor:
-    """Each head's attention float64 ``[Hq, position + 1 - first]`` of one query ``[Hq, D]``."""
+    """Each head's attention float64 ``[Hq, position + 1 - first]`` of one query ``[Hq, D]``.
+
+    ``softmax`` is that row's: its ``lse`` is [Hq]; the window is what ``first`` says.
+    """
+    scale, softcap, _, sinks, alibi_slopes, lse = softmax
     heads, head_dim = q.shape
     seen = torch.arange(first, position + 1, device=q.device)
     page = keys.page_table[request, seen // keys.page_size].long()

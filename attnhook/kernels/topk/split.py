@@ -12,7 +12,7 @@ import torch
 
 from attnhook.kernels.topk.dispatch import implementation
 from attnhook.kernels.topk.torch.reduce import empty_result, select
-from attnhook.kernels.topk.types import LayerRows, TopK
+from attnhook.kernels.topk.types import LayerRows, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _SCRATCH_ELEMENTS = 1 << 22  # attention of the rows that are added up together: 16 MiB, unless one row needs more
@@ -30,34 +30,29 @@ class SplitStep:
         Selected query heads of all ranks together.
     width
         More than the largest position of a row.
-    head_mask
-        [Hq] bool over this rank's heads; it may select none.
 
-    The other arguments are those of `topk_attention`. Ranks that do not go on get empty results. A rank on which
-    something goes wrong adds NaN, so that no rank takes the sum for whole, and raises when all is added up.
+    ``selection`` is the same for all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
+    none. Ranks that do not go on get empty results. A rank on which something goes wrong adds NaN, so that no rank
+    takes the sum for whole, and raises when all is added up.
     """
 
     def __init__(
         self,
         row_request: torch.Tensor,
+        selection: Selection,
         *,
         total: Callable[[torch.Tensor], bool],
         heads: int,
         width: int,
-        top_k: int,
-        head_mask: torch.Tensor | None = None,
-        spans: torch.Tensor | None = None,
-        first_reported: torch.Tensor | None = None,
     ) -> None:
         self._request, self._total, self._heads, self._width = row_request, total, heads, width
-        self._top_k, self._mask, self._spans, self._report_from = top_k, head_mask, spans, first_reported
-        self._selected = None if head_mask is None else int(head_mask.sum())
+        self._selection, mask = selection, selection.head_mask
+        self._selected = None if mask is None else int(mask.sum())
 
     def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
         """One result per layer."""
         rows, count = len(self._request), len(layers)
-        spans = 0 if self._spans is None else self._spans.shape[1]
-        found = [empty_result(rows, self._top_k, spans, layers[0].q.device) for _ in layers]
+        found = [empty_result(rows, self._selection, layers[0].q.device) for _ in layers]
         step = max(1, _SCRATCH_ELEMENTS // (count * self._width))
         failure: Exception | None = None
         for start in range(0, rows, step):
@@ -81,23 +76,17 @@ class SplitStep:
         selected = layer.q.shape[1] if self._selected is None else self._selected
         if not selected:
             return torch.zeros((part.stop - part.start, self._width), device=layer.q.device)
-        window = layer.window[part] if isinstance(layer.window, torch.Tensor) else layer.window
-        lse = None if layer.lse is None else layer.lse[part]
-        own = layer._replace(q=layer.q[part], row_position=layer.row_position[part], window=window, lse=lse)
-        mean = attention_rows(own, self._request[part], width=self._width, head_mask=self._mask)
+        own = LayerRows(layer.q[part], layer.keys, layer.row_position[part], layer.softmax.rows(part))
+        mean = attention_rows(own, self._request[part], width=self._width, head_mask=self._selection.head_mask)
         return mean.mul_(selected / self._heads).float()
 
     def _reduce(self, layer: LayerRows, attention: torch.Tensor, part: slice, out: TopK) -> None:
-        request, last = self._request[part].long(), layer.row_position[part].long()
-        window = layer.window[part] if isinstance(layer.window, torch.Tensor) else torch.tensor(layer.window)
+        own, last = self._selection.requests(self._request[part].long()), layer.row_position[part].long()
+        window = layer.softmax.rows(part).window
+        window = window if isinstance(window, torch.Tensor) else torch.tensor(window)
         first = torch.where(window < 0, 0, (last - window + 1).clamp(min=0))
         reduce = getattr(implementation(attention.device.type), "reduce_rows", reduce_rows)
-        reduce(
-            attention, first, last, out,
-            spans=None if self._spans is None else self._spans[request],
-            report_from=None if self._report_from is None else self._report_from[request],
-            normalise=layer.sinks is not None,
-        )  # fmt: skip
+        reduce(attention, first, last, own, out, normalise=layer.softmax.sinks is not None)
 
 
 def attention_rows(
@@ -108,11 +97,9 @@ def attention_rows(
     A row whose q or visible keys hold NaN or infinity is NaN where it sees. Arguments as for
     `attnhook.kernels.topk.topk_attention`.
     """
-    q, keys, row_position, scale, softcap, window, sinks, alibi_slopes, lse = layer
-    dense: torch.Tensor = implementation(q.device.type).attention_rows(
-        q, keys, row_request, row_position, width=width, scale=scale, softcap=softcap, window=window, sinks=sinks,
-        alibi_slopes=alibi_slopes, head_mask=head_mask, lse=lse,
-    )  # fmt: skip
+    dense: torch.Tensor = implementation(layer.q.device.type).attention_rows(
+        layer, row_request, width=width, head_mask=head_mask
+    )
     return dense
 
 
@@ -120,16 +107,17 @@ def reduce_rows(
     attention: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,
+    selection: Selection,
     out: TopK,
     *,
-    spans: torch.Tensor | None = None,
-    report_from: torch.Tensor | None = None,
     normalise: bool = False,
 ) -> None:
     """Features and selection of rows from their attention [R, N], which is overwritten; see `topk_attention`.
 
-    ``first`` and ``last`` int64 [R] bound what a row sees, ``spans`` is [R, n, 2], ``report_from`` [R].
+    ``first`` and ``last`` int64 [R] bound what a row sees; in ``selection`` each row is a request of its own.
+    ``normalise``: the attention is not all that there is, because a sink has taken some.
     """
+    spans, report_from = selection.spans, selection.first_reported
     count = attention.shape[1]
     sums = torch.zeros((len(last), count + 1), dtype=torch.float64, device=attention.device)
     torch.cumsum(attention, -1, dtype=torch.float64, out=sums[:, 1:])

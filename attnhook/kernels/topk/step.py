@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnhook.kernels.topk.dispatch import implementation
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK, check_inputs
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, Selection, Softmax, TopK, check_inputs
 
 
 def topk_attention(
@@ -84,49 +84,23 @@ def topk_attention(
     ValueError
         Shapes, dtypes or devices do not fit together.
     """
-    check_inputs(
-        q, keys, row_request, row_position, top_k, window, sinks, alibi_slopes, head_mask, spans, first_reported, lse
-    )
-    result: TopK = implementation(q.device.type).topk_attention(
-        q,
-        keys,
-        row_request,
-        row_position,
-        top_k=top_k,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        head_mask=head_mask,
-        spans=spans,
-        first_reported=first_reported,
-        lse=lse,
-    )
+    layer = LayerRows(q, keys, row_position, Softmax(scale, softcap, window, sinks, alibi_slopes, lse))
+    selection = Selection(top_k, head_mask, spans, first_reported)
+    check_inputs(layer, row_request, selection)
+    result: TopK = implementation(q.device.type).topk_attention(layer, row_request, selection)
     return result
 
 
 class TopKStep:
     """`topk_attention` of the same rows in several layers: what the layers share is looked at once.
 
-    Arguments and errors are those of `topk_attention`. They must not change while the step lasts.
+    What the arguments hold, and the errors, are those of `topk_attention`. No tensor may change while the step lasts.
     """
 
-    def __init__(
-        self,
-        row_request: torch.Tensor,
-        *,
-        top_k: int,
-        head_mask: torch.Tensor | None = None,
-        spans: torch.Tensor | None = None,
-        first_reported: torch.Tensor | None = None,
-    ) -> None:
-        self._request = row_request
-        self._shared: dict[str, Any] = {
-            "top_k": top_k, "head_mask": head_mask, "spans": spans, "first_reported": first_reported
-        }  # fmt: skip
+    def __init__(self, row_request: torch.Tensor, selection: Selection) -> None:
+        self._request, self._selection = row_request, selection
         self._impl = implementation(row_request.device.type)
-        self._step = self._impl.Step(row_request, **self._shared) if hasattr(self._impl, "Step") else None
+        self._step = self._impl.Step(row_request, selection) if hasattr(self._impl, "Step") else None
 
     def stacked(self, layers: Sequence[LayerRows]) -> TopK:
         """Results ``[T, L, ...]`` of all layers in one piece."""
@@ -154,10 +128,7 @@ class TopKStep:
         """Places of the layers that one call can compute together, by what makes them alike."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for n, layer in enumerate(layers):
-            check_inputs(
-                layer.q, layer.keys, self._request, layer.row_position, window=layer.window, sinks=layer.sinks,
-                alibi_slopes=layer.alibi_slopes, lse=layer.lse, **self._shared,
-            )  # fmt: skip
+            check_inputs(layer, self._request, self._selection)
             if self._step is not None and self._impl.computes(layer.q, layer.keys):
                 kind = layer.q.shape[1:], layer.keys.num_kv_heads, layer.keys.page_table.shape[0]
                 alike.setdefault(kind, []).append(n)
@@ -171,5 +142,5 @@ class TopKStep:
                 found[n] = result
         for n, layer in enumerate(layers):
             if found[n] is None:
-                found[n] = self._impl.topk_attention(row_request=self._request, **layer._asdict(), **self._shared)
+                found[n] = self._impl.topk_attention(layer, self._request, self._selection)
         return [result for result in found if result is not None]

@@ -88,12 +88,9 @@ def gather(view: torch.Tensor, keys: PagedKeys, request: int, low: int, high: in
     return view[pages].flatten(0, 1)[offset : offset + high - low]
 
 
-class LayerRows(NamedTuple):
-    """What one layer brings to `TopKStep`; see `topk_attention` for shapes and meaning."""
+class Softmax(NamedTuple):
+    """The softmax of one layer's rows; see `topk_attention` for shapes and meaning."""
 
-    q: torch.Tensor
-    keys: PagedKeys
-    row_position: torch.Tensor
     scale: float
     softcap: float = 0.0
     window: int | torch.Tensor = -1
@@ -101,22 +98,52 @@ class LayerRows(NamedTuple):
     alibi_slopes: torch.Tensor | None = None
     lse: torch.Tensor | None = None
 
+    def rows(self, part: slice | int) -> Softmax:
+        """The same of some rows, or of one: what there is per row loses the others."""
+        window = self.window[part] if isinstance(self.window, torch.Tensor) else self.window
+        return self._replace(window=window, lse=None if self.lse is None else self.lse[part])
 
-def check_inputs(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    top_k: int,
-    window: int | torch.Tensor,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    head_mask: torch.Tensor | None,
-    spans: torch.Tensor | None,
-    first_reported: torch.Tensor | None,
-    lse: torch.Tensor | None = None,
-) -> None:
+
+class LayerRows(NamedTuple):
+    """What one layer brings: rows q [T, Hq, D] at positions [T], the keys that they see, and the softmax over these."""
+
+    q: torch.Tensor
+    keys: PagedKeys
+    row_position: torch.Tensor
+    softmax: Softmax
+
+
+class Selection(NamedTuple):
+    """What is wanted of each row, the same in all layers; see `topk_attention` for shapes and meaning.
+
+    A result that is not always wanted (per head, per key, the log-sum-exp) belongs here as a field that asks for it,
+    and in `TopK` as one that answers.
+    """
+
+    top_k: int
+    head_mask: torch.Tensor | None = None
+    spans: torch.Tensor | None = None
+    first_reported: torch.Tensor | None = None
+
+    @property
+    def span_count(self) -> int:
+        """Ranges per request whose mass is wanted."""
+        return 0 if self.spans is None else self.spans.shape[1]
+
+    def requests(self, row_request: torch.Tensor) -> Selection:
+        """What is wanted of rows of these requests, int64 [T], as if each row were a request of its own."""
+        return self._replace(
+            head_mask=self.head_mask[row_request] if self.head_mask is not None and self.head_mask.dim() == 2
+            else self.head_mask,
+            spans=None if self.spans is None else self.spans[row_request],
+            first_reported=None if self.first_reported is None else self.first_reported[row_request],
+        )  # fmt: skip
+
+
+def check_inputs(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> None:
     """Raise ValueError where shapes disagree; reads no device value."""
+    q, keys, row_position, softmax = layer
+    spans, window, lse = selection.spans, softmax.window, softmax.lse
     if q.dim() != 3:
         raise ValueError(f"q must be [rows, query heads, head_dim], got shape {tuple(q.shape)}")
     rows, heads, _ = q.shape
@@ -125,17 +152,17 @@ def check_inputs(
         raise ValueError(f"page_table must be [requests, pages], got shape {tuple(keys.page_table.shape)}")
     if keys.num_kv_heads < 1 or heads % keys.num_kv_heads:
         raise ValueError(f"{heads} query heads do not divide into {keys.num_kv_heads} kv heads")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if selection.top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {selection.top_k}")
     expected: list[tuple[str, torch.Tensor | None, tuple[tuple[int, ...], ...]]] = [
         ("row_request", row_request, ((rows,),)),
         ("row_position", row_position, ((rows,),)),
         ("window", window if isinstance(window, torch.Tensor) else None, ((rows,),)),
-        ("sinks", sinks, ((heads,),)),
-        ("alibi_slopes", alibi_slopes, ((heads,),)),
-        ("head_mask", head_mask, ((heads,), (requests, heads))),
+        ("sinks", softmax.sinks, ((heads,),)),
+        ("alibi_slopes", softmax.alibi_slopes, ((heads,),)),
+        ("head_mask", selection.head_mask, ((heads,), (requests, heads))),
         ("spans", spans, ((requests, spans.shape[1] if spans is not None and spans.dim() == 3 else 0, 2),)),
-        ("first_reported", first_reported, ((requests,),)),
+        ("first_reported", selection.first_reported, ((requests,),)),
         ("lse", lse, ((rows, heads),)),
     ]
     for name, tensor, shapes in expected:

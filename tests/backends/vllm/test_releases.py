@@ -10,7 +10,7 @@ import torch
 
 from attnhook.backends.vllm import cache, worker
 from attnhook.errors import UnsupportedError
-from attnhook.kernels.topk import naive
+from attnhook.kernels.topk import LayerRows, Selection, Softmax, naive
 from tests.backends.vllm.engine import needs_vllm
 from tests.helpers import python
 
@@ -51,10 +51,10 @@ def test_keys_and_values_of_gpu_caches(layout: str) -> None:
     table = torch.tensor([[4, 1, 5]], dtype=torch.int32)
     found = cache.view(SimpleNamespace(impl=TritonAttentionImpl()), stored, table)
     q = torch.randn(1, 4, DIM, generator=torch.Generator().manual_seed(1))
-    row = torch.zeros(1, dtype=torch.int32), torch.tensor([40])
+    request, position = torch.zeros(1, dtype=torch.int32), torch.tensor([40])
     for paged, true in ((found.keys, k), (found.values, v)):
-        softmax = {name: value for name, value in found.softmax.items() if name != "window"}
-        got = naive.topk_attention(q, paged, *row, top_k=41, **softmax)
+        softmax = Softmax(**found.softmax)._replace(window=-1)
+        got = naive.topk_attention(LayerRows(q, paged, position, softmax), request, Selection(41))
         dense = true[[4, 1, 5]].transpose(0, 1).reshape(HEADS, -1, DIM)[:, :41]
         z = 0.3 * torch.einsum("gad,gnd->gan", q.view(HEADS, 2, DIM).double(), dense.double())
         expected = z.softmax(-1).mean((0, 1)).sort(descending=True)

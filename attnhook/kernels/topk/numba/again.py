@@ -82,15 +82,19 @@ class Again:
             or first.keys.num_kv_heads != old.keys.num_kv_heads
         ):
             return False
-        for new, kept in zip(layers, self._call.layers, strict=True):
-            keys, before = new.keys, kept.keys
+        # for every layer of every pass: unpacking a tuple is faster than asking it by name
+        place, table, window = first.row_position, first.keys.page_table, first.softmax.window
+        for (_, keys, own_place, softmax), (_, before, _, known) in zip(layers, self._call.layers, strict=True):
+            scale, softcap, own_window, sinks, slopes, _ = softmax
+            old_scale, old_softcap, _, old_sinks, old_slopes, _ = known
             if not (
-                new.row_position is first.row_position
-                and keys.page_table is first.keys.page_table
-                and _same(new.window, first.window)
-                and (new.scale, new.softcap) == (kept.scale, kept.softcap)
-                and new.sinks is kept.sinks
-                and new.alibi_slopes is kept.alibi_slopes
+                own_place is place
+                and keys.page_table is table
+                and (own_window is window or _same(own_window, window))
+                and scale == old_scale
+                and softcap == old_softcap
+                and sinks is old_sinks
+                and slopes is old_slopes
                 and keys.k_scale is before.k_scale
                 and keys.cache.dtype == before.cache.dtype
                 and keys.strides == before.strides
@@ -106,7 +110,7 @@ class Again:
         int64 and the window is one number. None where rows see no key, or too many for one call.
         """
         one = layers[0]
-        if self._seen is one.row_position and _same(self._window, one.window):
+        if self._seen is one.row_position and _same(self._window, one.softmax.window):
             self._places.words.positions = self._places.words.seen = 0
             self._places.run(1)
         elif not self._aim(layers, place):
@@ -125,8 +129,9 @@ class Again:
         one, places = layers[0], self._places.words
         pages = one.keys.page_table
         if place is None:
-            assert isinstance(one.window, int)
-            places.positions, places.window, places.seen = one.row_position.data_ptr(), one.window, 0
+            window = one.softmax.window
+            assert isinstance(window, int)
+            places.positions, places.window, places.seen = one.row_position.data_ptr(), window, 0
         else:
             first, seen = place
             places.seen, places.first_seen = seen.ctypes.data, first.ctypes.data
@@ -154,7 +159,7 @@ class Again:
             reduction.scratch, reduction.scratch_bytes = self._scratch.ctypes.data, part
             reduction.scratch_keys = width
         self._threads = threads
-        self._seen, self._window = one.row_position, one.window
+        self._seen, self._window = one.row_position, one.softmax.window
         return True
 
 
@@ -168,7 +173,7 @@ def alike(layers: Sequence[LayerRows]) -> bool:
     return all(
         layer.row_position is one.row_position
         and layer.keys.page_table is one.keys.page_table
-        and _same(layer.window, one.window)
+        and _same(layer.softmax.window, one.softmax.window)
         and reads_in_place(layer.keys)
         for layer in layers
     )

@@ -14,7 +14,7 @@ import torch
 
 from attnhook.kernels.topk.numba import loops
 from attnhook.kernels.topk.numba.blocks import POOL, RowWords, W
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, Selection, TopK
 from attnhook.record.fingerprint import BINS
 
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
@@ -104,15 +104,8 @@ def _neutral(requests: int, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 class Shared:
     """What all layers of a step have in common; no argument may change while it lasts."""
 
-    def __init__(
-        self,
-        row_request: torch.Tensor,
-        *,
-        top_k: int,
-        head_mask: torch.Tensor | None = None,
-        spans: torch.Tensor | None = None,
-        first_reported: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, row_request: torch.Tensor, selection: Selection) -> None:
+        top_k, head_mask, spans, first_reported = selection
         self.request = as_numpy(row_request, np.int64)
         self.top_k = top_k
         self.lanes = max(128, 1 << (4 * top_k - 1).bit_length())
@@ -136,9 +129,9 @@ class Call:
         self.masks = masks
         if shared.masks is not None:
             self.masks = np.ascontiguousarray(np.broadcast_to(shared.masks, (requests, self.heads)))
-        self.sinks = self._per_head([layer.sinks for layer in layers], -math.inf)
-        self.slopes = self._per_head([layer.alibi_slopes for layer in layers], 0.0)
-        self.softcaps = np.array([layer.softcap for layer in layers], np.float32)
+        self.sinks = self._per_head([layer.softmax.sinks for layer in layers], -math.inf)
+        self.slopes = self._per_head([layer.softmax.alibi_slopes for layer in layers], 0.0)
+        self.softcaps = np.array([layer.softmax.softcap for layer in layers], np.float32)
 
     def _per_head(self, values: list[torch.Tensor | None], neutral: float) -> np.ndarray:
         """float32 [L, Hq], or [L, 0] where no layer has any; ``neutral`` changes nothing."""
@@ -211,7 +204,7 @@ def bytes_per_thread(width: int, top_k: int, lanes: int) -> int:
 def scales_of(layers: Sequence[LayerRows]) -> np.ndarray:
     """float32 [L, Hkv]: what the product of a query and a stored key is multiplied by."""
     scales = np.empty((len(layers), layers[0].keys.num_kv_heads), np.float32)
-    scales.T[:] = [layer.scale for layer in layers]
+    scales.T[:] = [layer.softmax.scale for layer in layers]
     for n, layer in enumerate(layers):
         if layer.keys.k_scale is not None:
             scales[n] *= as_numpy(torch.as_tensor(layer.keys.k_scale), np.float32)

@@ -28,7 +28,7 @@ from attnhook.kernels.topk.numba.jobs import (
     threads_for,
 )
 from attnhook.kernels.topk.torch.attention import block_rows, buffer, logits, queries, runs
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, TopK, gather
+from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, Selection, TopK, gather
 
 _BLOCK_ELEMENTS = 3 << 18  # logits of a block of prompt rows: 3 MiB, about the cores' caches
 _PROMPT_ROWS = 8  # consecutive rows that are worth a matrix product
@@ -40,52 +40,23 @@ def computes(q: torch.Tensor, keys: PagedKeys) -> bool:
     return torch.float64 not in (q.dtype, keys.cache.dtype)
 
 
-def topk_attention(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    softcap: float = 0.0,
-    window: int | torch.Tensor = -1,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-    first_reported: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-) -> TopK:
+def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; float64 is computed by the torch path."""
-    if not computes(q, keys):
-        return torch_kernel.topk_attention(
-            q, keys, row_request, row_position, top_k=top_k, scale=scale, softcap=softcap, window=window, sinks=sinks,
-            alibi_slopes=alibi_slopes, head_mask=head_mask, spans=spans, first_reported=first_reported,
-        )  # fmt: skip
-    step = Step(row_request, top_k=top_k, head_mask=head_mask, spans=spans, first_reported=first_reported)
-    return step([LayerRows(q, keys, row_position, scale, softcap, window, sinks, alibi_slopes)])[0]
+    if not computes(layer.q, layer.keys):
+        return torch_kernel.topk_attention(layer, row_request, selection)
+    return Step(row_request, selection)([layer])[0]
 
 
 def attention_rows(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    width: int,
-    head_mask: torch.Tensor | None = None,
-    **softmax: Any,
+    layer: LayerRows, row_request: torch.Tensor, *, width: int, head_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`; float64 is computed by the torch path."""
-    if not computes(q, keys):
-        return torch_kernel.attention_rows(
-            q, keys, row_request, row_position, width=width, head_mask=head_mask, **softmax
-        )
-    dense = torch.zeros((q.shape[0], width))
-    step = Step(row_request, top_k=1, head_mask=head_mask)
+    if not computes(layer.q, layer.keys):
+        return torch_kernel.attention_rows(layer, row_request, width=width, head_mask=head_mask)
+    dense = torch.zeros((layer.q.shape[0], width))
+    step = Step(row_request, Selection(1, head_mask))
     step.dense = dense
-    step([LayerRows(q, keys, row_position, **softmax)])
+    step([layer])
     return dense
 
 
@@ -96,8 +67,8 @@ class Step(Shared):
     positions of a later pass, in a tensor of its own.
     """
 
-    def __init__(self, row_request: torch.Tensor, **shared: Any) -> None:
-        super().__init__(row_request, **shared)
+    def __init__(self, row_request: torch.Tensor, selection: Selection) -> None:
+        super().__init__(row_request, selection)
         self._again: dict[tuple[Any, ...], Again] = {}
         # layers under one mask share positions and windows; both are kept so that an id stays theirs
         self._placed: dict[tuple[int, int], tuple[Any, _Place]] = {}
@@ -118,12 +89,13 @@ class Step(Shared):
         return TopK(*(x.view(len(self.request), len(layers), *x.shape[1:]) for x in result))
 
     def _place(self, layer: LayerRows) -> _Place:
-        key = id(layer.row_position), id(layer.window)
+        window = layer.softmax.window
+        key = id(layer.row_position), id(window)
         known = self._placed.get(key)
         if known is None:
             if len(self._placed) >= _PLACES:
                 self._placed.clear()
-            known = self._placed[key] = (layer.row_position, layer.window), _place(layer, self.request)
+            known = self._placed[key] = (layer.row_position, window), _place(layer, self.request)
         return known[1]
 
     def _prepared(self, layers: Sequence[LayerRows]) -> Arrays | None:
@@ -141,7 +113,7 @@ class Step(Shared):
         """See `attnhook.kernels.topk.TopKStep.again`; ``row_position`` is int64 there."""
         one = layers[0]
         again = self._again.get((len(layers), one.keys.num_kv_heads))
-        if again is None or not isinstance(one.window, int) or one.row_position.dtype != torch.int64:
+        if again is None or not isinstance(one.softmax.window, int) or one.row_position.dtype != torch.int64:
             return None
         if not again.fits(layers):
             return None
@@ -178,12 +150,12 @@ class _Place(NamedTuple):
 
 
 def _place(layer: LayerRows, request: np.ndarray) -> _Place:
-    position = as_numpy(layer.row_position, np.int64)
-    if isinstance(layer.window, torch.Tensor):
-        width = as_numpy(layer.window, np.int64)
+    position, window = as_numpy(layer.row_position, np.int64), layer.softmax.window
+    if isinstance(window, torch.Tensor):
+        width = as_numpy(window, np.int64)
         first = np.where(width < 0, 0, np.maximum(position - width + 1, 0))
     else:
-        first = np.zeros_like(position) if layer.window < 0 else np.maximum(position - layer.window + 1, 0)
+        first = np.zeros_like(position) if window < 0 else np.maximum(position - window + 1, 0)
     found = runs(request.tolist(), position.tolist()) if len(request) >= _PROMPT_ROWS else ()
     return _Place(first, position - first + 1, [run for run in found if run[1] - run[0] >= _PROMPT_ROWS])
 
@@ -233,7 +205,7 @@ def _prompt_rows(call: Call, layer: LayerRows, table: np.ndarray, start: int, st
     position = first + seen - 1
     low = int(first.min())
     k = gather(keys.pages(layer.q.shape[2]), keys, int(table["request"][0]), low, int(position[-1]) + 1)
-    scaled = queries(layer.q[start:stop], keys, layer.scale, torch.float32).transpose(0, 1)  # [Hq, R, D]
+    scaled = queries(layer.q[start:stop], keys, layer.softmax.scale, torch.float32).transpose(0, 1)  # [Hq, R, D]
     t = 0
     while t < len(seen):
         end = min(t + block_rows(int(seen[t]), heads, _BLOCK_ELEMENTS), len(seen))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnhook.kernels.topk.types import PagedKeys, gather
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Softmax, gather
 
 _SCRATCH_ELEMENTS = 3 << 18  # logits per block of rows: 3 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
@@ -44,26 +44,17 @@ class Block(NamedTuple):
     lead: int
 
 
-def blocks(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    window: int | torch.Tensor = -1,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-) -> Iterator[Block]:
+def blocks(layer: LayerRows, row_request: torch.Tensor, head_mask: torch.Tensor | None = None) -> Iterator[Block]:
+    """The attention of a layer's rows, averaged over the selected heads; each block is overwritten by the next."""
+    q, keys, row_position, softmax = layer
     rows, heads, head_dim = q.shape
     requests, positions = row_request.tolist(), row_position.tolist()
+    window = softmax.window
     widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
     firsts = [0 if w < 0 else max(0, p - w + 1) for p, w in zip(positions, widths, strict=True)]
     masks = None if head_mask is None else head_mask.expand(keys.page_table.shape[0], heads)
     view = keys.pages(head_dim)
-    scaled = queries(q, keys, scale, result_type(q))
+    scaled = queries(q, keys, softmax.scale, result_type(q))
 
     for start, stop in runs(requests, positions):
         request = requests[start]
@@ -77,8 +68,7 @@ def blocks(
             first = min(firsts[t:end])
             attention, lead = _attention(
                 scaled[t:end].transpose(0, 1), k[first - low : positions[end - 1] + 1 - low],
-                positions[t], first, firsts[t:end],
-                softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, mask=mask, suspect=suspect,
+                positions[t], first, firsts[t:end], softmax, mask=mask, suspect=suspect,
             )  # fmt: skip
             yield Block(slice(t, end), request, positions[t], first, firsts[t:end], attention, lead)
 
@@ -165,10 +155,8 @@ def _attention(
     position: int,
     first: int,
     firsts: list[int],
+    softmax: Softmax,
     *,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
     mask: torch.Tensor | None,
     suspect: bool,
 ) -> tuple[torch.Tensor, int]:
@@ -178,6 +166,7 @@ def _attention(
     """
     heads, rows, _ = q.shape
     count, dtype = k.shape[0], q.dtype
+    _, softcap, _, sinks, alibi_slopes, _ = softmax
     z = logits(q, k, spare=0 if sinks is None else 1)
     seen = z[..., :count]
     if alibi_slopes is not None:

@@ -7,18 +7,19 @@ from collections.abc import Callable
 
 import torch
 
-from attnhook.kernels.topk.types import TopK
+from attnhook.kernels.topk.types import Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 
-def empty_result(rows: int, top_k: int, spans: int, device: torch.device, dtype: torch.dtype = torch.float32) -> TopK:
+def empty_result(rows: int, selection: Selection, device: torch.device, dtype: torch.dtype = torch.float32) -> TopK:
     """Results of rows before anything is computed: no positions, masses of 0."""
+    top_k = selection.top_k
     return TopK(
         torch.full((rows, top_k), -1, dtype=torch.int32, device=device),
         torch.zeros((rows, top_k), dtype=dtype, device=device),
         torch.zeros((rows, BINS), dtype=dtype, device=device),
         torch.zeros((rows,), dtype=dtype, device=device),
-        torch.zeros((rows, spans), dtype=dtype, device=device),
+        torch.zeros((rows, selection.span_count), dtype=dtype, device=device),
     )
 
 

@@ -40,7 +40,7 @@ from attnhook.kernels.topk import split
 from attnhook.kernels.topk.triton.logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
 from attnhook.kernels.topk.triton.plan import MAX_SPLITS, TILE, UNIT, Plan, launch_shape, make_plan, padded
 from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
-from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _MAX_TOP_K = 1024  # the running top k lives in registers
@@ -59,26 +59,10 @@ class Scratch(NamedTuple):
     tile_best: torch.Tensor  # int64 [rows, tiles]
 
 
-def topk_attention(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    softcap: float = 0.0,
-    window: int | torch.Tensor = -1,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-    first_reported: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-) -> TopK:
+def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; every result is float32."""
-    rows = q.shape[0]
-    span_count = 0 if spans is None else spans.shape[1]
+    q, top_k, first_reported = layer.q, selection.top_k, selection.first_reported
+    rows, span_count = q.shape[0], selection.span_count
     f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     if top_k > _MAX_TOP_K:
         raise ValueError(f"top_k={top_k} is above the Triton kernel's {_MAX_TOP_K}: use ATTNHOOK_KERNEL=torch")
@@ -89,34 +73,27 @@ def topk_attention(
         torch.empty((rows,), **f32),
         torch.empty((rows, span_count), **f32),
     )
-    first_reported = None if first_reported is None else first_reported.contiguous()
-    for chunk in _averages(
-        q, keys, row_request, row_position, scale=scale, softcap=softcap, window=window, sinks=sinks,
-        alibi_slopes=alibi_slopes, head_mask=head_mask, first_reported=first_reported, lse=lse,
-    ):  # fmt: skip
+    if first_reported is not None:
+        selection = selection._replace(first_reported=first_reported.contiguous())
+    for chunk in _averages(layer, row_request, selection.head_mask, selection.first_reported):
         _reduce(
-            chunk.extent, chunk.scratch, TopK(*(x[chunk.rows] for x in out)), UNIT,
-            spans=spans, first_reported=first_reported, normalise=sinks is not None,
+            chunk.extent, chunk.scratch, selection, TopK(*(x[chunk.rows] for x in out)), UNIT,
+            normalise=layer.softmax.sinks is not None,
         )  # fmt: skip
     return out
 
 
 def attention_rows(
-    q: torch.Tensor,
-    keys: PagedKeys,
-    row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    width: int,
-    window: int | torch.Tensor = -1,
-    **softmax: Any,
+    layer: LayerRows, row_request: torch.Tensor, *, width: int, head_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `attnhook.kernels.topk.split.attention_rows`."""
+    q = layer.q
     dense = torch.empty((q.shape[0], width), dtype=torch.float32, device=q.device)
     s = torch.arange(width, device=q.device)
-    for chunk in _averages(q, keys, row_request, row_position, window=window, **softmax):
-        last = row_position[chunk.rows].long()[:, None]
-        size = window[chunk.rows].long()[:, None] if isinstance(window, torch.Tensor) else window
+    for chunk in _averages(layer, row_request, head_mask):
+        last = layer.row_position[chunk.rows].long()[:, None]
+        size = layer.softmax.rows(chunk.rows).window
+        size = size.long()[:, None] if isinstance(size, torch.Tensor) else size
         first = (last - size + 1).clamp(min=0)
         first = torch.where(size < 0, 0, first) if isinstance(size, torch.Tensor) else first * int(size >= 0)
         scores = chunk.scratch.attention[: len(last)]
@@ -130,16 +107,15 @@ def reduce_rows(
     attention: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,
+    selection: Selection,
     out: TopK,
     *,
-    spans: torch.Tensor | None = None,
-    report_from: torch.Tensor | None = None,
     normalise: bool = False,
 ) -> None:
     """See `attnhook.kernels.topk.split.reduce_rows`; ``attention`` is only read."""
     rows, width = attention.shape
     if out.scores.shape[1] > _MAX_TOP_K:
-        return split.reduce_rows(attention, first, last, out, spans=spans, report_from=report_from, normalise=normalise)
+        return split.reduce_rows(attention, first, last, selection, out, normalise=normalise)
     if rows == 0:
         return
     tiles = math.ceil(width / TILE)
@@ -149,25 +125,26 @@ def reduce_rows(
     # each row is a request of its own
     request = torch.arange(rows, dtype=torch.int32, device=attention.device)
     extent = request, last.contiguous(), (last - first + 1).contiguous(), -1, rows, width
-    report_from = None if report_from is None else report_from.contiguous()
+    if selection.first_reported is not None:
+        selection = selection._replace(first_reported=selection.first_reported.contiguous())
     with _on_device(attention.device):
         tiles_kernel[(rows, math.ceil(width / UNIT))](
-            *extent, *scratch, report_from, width, tiles, UNIT=_WHOLE, TILE=TILE, BLOCK=UNIT
+            *extent, *scratch, selection.first_reported, width, tiles, UNIT=_WHOLE, TILE=TILE, BLOCK=UNIT
         )
-        _reduce(extent, scratch, out, _WHOLE, spans=spans, first_reported=report_from, normalise=normalise)
+        _reduce(extent, scratch, selection, out, _WHOLE, normalise=normalise)
 
 
 def _reduce(
     extent: tuple[Any, ...],
     scratch: Scratch,
+    selection: Selection,
     out: TopK,
     unit: int,
     *,
-    spans: torch.Tensor | None,
-    first_reported: torch.Tensor | None,
     normalise: bool,
 ) -> None:
     """Launch what turns attention and tiles into results."""
+    spans = selection.spans
     rows, (width, tiles) = len(out.entropy), (scratch.attention.shape[1], scratch.tile_mass.shape[1])
     top_k, span_count = out.scores.shape[1], out.span_mass.shape[1]
     masses_kernel[(rows, 1 + math.ceil(span_count / BINS))](
@@ -177,7 +154,7 @@ def _reduce(
     )  # fmt: skip
     k_bits = max(1, _bits(top_k))
     select_kernel[(rows,)](
-        *extent, *scratch, first_reported, out.positions, out.scores, out.entropy, top_k, width, tiles,
+        *extent, *scratch, selection.first_reported, out.positions, out.scores, out.entropy, top_k, width, tiles,
         RENORMALISE=normalise, UNIT=unit, TILE=TILE, K_BITS=k_bits,
         T_BITS=max(k_bits, 6 if tiles <= 64 else 10), W_BITS=min(_bits(TILE), max(0, 10 - k_bits)),
     )  # fmt: skip
@@ -197,24 +174,16 @@ class _Chunk(NamedTuple):
 
 
 def _averages(
-    q: torch.Tensor,
-    keys: PagedKeys,
+    layer: LayerRows,
     row_request: torch.Tensor,
-    row_position: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    window: int | torch.Tensor = -1,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None,
     first_reported: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
 ) -> Iterator[_Chunk]:
     """Compute the rows' attention, of as many at once as the plan allows.
 
     What uses the scratch must be launched before the next chunk is asked for.
     """
+    q, keys, row_position, (scale, softcap, window, sinks, alibi_slopes, lse) = layer
     dot_type = _dot_type(q, keys)
     rows, heads, head_dim = q.shape
     if rows == 0:

@@ -38,7 +38,7 @@ def in_records(module):
 
 @wrapt.when_imported("attnhook.kernels.topk.split")
 def in_kernel(module):
-    _before(module.SplitStep, "_sum", lambda step: step._top_k == FAULT)
+    _before(module.SplitStep, "_sum", lambda step: step._selection.top_k == FAULT)
 
 
 @wrapt.when_imported("attnhook.serving.reduction")
