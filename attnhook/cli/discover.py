@@ -104,18 +104,22 @@ def discover(
         with progress("reading", sum(_WORK.values())) as bar.work:
             found = run(store, out, settings, resume=resume, force=force, progress=bar.progress)
     except KeyboardInterrupt:
-        again = shlex.join(["attnhook", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-        Console(stderr=True).print(
-            f"stopped while at stage {bar.stage}; what is finished is in {out}.partial. Go on with:\n{again}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        _tell_how_to_go_on(bar.stage, out)
         raise
     if register_run:
         _note(store, found.manifest)
     _show(found.manifest, Console())
     Console().print(f"wrote {out}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _tell_how_to_go_on(stage: str, out: Path) -> None:
+    again = shlex.join(["attnhook", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    Console(stderr=True).print(
+        f"stopped while at stage {stage}; what is finished is in {out}.partial. Go on with:\n{again}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
 
 
 def _layers(text: str | None) -> tuple[int, ...] | str | None:

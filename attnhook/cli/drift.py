@@ -74,17 +74,8 @@ def fit(
                 progress=work.tell,
             )
         )
-    if len(models) > 1 and not mixed:
-        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in models.most_common(5))
-        raise OptionError(
-            "model", f"{url} has rows of {len(models)} models: {shown}; choose one with --model, or give --mixed"
-        )
-    if len(layers) > 1 and not mixed:
-        raise OptionError(
-            "mixed",
-            f"{url} has rows of different layers, whose means cannot be compared: {show_layer_sets(layers)}; choose "
-            "rows by time, or give --mixed",
-        )
+    if not mixed:
+        _refuse_mixed(url, models, layers)
     with progress("calibrating") as work:
         baseline = baselines.fit(
             np.array(found).reshape(-1, fp.SIZE),
@@ -106,6 +97,20 @@ def fit(
             "fit with a --block of about as many requests as stay alike",
             style="yellow",
             soft_wrap=True,
+        )
+
+
+def _refuse_mixed(url: str, models: Counter[str], layers: Counter[tuple[int, ...]]) -> None:
+    if len(models) > 1:
+        found = ", ".join(f"{name!r} ({count} rows)" for name, count in models.most_common(5))
+        raise OptionError(
+            "model", f"{url} has rows of {len(models)} models: {found}; choose one with --model, or give --mixed"
+        )
+    if len(layers) > 1:
+        raise OptionError(
+            "mixed",
+            f"{url} has rows of different layers, whose means cannot be compared: {show_layer_sets(layers)}; choose "
+            "rows by time, or give --mixed",
         )
 
 
