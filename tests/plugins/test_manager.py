@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from attnhook.plugins import manager as plugins
 from attnhook.plugins.hookspecs import hookimpl
 from attnhook.sinks.memory import MemorySink
 from attnhook.sinks.opening import open_sink
+from tests.plugins.installing import installed
 
 HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
@@ -26,12 +26,7 @@ ROOT = HERE.parent
 @pytest.fixture(scope="session")
 def thirdparty(tmp_path_factory):
     """A folder into which pip has installed tests/thirdparty."""
-    source = tmp_path_factory.mktemp("source") / "thirdparty"  # a copy: the build may leave files behind
-    shutil.copytree(HERE / "thirdparty", source, ignore=shutil.ignore_patterns("__pycache__"))
-    target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", target, source], check=True, timeout=120)
-    return target
+    return installed(HERE / "thirdparty", tmp_path_factory)
 
 
 def python(code: str, *paths: Path, **environ: str) -> subprocess.CompletedProcess[str]:
