@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from attnhook.analysis.classify import FingerprintClassifier
 from attnhook.analysis.manifold.quality import agreement, trustworthiness
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.record.columns import fingerprints_of
+from attnhook.record.arrow import fingerprints_of
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store

@@ -22,7 +22,8 @@ from attnhook.analysis.compare.sides import SINK_SPAN, without_sink
 from attnhook.probing import journal
 from attnhook.record import fingerprint as fp
 from attnhook.record import zones
-from attnhook.record.columns import NAMES, to_records
+from attnhook.record.arrow import NAMES
+from attnhook.record.columns import to_records
 from attnhook.store import open_store
 
 RANGES = ((40, 69), (70, 99), (100, 129), (130, 159), (160, 259), (260, 511))  # visible keys of the row

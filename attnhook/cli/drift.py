@@ -19,7 +19,7 @@ from attnhook.cli.compare import moment
 from attnhook.cli.progress import progress
 from attnhook.errors import OptionError, require
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import show_layer_sets
+from attnhook.record.arrow import show_layer_sets
 
 _Since = Annotated[str | None, typer.Option(metavar="TIME", help="Only rows stored since, such as 2026-01-31T12:00.")]
 _Until = Annotated[str | None, typer.Option(metavar="TIME", help="Only rows stored before.")]

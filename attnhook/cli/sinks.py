@@ -103,7 +103,8 @@ def convert(
     Token ids are copied only where the target has tokens=1.
     """
     from attnhook import store
-    from attnhook.record.columns import NAMES, Columns, to_records
+    from attnhook.record.arrow import NAMES
+    from attnhook.record.columns import Columns, to_records
 
     source, target = cli_stores.readable(source, "STORE"), cli_stores.writable(target, "SINK")
     if _place(source) == _place(target):

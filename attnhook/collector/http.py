@@ -244,7 +244,7 @@ def _arrow(first: pa.RecordBatch | None, batches: Iterator[pa.RecordBatch]) -> I
 
     import pyarrow as pa
 
-    from attnhook.record.columns import LIGHT, arrow_schema
+    from attnhook.record.arrow import LIGHT, arrow_schema
 
     whole = arrow_schema()
     schema = (

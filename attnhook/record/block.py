@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import NAMES, Columns, fits_columns
+from attnhook.record.arrow import NAMES
+from attnhook.record.columns import Columns, fits_columns
 from attnhook.record.layout import (
     HEADER,
     MAGIC,

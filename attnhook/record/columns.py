@@ -2,60 +2,28 @@
 
 A row is what analysis asks for (key, model, zone, time, fingerprint) and beside it ``record``, the binary row
 that gives back the record exactly. Where the other columns alone can do that (one layer, fingerprint mode)
-``record`` is null. Building columns needs numpy only; pyarrow is imported where Arrow is asked for.
+``record`` is null. Building columns needs numpy only; `attnhook.record.arrow` says what they are in Arrow.
 """
 
 from __future__ import annotations
 
 import time as clock
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
+from attnhook.record.arrow import NAMES, arrow_schema, fingerprints_of, fixed_list
 from attnhook.record.layout import RowLayout, Shape, layout_of
-from attnhook.record.packing import layers_of
 from attnhook.record.token_record import TokenRecord, fill_zones
+from attnhook.system import moved
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-#: Version of the columns, in the metadata of every Parquet file and Arrow journal.
-SCHEMA_VERSION = 2  # 1 had no query_token
-VERSION_KEY = b"attnhook.schema_version"
-
-#: Names of the columns, in order.
-NAMES: tuple[str, ...] = (
-    "request_id",
-    "choice",
-    "query_position",
-    "decode_step",
-    "model",
-    "time",
-    "zone",
-    "mode",
-    "think_phase",
-    "layer",
-    "fingerprint",
-    "record",
-    "query_token",
-)
-#: What `Store.fingerprints` gives unless asked for others.
-LIGHT: tuple[str, ...] = (
-    "request_id",
-    "choice",
-    "query_position",
-    "decode_step",
-    "model",
-    "time",
-    "zone",
-    "fingerprint",
-)
 
 _HELD = {"layers", "fingerprints", "query_token"}  # sections of a row of one layer that are columns
 _NO_POSITIONS = np.zeros((1, 0), np.int32)
@@ -106,96 +74,9 @@ class Columns:
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-@cache
-def arrow_schema() -> pa.Schema:
-    """The Arrow schema of the columns, with the schema version in its metadata."""
-    import pyarrow as pa
-
-    types = {
-        "request_id": pa.string(),
-        "choice": pa.uint16(),
-        "query_position": pa.int32(),
-        "decode_step": pa.int32(),
-        "model": pa.string(),
-        "time": pa.timestamp("us", "UTC"),
-        "zone": pa.string(),
-        "mode": pa.string(),
-        "think_phase": pa.string(),
-        "layer": pa.int16(),
-        "fingerprint": pa.list_(pa.float32(), fp.SIZE),
-        "record": pa.binary(),
-        "query_token": pa.int32(),
-    }
-    nullable = {"decode_step", "layer", "record", "query_token"}
-    fields = [pa.field(name, types[name], nullable=name in nullable) for name in NAMES]
-    return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})
-
-
-def check_version(metadata: Mapping[bytes, bytes] | None, where: str) -> None:
-    """Raise RecordError unless Arrow or Parquet ``metadata`` names a version that this release reads."""
-    version = (metadata or {}).get(VERSION_KEY)
-    if version is None:
-        raise RecordError(f"{where} was not written by attnhook: its metadata has no {VERSION_KEY.decode()}")
-    if not version.isdigit() or not 1 <= int(version) <= SCHEMA_VERSION:
-        raise RecordError(
-            f"{where} has schema version {version.decode(errors='replace')}; this attnhook reads {SCHEMA_VERSION}: "
-            "upgrade attnhook"
-        )
-
-
-def upgraded(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A batch of any version that this release reads, as one of `arrow_schema`."""
-    import pyarrow as pa
-
-    schema = arrow_schema()
-    if batch.schema.names == schema.names:
-        return batch
-    arrays = [
-        batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def fixed_list(fingerprints: np.ndarray) -> pa.FixedSizeListArray:
-    """Fingerprints float32 [n, 20] as an Arrow array; no copy."""
-    import pyarrow as pa
-
-    flat = np.ascontiguousarray(fingerprints, np.float32).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), fp.SIZE)
-
-
 def now_us() -> int:
     """The wall clock in microseconds since 1970, UTC."""
     return clock.time_ns() // 1000
-
-
-def fingerprints_of(batch: pa.RecordBatch) -> np.ndarray:
-    """The column ``fingerprint`` as float32 [n, 20]; NaN in rows where it is null."""
-    column = batch.column("fingerprint")
-    flat = np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, fp.SIZE)
-    if column.null_count == 0:
-        return flat
-    out = np.full((len(column), fp.SIZE), np.nan, np.float32)
-    out[column.is_valid().to_numpy(zero_copy_only=False)] = flat  # flatten leaves the others out
-    return out
-
-
-def layer_sets(batch: pa.RecordBatch) -> Counter[tuple[int, ...]]:
-    """Rows of each set of captured layers, () where a row does not tell; from the columns ``layer`` and ``record``.
-
-    Raises RecordError where a record is damaged.
-    """
-    found: Counter[tuple[int, ...]] = Counter()
-    for data, layer in zip(batch.column("record").to_pylist(), batch.column("layer").to_pylist(), strict=True):
-        found[layers_of(data) if data is not None else () if layer is None else (layer,)] += 1
-    return found
-
-
-def show_layer_sets(found: Mapping[tuple[int, ...], int]) -> str:
-    """Some of such sets with their rows, for a message."""
-    most = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:4]
-    return ", ".join(f"{list(layers) or 'not told'} ({count} rows)" for layers, count in most)
 
 
 def mean_fingerprints(records: Sequence[TokenRecord]) -> np.ndarray:
@@ -328,3 +209,9 @@ def fits_columns(layout: RowLayout) -> bool:
     return layout.shape.layers == 1 and not any(
         place.size for name, place in layout.places.items() if name not in _HELD
     )
+
+
+if not TYPE_CHECKING:  # a type checker is to know each name
+    _ARROW = ("LIGHT", "SCHEMA_VERSION", "VERSION_KEY", "check_version", "layer_sets", "show_layer_sets", "upgraded")
+    # what `attnhook.sinks.columns` had
+    __getattr__ = moved.names(__name__, dict.fromkeys(_ARROW, "record.arrow"))

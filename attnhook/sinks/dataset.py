@@ -25,7 +25,8 @@ from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import SCHEMA_VERSION, VERSION_KEY, Columns, check_version
+from attnhook.record.arrow import SCHEMA_VERSION, VERSION_KEY, check_version
+from attnhook.record.columns import Columns
 from attnhook.system.untrusted import loads
 
 MARKER = "_attnhook.json"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from attnhook.record.columns import arrow_schema, check_version, now_us, upgraded
+from attnhook.record.arrow import arrow_schema, check_version, upgraded
+from attnhook.record.columns import now_us
 
 if sys.platform != "win32":
     import fcntl

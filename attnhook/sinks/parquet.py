@@ -186,7 +186,7 @@ class ParquetSink(Sink):
         """Files in the place of a journal."""
         import pyarrow as pa
 
-        from attnhook.record.columns import arrow_schema
+        from attnhook.record.arrow import arrow_schema
 
         table = pa.Table.from_batches(journal.read(), arrow_schema())
         if table.num_rows:

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from attnhook.errors import OptionError, RecordError
-from attnhook.record.columns import LIGHT, NAMES, to_records
+from attnhook.record.arrow import LIGHT, NAMES
+from attnhook.record.columns import to_records
 from attnhook.record.token_record import TokenRecord
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Store(ABC):
         since, until
             Only rows stored at or after, and before that time; one without a time zone is in UTC.
         columns
-            Names out of `attnhook.record.columns.NAMES`. ``fingerprint`` is fixed_size_list<float32>[20], ``time``
+            Names out of `attnhook.record.arrow.NAMES`. ``fingerprint`` is fixed_size_list<float32>[20], ``time``
             the time of storing, timestamp[us, UTC].
         offset, limit
             Rows to skip, and at most to return, among those that the filters let through.

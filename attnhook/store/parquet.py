@@ -12,7 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.record.columns import arrow_schema
+from attnhook.record.arrow import arrow_schema
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks import config
 from attnhook.sinks.dataset import Dataset, safe_batch

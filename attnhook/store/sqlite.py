@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import arrow_schema, fixed_list
+from attnhook.record.arrow import arrow_schema, fixed_list
 from attnhook.sinks import database
 from attnhook.store.base import Filters, Store
 

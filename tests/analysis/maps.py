@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from attnhook.analysis.manifold.settings import Settings
-from attnhook.record.columns import fingerprints_of
+from attnhook.record.arrow import fingerprints_of
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.opening import open_sink
 

@@ -19,7 +19,7 @@ from attnhook.analysis.manifold.checkpoint import Checkpoint
 from attnhook.analysis.manifold.run import discover
 from attnhook.analysis.manifold.settings import Settings
 from attnhook.errors import AttnhookError, OptionError, PluginError, RecordError
-from attnhook.record.columns import VERSION_KEY
+from attnhook.record.arrow import VERSION_KEY
 from benchmarks.planted import planted
 from tests.analysis.maps import SMALL, Stop, contents, records, write
 from tests.sinks.samples import small_disk

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook.record import fingerprint as fp
+from attnhook.record.arrow import NAMES
 from attnhook.record.block import joined, read_rows
-from attnhook.record.columns import NAMES, from_records
+from attnhook.record.columns import from_records
 from attnhook.record.token_record import TokenRecord
 from tests.sinks.samples import batches, lean, record
 

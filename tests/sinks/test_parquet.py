@@ -21,7 +21,8 @@ import pytest
 from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError
-from attnhook.record.columns import VERSION_KEY, from_records
+from attnhook.record.arrow import VERSION_KEY
+from attnhook.record.columns import from_records
 from attnhook.sinks.dataset import MARKER, Dataset
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store

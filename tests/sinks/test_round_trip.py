@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from attnhook.errors import RecordError
 from attnhook.record import columns
+from attnhook.record.arrow import LIGHT
 from attnhook.record.row import TOKENS_VERSION
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
@@ -165,7 +166,7 @@ def test_arrow_types_are_those_that_are_promised(tmp_path):
             (batch,) = store.fingerprints()
         assert batch.schema.field("fingerprint").type == pa.list_(pa.float32(), 20), scheme
         assert batch.schema.field("time").type == pa.timestamp("us", "UTC"), scheme
-        assert batch.schema.names == list(columns.LIGHT), scheme
+        assert batch.schema.names == list(LIGHT), scheme
 
 
 def test_replacing_nothing_but_the_request_keeps_both(tmp_path):

@@ -18,7 +18,7 @@ import zstandard
 
 from attnhook.errors import AttnhookError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import arrow_schema, fingerprints_of
+from attnhook.record.arrow import arrow_schema, fingerprints_of
 from attnhook.sinks import dataset
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.sinks.opening import open_sink

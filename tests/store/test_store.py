@@ -7,7 +7,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from attnhook.errors import OptionError, PluginError
-from attnhook.record.columns import LIGHT, NAMES, from_records
+from attnhook.record.arrow import LIGHT, NAMES
+from attnhook.record.columns import from_records
 from attnhook.sinks.opening import open_sink
 from attnhook.store import open_store
 from attnhook.store.base import Store

@@ -19,7 +19,7 @@ import numpy as np
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record import zones
-from attnhook.record.columns import fingerprints_of, show_layer_sets
+from attnhook.record.arrow import fingerprints_of, show_layer_sets
 from attnhook.record.token_record import TokenRecord
 from attnhook.store import open_store
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import fingerprints_of, layer_sets
+from attnhook.record.arrow import fingerprints_of, layer_sets
 from attnhook.store import open_store
 
 ROWS = ("all", "prompt", "generated")

@@ -17,7 +17,8 @@ from attnhook.analysis import probes
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets, to_records
+from attnhook.record.arrow import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets
+from attnhook.record.columns import to_records
 from attnhook.record.zones import ZONE_NAMES, classify_many, without_key
 from attnhook.store import open_store
 

@@ -15,7 +15,7 @@ from attnhook.analysis.manifold.model import Model
 from attnhook.analysis.manifold.settings import Settings
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.columns import fingerprints_of
+from attnhook.record.arrow import fingerprints_of
 from attnhook.record.zones import ZONE_NAMES, classify_many
 from attnhook.system import untrusted
 
