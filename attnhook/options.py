@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -95,17 +95,23 @@ class CaptureOptions:
 
     @classmethod
     def resolve(
-        cls, arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+        cls,
+        arguments: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+        plugins: Callable[[], Collection[str]] = frozenset,
     ) -> CaptureOptions:
         """Options from call arguments (``sinks``, ``queue_size`` and those of a request) and environment.
 
-        Raises OptionError for an unknown or bad argument or ``ATTNHOOK_*`` variable.
+        ``plugins`` tells the variables that plugins read; it loads them, so it is called where a variable is none of
+        attnhook's own. Raises OptionError for an unknown or bad argument or ``ATTNHOOK_*`` variable.
         """
         environ = os.environ if environ is None else environ
-        known = {*(spec.env for spec in _FIELDS.values()), *_PROCESS_VARIABLES}
-        for variable in environ:
-            if variable.startswith("ATTNHOOK_") and variable not in known:
-                raise OptionError(variable, f"unknown environment variable {variable}{_hint(variable, known)}")
+        known = variables()
+        if strange := [name for name in environ if name.startswith("ATTNHOOK_") and name not in known]:
+            known |= set(plugins())
+            for name in strange:
+                if name not in known:
+                    raise OptionError(name, f"unknown environment variable {name}{_hint(name, known)}")
         arguments = dict(arguments or {})
         if arguments.get("self_check") is True:
             raise OptionError(
@@ -130,6 +136,11 @@ class CaptureOptions:
         if "queue_size" in arguments:
             values["queue_size"] = _between(1, 10**8)("queue_size", arguments.pop("queue_size"))
         return cls(request=RequestOptions.resolve(arguments=arguments, environ=environ), **values)
+
+
+def variables() -> set[str]:
+    """Names of attnhook's own environment variables, but for the switch ``ATTNHOOK``."""
+    return {*(spec.env for spec in _FIELDS.values()), *_PROCESS_VARIABLES}
 
 
 def graph_layers(environ: Mapping[str, str] | None = None) -> LayerSpec | None:

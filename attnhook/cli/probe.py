@@ -17,6 +17,7 @@ from attnhook.cli import stores as cli_stores
 from attnhook.cli.progress import progress
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.options import CaptureOptions, RequestOptions, parse_layers
+from attnhook.plugins import manager as plugins
 from attnhook.plugins.contracts import Sink
 from attnhook.probing import journal as journals
 from attnhook.probing import repeats
@@ -75,7 +76,7 @@ def probe(
     if out is None:
         raise OptionError("out", "--out is missing: name a store for the records, such as --out probes.db")
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
-    wanted = CaptureOptions.resolve(options).request  # before anything heavy is loaded
+    wanted = CaptureOptions.resolve(options, plugins=plugins.variables).request  # before anything heavy is loaded
     if new_tokens < 1:
         raise OptionError("new_tokens", f"--new-tokens {new_tokens} must be at least 1")
     cli_options.check_place(

@@ -18,6 +18,7 @@ from attnhook.cli import stores as cli_stores
 from attnhook.cli.progress import progress
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import CaptureOptions, parse_heads, parse_layers
+from attnhook.plugins import manager as plugins
 from attnhook.sinks.config import split
 from attnhook.sinks.opening import open_sink
 
@@ -74,7 +75,7 @@ def run(
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
     if heads is not None:
         options["heads"] = parse_heads("--heads", heads)
-    CaptureOptions.resolve(options)
+    CaptureOptions.resolve(options, plugins=plugins.variables)
     if max_new_tokens < 1:
         raise OptionError("max_new_tokens", f"--max-new-tokens {max_new_tokens} must be at least 1")
     cli_options.check_place(
@@ -127,7 +128,7 @@ def _from_model(
     """The answer of a model on this machine; what its files tell is checked before it is loaded."""
     from attnhook.backends.transformers import model_files, runner
 
-    wanted = CaptureOptions.resolve(options).request
+    wanted = CaptureOptions.resolve(options, plugins=plugins.variables).request
     ids: list[int] = []
     with progress(model_files.work(model), measured=False):
         model_files.limits(model).check(wanted.layers, wanted.heads, max_new_tokens)

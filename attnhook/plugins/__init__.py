@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnhook.plugins.contracts import Backend, Installation, Sink
     from attnhook.plugins.engine import Computed, EngineAdapter, LayerShape, LayerView, ModelShape
     from attnhook.plugins.hooks import Hook, Hooks
-    from attnhook.plugins.hookspecs import RegisterBackend, RegisterSink, hookimpl
+    from attnhook.plugins.hookspecs import RegisterBackend, RegisterSink, RegisterVariable, hookimpl
     from attnhook.plugins.patching import EngineInstallation, Patches
     from attnhook.plugins.versions import CONTRACTS
 
@@ -41,6 +41,7 @@ __all__ = [
     "Ranks",
     "RegisterBackend",
     "RegisterSink",
+    "RegisterVariable",
     "Row",
     "Session",
     "Sink",
@@ -54,7 +55,7 @@ _HOMES = {
     **dict.fromkeys(("Backend", "Installation", "Sink"), "plugins.contracts"),
     **dict.fromkeys(("Computed", "EngineAdapter", "LayerShape", "LayerView", "ModelShape"), "plugins.engine"),
     **dict.fromkeys(("Hook", "Hooks"), "plugins.hooks"),
-    **dict.fromkeys(("RegisterBackend", "RegisterSink", "hookimpl"), "plugins.hookspecs"),
+    **dict.fromkeys(("RegisterBackend", "RegisterSink", "RegisterVariable", "hookimpl"), "plugins.hookspecs"),
     **dict.fromkeys(("EngineInstallation", "Patches"), "plugins.patching"),
     "CONTRACTS": "plugins.versions",
     # for an engine that is no server

@@ -32,6 +32,22 @@ class RegisterSink(Protocol):
     def __call__(self, scheme: str, sink: type[Sink]) -> None: ...
 
 
+class RegisterVariable(Protocol):
+    """Callback that takes the name of an environment variable; it must begin with ``ATTNHOOK_<PLUGIN>_``."""
+
+    def __call__(self, name: str) -> None: ...
+
+
+@hookspec
+def attnhook_register_variables(register: RegisterVariable) -> None:
+    """Call ``register(name)`` once for each environment variable that this plugin reads.
+
+    A name begins with ``ATTNHOOK_<PLUGIN>_``, where ``<PLUGIN>`` is the plugin's name in capital letters, with ``_``
+    for each other sign. What nobody has registered is refused as misspelt. The plugin reads and checks the value
+    itself: raise OptionError, with the variable as its field, where it is used first.
+    """
+
+
 @hookspec
 def attnhook_register_backends(register: RegisterBackend) -> None:
     """Call ``register(backend)`` once for each engine that this plugin adds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Any
 
 import pluggy
 
+from attnhook import options
 from attnhook.errors import OptionError, PluginError
 from attnhook.plugins import hookspecs, versions
 from attnhook.plugins.contracts import Backend, Sink
@@ -118,6 +120,26 @@ def sink_classes() -> dict[str, type[Sink]]:
         found[scheme] = sink
 
     _call("attnhook_register_sinks", register=register)
+    return found
+
+
+def variables() -> set[str]:
+    """Names of the environment variables that plugins read.
+
+    Raises PluginError naming the plugin, for a name that is none of a plugin's and for whatever else a plugin raises.
+    """
+    found: set[str] = set()
+    prefixes = [f"ATTNHOOK_{re.sub('[^A-Z0-9]', '_', name.upper())}_" for name, _ in manager().list_name_plugin()]
+
+    def register(name: str) -> None:
+        if not name.startswith(tuple(prefixes)) or name in prefixes or name in options.variables():
+            raise PluginError(
+                f"variable {name!r} must begin with ATTNHOOK_, the plugin's name in capital letters and _, and be none "
+                "of attnhook's own. Rename it."
+            )
+        found.add(name)
+
+    _call("attnhook_register_variables", register=register)
     return found
 
 

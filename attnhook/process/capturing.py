@@ -74,7 +74,7 @@ def capture(
 
     if on_error not in ("raise", "drop"):
         raise OptionError("on_error", f"on_error={on_error!r} must be 'raise' or 'drop'")
-    resolved = CaptureOptions.resolve({**options, "sinks": sinks})
+    resolved = CaptureOptions.resolve({**options, "sinks": sinks}, plugins=plugins.variables)
     if model is not None:
         model = plugins.model_in(model)
     records = Captured()

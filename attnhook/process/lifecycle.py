@@ -56,7 +56,7 @@ def install(**options: Any) -> dict[str, Installation]:
         An installed engine lacks a hook point; the message names it, its version and the remedy.
     """
     global _users
-    resolved = CaptureOptions.resolve(options)
+    resolved = CaptureOptions.resolve(options, plugins=plugins.variables)
     with _lock:
         before = outlet.current()
         if before is not None and before.options == resolved:

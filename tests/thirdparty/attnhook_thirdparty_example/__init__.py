@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attnhook.plugins.hookspecs import RegisterBackend, RegisterSink, hookimpl
-from attnhook.record.token_record import TokenRecord
+from attnhook import TokenRecord
+from attnhook.plugins import RegisterBackend, RegisterSink, RegisterVariable, hookimpl
 
 seen: list[tuple[str, int]] = []  # what the observer was shown: (request id, query position)
 
@@ -20,6 +20,11 @@ def attnhook_register_sinks(register: RegisterSink) -> None:
     from attnhook_thirdparty_example.csvfile import CsvSink
 
     register("csvfile", CsvSink)
+
+
+@hookimpl
+def attnhook_register_variables(register: RegisterVariable) -> None:
+    register("ATTNHOOK_THIRDPARTY_EXAMPLE_DELIMITER")
 
 
 @hookimpl

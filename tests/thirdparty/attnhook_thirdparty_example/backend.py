@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from attnhook.capture.rows import Row, wants_row
-from attnhook.capture.session import Session, sessions
-from attnhook.capture.step import StepCapture
-from attnhook.errors import UnsupportedError
+from attnhook import UnsupportedError
 from attnhook.options import CaptureOptions, resolve_layers
-from attnhook.plugins.patching import Patches
+from attnhook.plugins import Patches, Row, Session, StepCapture, sessions, wants_row
 
 if TYPE_CHECKING:
     import torch  # registering a backend imports nothing heavy
@@ -95,7 +92,7 @@ def _observing(attend: Any, scale: float) -> Any:
 def _capture(session: Session, request: str, step: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
     import torch
 
-    from attnhook.kernels.topk import PagedKeys
+    from attnhook.plugins import PagedKeys
 
     position = k.shape[1] - 1
     row = Row(request_id=request, choice=0, position=position, decode_step=step, source=0)
