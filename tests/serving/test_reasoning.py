@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnhook.record.row import PHASES
-from attnhook.serving.reasoning import Markers, PhaseFollower
+from attnhook.serving.reasoning import Markers, PhaseFollower, Phases, find_markers, mark_phases
 
 START, END = 8, 9
 ONE = Markers((START,), (END,))
@@ -82,3 +82,29 @@ def test_pieces_of_a_stream_are_the_whole(prompt: list[int], tokens: list[int], 
 def test_a_block_needs_both_ends() -> None:
     with pytest.raises(ValueError, match="both ends"):
         Markers((1,), ())
+
+
+def test_phases_of_the_tokens_that_were_accepted_last() -> None:
+    phases = Phases(Markers((1,), (2,)), [9, 1])
+    sequence = [9, 1, 5, 2, 6]
+    assert phases.of_last(sequence[:3], 1, start=2) == ["think"]
+    assert phases.of_last(sequence, 1, start=2) == ["output"]  # the end of the block passed by without a call
+    assert phases.of_last(sequence, 0, start=2) == []
+
+
+def test_a_parser_that_tells_no_markers_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Markers:
+        raise KeyError("no such token")
+
+    assert find_markers(fails, "some_parser") is None
+    assert find_markers(lambda: None, "silent_parser") is None
+    assert ["some_parser" in r.getMessage() or "silent_parser" in r.getMessage() for r in caplog.records] == [True] * 2
+    caplog.clear()
+    assert find_markers(lambda: None, None) is None and not caplog.records  # no parser, nothing to tell
+    assert find_markers(lambda: Markers((1,), (2,)), "good") == Markers((1,), (2,))
+
+
+def test_rows_of_refused_drafts_and_those_not_wanted_stay_as_they_are() -> None:
+    rows = [b"AH\x01\x00\x00first", b"", b"AH\x01\x00\x00third", b"AH\x01\x00\x00refused"]
+    marked = mark_phases(rows, ["think", "think", "output"])
+    assert marked == [b"AH\x01\x00" + bytes([PHASES.index("think")]) + b"first", b"", *rows[2:]]
