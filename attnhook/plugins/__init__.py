@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attnhook.capture.session import Session, sessions
     from attnhook.capture.step import StepCapture
     from attnhook.kernels.topk.types import PagedKeys
-    from attnhook.plugins.contracts import Backend, Installation, Sink
+    from attnhook.plugins.contracts import Backend, Installation, SelfCheck, Sink
     from attnhook.plugins.engine import Computed, EngineAdapter, LayerShape, LayerView, ModelShape
     from attnhook.plugins.hooks import Hook, Hooks
     from attnhook.plugins.hookspecs import RegisterBackend, RegisterSink, RegisterVariable, hookimpl
@@ -43,6 +43,7 @@ __all__ = [
     "RegisterSink",
     "RegisterVariable",
     "Row",
+    "SelfCheck",
     "Session",
     "Sink",
     "StepCapture",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Backend", "Installation", "Sink"), "plugins.contracts"),
+    **dict.fromkeys(("Backend", "Installation", "SelfCheck", "Sink"), "plugins.contracts"),
     **dict.fromkeys(("Computed", "EngineAdapter", "LayerShape", "LayerView", "ModelShape"), "plugins.engine"),
     **dict.fromkeys(("Hook", "Hooks"), "plugins.hooks"),
     **dict.fromkeys(("RegisterBackend", "RegisterSink", "RegisterVariable", "hookimpl"), "plugins.hookspecs"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 from attnhook.options import CaptureOptions
@@ -27,13 +28,28 @@ class Installation(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SelfCheck:
+    """What a backend found when it checked itself, for ``attnhook verify``."""
+
+    title: str  # what was done, such as "self-check against eager attention"
+    found: Mapping[str, str]  # what was compared -> the numbers, and what is allowed
+    problems: Sequence[str] = ()  # one sentence for each thing that is not as it must be
+
+
 @runtime_checkable
 class Backend(Protocol):
     """One engine. Installing is idempotent and reversible, and imports nothing by itself.
 
-    A backend may have an attribute ``contract``, the version of this contract that it was written against (`CONTRACTS`;
-    without it the first), and a method ``models_in(target)``: the models that an object is or wraps, for
-    ``capture(model=...)``.
+    A backend may also have
+
+    - an attribute ``contract``, the version of this contract that it was written against (`CONTRACTS`; without it the
+      first);
+    - a method ``models_in(target: object) -> Sequence[object]``: the models that an object is or wraps, for
+      ``capture(model=...)``;
+    - a method ``self_check(model: str | None) -> SelfCheck`` for ``attnhook verify``: run the engine and compare what
+      is captured with what its attention is by definition. ``model`` is what the user named, None for one of the
+      backend's own choice; a backend that runs no such model takes its own. What it raises is reported as a problem.
     """
 
     name: str

@@ -1,12 +1,17 @@
-"""``attnhook verify``: versions, engines, hooks, a self-check against eager attention, a verdict.
+"""``attnhook verify``: versions, engines, hooks, every engine's own self-check, a verdict.
 
-`servercheck` does it for a running server.
+`attnhook.verify.server` does it for a running server.
 """
 
 from __future__ import annotations
 
-from attnhook.errors import AttnhookError
+from typing import Protocol, runtime_checkable
+
+from attnhook.errors import AttnhookError, PluginError
+from attnhook.errors import install as how_to_install
+from attnhook.options import CaptureOptions
 from attnhook.plugins import manager as plugins
+from attnhook.plugins.contracts import Backend, SelfCheck
 from attnhook.process import lifecycle
 from attnhook.verify.report import Report, own_versions
 
@@ -16,49 +21,57 @@ def run(model: str | None = None) -> Report:
     report = Report()
     report.sections["versions"] = own_versions()
     try:
-        _engines(report)
-        _self_check(report, model)
-    except AttnhookError as error:
-        report.problems.append(str(error))
-    except Exception as error:  # a bug of ours or of the engine is what this command is there to report
-        report.problems.append(f"the check broke off: {type(error).__name__}: {error}")
+        _check(report, model)
+    except Exception as error:
+        report.problems.append(_told(error))
     return report
 
 
-def _engines(report: Report) -> None:
+def _check(report: Report, model: str | None) -> None:
     backends = plugins.backends()
     report.sections["engines"] = {
         name: f"{backend.version()}" if backend.available() else "not installed" for name, backend in backends.items()
     }
     report.sections["sinks"] = {f"{scheme}:": sink.__module__ for scheme, sink in plugins.sink_classes().items()}
-    third_party = [name for name, _ in plugins.manager().list_name_plugin() if name not in plugins.BUILT_INS]
+    third_party = sorted(name for name, _ in plugins.manager().list_name_plugin() if name not in plugins.BUILT_INS)
     report.sections["plugins"] = dict.fromkeys(third_party, "loaded") or {"none": ""}
+    hooks = report.sections["hooks"] = {"installed before this check": "yes" if lifecycle.installed() else "no"}
+    able = {name: one for name, one in backends.items() if isinstance(one, _ChecksItself) and one.available()}
+    if not able:
+        raise PluginError(f"no engine that can check itself is installed here: {how_to_install('transformers')}")
+    for name, backend in able.items():
+        _self_check(report, f"{name}: " if len(able) > 1 else "", backend, model)
+    # the engines that were checked are imported by now
+    with lifecycle.hooks(CaptureOptions.resolve(plugins=plugins.variables)):
+        for name, installation in lifecycle.installed().items():
+            hooks.update({f"{name}: {hook}": state for hook, state in installation.describe().items()})
 
 
-def _self_check(report: Report, model: str | None) -> None:
-    from attnhook.backends.transformers import selfcheck
+@runtime_checkable
+class _ChecksItself(Backend, Protocol):
+    """A backend with that part of the contract, which is optional."""
 
-    was_on = bool(lifecycle.installed())
-    hooks: dict[str, str] = {}
-    result = selfcheck.compare_with_eager(model)
-    for name, installation in result.installations.items():
-        hooks |= {f"{name}: {hook}": state for hook, state in installation.items()}
-    report.sections["hooks"] = {"installed before this check": "yes" if was_on else "no", **hooks}
-    report.sections["self-check against eager attention"] = {
-        "model": result.model,
-        "rows x layers compared": f"{result.rows} x {result.layers}",
-        "largest |dP|": f"{result.worst:.1e} (allowed {selfcheck.TOLERANCE:.0e})",
-        "largest |d histogram bin|": f"{result.worst_bin:.1e} (allowed {selfcheck.BIN_TOLERANCE:.0e})",
-        "top-k lists equal up to ties": f"{result.same_order:.2%}",
-        "answer with capture = without": "yes" if result.same_text else "NO",
-    }
-    if result.rows != result.expected_rows:
-        report.problems.append(f"{result.rows} of {result.expected_rows} rows were captured")
-    if not result.worst <= selfcheck.TOLERANCE:  # NaN is one too
-        report.problems.append(f"probabilities differ from eager attention by {result.worst:.1e}")
-    if not result.worst_bin <= selfcheck.BIN_TOLERANCE:
-        report.problems.append(f"fingerprints differ from eager attention by {result.worst_bin:.1e}")
-    if result.same_order < 1:
-        report.problems.append(f"only {result.same_order:.2%} of the top-k lists equal those of eager attention")
-    if not result.same_text:
-        report.problems.append("the model's answer changes when capture is on")
+    def self_check(self, model: str | None) -> object: ...
+
+
+def _self_check(report: Report, whose: str, backend: _ChecksItself, model: str | None) -> None:
+    """One backend's own check; what goes wrong in it keeps no other from being made."""
+    try:
+        result = backend.self_check(model)
+        if not isinstance(result, SelfCheck):
+            raise PluginError(
+                f"its self_check gave {result!r}, which is no attnhook.plugins.SelfCheck: mend the plugin"
+            )
+    except Exception as error:
+        report.problems.append(f"{whose}{_told(error)}")
+        return
+    title = f"{whose}{result.title}" if result.title in report.sections else result.title
+    report.sections[title] = dict(result.found)
+    report.problems += [f"{whose}{problem}" for problem in result.problems]
+
+
+def _told(error: Exception) -> str:
+    # what is no error of ours is a bug of ours or of the engine, which this command is there to report
+    if isinstance(error, AttnhookError):
+        return str(error)
+    return f"the check broke off: {type(error).__name__}: {error}"

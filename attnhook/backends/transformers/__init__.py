@@ -10,6 +10,7 @@ import importlib.util
 from importlib import metadata
 
 from attnhook.options import CaptureOptions
+from attnhook.plugins.contracts import SelfCheck
 from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
 
@@ -35,6 +36,12 @@ class TransformersBackend:
         from attnhook.backends.transformers.wrappers import models_in
 
         return models_in(target)
+
+    def self_check(self, model: str | None) -> SelfCheck:
+        """A short answer of a model, captured and compared with eager attention."""
+        from attnhook.backends.transformers import selfcheck
+
+        return selfcheck.run(model)
 
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """Patch Transformers now if it is imported, else when it is. Raises UnsupportedError."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from attnhook.backends.transformers import runner
 from attnhook.options import RequestOptions
-from attnhook.process import lifecycle
+from attnhook.plugins.contracts import SelfCheck
 from attnhook.process.capturing import capture
 from attnhook.record import fingerprint
 
@@ -32,7 +32,31 @@ class Comparison:
     worst_bin: float  # largest difference of a histogram bin
     same_order: float  # share of top-k lists with the oracle's positions, up to ties
     same_text: bool  # whether capture left the generated tokens as they were
-    installations: dict[str, dict[str, str]]
+
+
+def run(model: str | None = None) -> SelfCheck:
+    """`compare_with_eager` as ``attnhook verify`` reports it. Raises as it does."""
+    result = compare_with_eager(model)
+    found = {
+        "model": result.model,
+        "rows x layers compared": f"{result.rows} x {result.layers}",
+        "largest |dP|": f"{result.worst:.1e} (allowed {TOLERANCE:.0e})",
+        "largest |d histogram bin|": f"{result.worst_bin:.1e} (allowed {BIN_TOLERANCE:.0e})",
+        "top-k lists equal up to ties": f"{result.same_order:.2%}",
+        "answer with capture = without": "yes" if result.same_text else "NO",
+    }
+    problems = []
+    if result.rows != result.expected_rows:
+        problems.append(f"{result.rows} of {result.expected_rows} rows were captured")
+    if not result.worst <= TOLERANCE:  # NaN is one too
+        problems.append(f"probabilities differ from eager attention by {result.worst:.1e}")
+    if not result.worst_bin <= BIN_TOLERANCE:
+        problems.append(f"fingerprints differ from eager attention by {result.worst_bin:.1e}")
+    if result.same_order < 1:
+        problems.append(f"only {result.same_order:.2%} of the top-k lists equal those of eager attention")
+    if not result.same_text:
+        problems.append("the model's answer changes when capture is on")
+    return SelfCheck("self-check against eager attention", found, problems)
 
 
 def compare_with_eager(model: str | None = None) -> Comparison:
@@ -50,7 +74,6 @@ def compare_with_eager(model: str | None = None) -> Comparison:
     plain = runner.generate(loaded, ids, _NEW_TOKENS)
     with capture(model=network, **vars(_OPTIONS)) as records:
         output = runner.generate(loaded, ids, _NEW_TOKENS)
-        installed = {name: found.describe() for name, found in lifecycle.installed().items()}
     used = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:
@@ -82,5 +105,4 @@ def compare_with_eager(model: str | None = None) -> Comparison:
         worst_bin=float(np.max(bin_differences)),
         same_order=sum(same) / max(len(same), 1),
         same_text=bool(torch.equal(plain, output)),
-        installations=installed,
     )

@@ -11,7 +11,7 @@ import wrapt
 
 from attnhook import UnsupportedError
 from attnhook.options import CaptureOptions, resolve_layers
-from attnhook.plugins import Patches, Row, Session, StepCapture, sessions, wants_row
+from attnhook.plugins import Patches, Row, SelfCheck, Session, StepCapture, sessions, wants_row
 
 if TYPE_CHECKING:
     import torch  # registering a backend imports nothing heavy
@@ -31,6 +31,22 @@ class EchoBackend:
     def version(self) -> str | None:
         """Version of the engine, known without importing it."""
         return "0.1"
+
+    def self_check(self, model: str | None) -> SelfCheck:
+        """Five tokens, captured and compared with the engine's own softmax. ``model`` is none of this engine's."""
+        import attnhook
+        from attnhook_thirdparty_example import echoengine
+
+        prompt = [3, 1, 4, 1, 5]
+        with attnhook.capture(top_k=3) as records:
+            tokens = echoengine.generate(prompt, 5)
+        worst = 0.0
+        for record in records:
+            q, k = echoengine._tables[:, :, tokens[: record.query_position + 1]]
+            true = echoengine.attend("", 0, q[:, -1], k).mean(0)
+            worst = max([worst, *(abs(float(true[at]) - p) for at, p in record.top())])
+        problems = [] if worst < 1e-5 and len(records) == 5 else [f"{len(records)} records, off by {worst:.1e}"]
+        return SelfCheck("self-check of echo", {"records": f"{len(records)}", "largest |dP|": f"{worst:.1e}"}, problems)
 
     def install(self, options: CaptureOptions) -> EchoInstallation:
         """Patch the engine now if it is imported, else when it is; a second call changes nothing."""
