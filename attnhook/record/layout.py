@@ -62,6 +62,11 @@ class Header(NamedTuple):
         return Shape(self.layers, self.k, self.spans, self.version == TOKENS_VERSION)
 
     @property
+    def layout(self) -> RowLayout:
+        """`layout_of` the shape of one row."""
+        return _layout(self.layers, self.k, self.spans, self.version == TOKENS_VERSION)
+
+    @property
     def bounds(self) -> tuple[Any, Any, Any, Any]:
         """Where in the row the request id, the model's name, the spans' names and the sections begin."""
         first = STRUCT.size
@@ -175,10 +180,14 @@ class RowLayout:
         return pieces
 
 
-@lru_cache(maxsize=1024)
 def layout_of(shape: Shape) -> RowLayout:
     """The layout of rows of that shape; few shapes are in use at a time."""
-    return RowLayout(shape)
+    return _layout(*shape)
+
+
+@lru_cache(maxsize=1024)
+def _layout(layers: int, k: int, spans: int, tokens: bool) -> RowLayout:
+    return RowLayout(Shape(layers, k, spans, tokens))
 
 
 def row_size(layers: Any, k: Any, spans: Any, text: Any, tokens: Any = False) -> Any:

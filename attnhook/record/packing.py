@@ -19,7 +19,6 @@ from attnhook.record.layout import (
     STRUCT,
     Header,
     RowLayout,
-    layout_of,
 )
 from attnhook.record.row import (
     MODES,
@@ -128,14 +127,15 @@ def unpack(data: bytes) -> dict[str, Any]:
     fields: dict[str, Any] = {
         name: np.frombuffer(data, place.dtype, place.length, start + place.at).reshape(place.shape)
         for name, place in layout.places.items()
+        if name != "layers"
     }
     for place in layout.bounded:
         if (fields[place.name] < place.section.least).any():
             raise RecordError(f"damaged record: a number of {place.name} is below {place.section.least}")
-    fields["layers"] = tuple(fields["layers"].tolist())
     if header.shape.tokens:
         fields["query_token"] = int(fields["query_token"])
     return fields | {
+        "layers": _layers_in(data, start, layout),
         "request_id": request_id,
         "query_position": header.position,
         "decode_step": None if header.step < 0 else header.step,
@@ -153,8 +153,7 @@ def layers_of(data: bytes) -> tuple[int, ...]:
     Raises RecordError if ``data`` is not one whole row of a known version.
     """
     _, bounds, layout = _read(data)
-    place = layout.places["layers"]
-    return tuple(np.frombuffer(data, place.dtype, place.length, bounds[-1] + place.at).tolist())
+    return _layers_in(data, bounds[-1], layout)
 
 
 def with_phase(data: bytes, phase: ThinkPhase) -> bytes:
@@ -167,7 +166,7 @@ def row_without_tokens(data: bytes) -> bytes:
     if not has_tokens(data) or len(data) < STRUCT.size:
         return data
     header = Header.read(data)
-    layout, start = layout_of(header.shape), header.bounds[-1]
+    layout, start = header.layout, header.bounds[-1]
     if len(data) != start + layout.size:
         return data
     pieces = [data[start + at : start + end] for at, end in layout.without_tokens]
@@ -183,7 +182,7 @@ class _Front:
     """What rows of one layout share before their arrays; see `_front`."""
 
     def __init__(self, header: Header, texts: bytes, layers: bytes, problem: str) -> None:
-        self.layout = layout_of(header.shape)
+        self.layout = header.layout
         self.layers = layers  # the section
         #: Of each section: its bytes, where rows share them; whether it is one number; type and bytes.
         self.parts = [
@@ -262,6 +261,17 @@ def _split(names: str, count: int) -> tuple[str, ...] | None:
     return parts if len(parts) == count else None
 
 
+def _layers_in(data: bytes, start: int, layout: RowLayout) -> tuple[int, ...]:
+    place = layout.places["layers"]
+    return _numbers_of(bytes(data[start + place.at : start + place.at + place.size]))
+
+
+@lru_cache(maxsize=64)
+def _numbers_of(layers: bytes) -> tuple[int, ...]:
+    """The numbers that a section of layers holds; rows read together were captured at few sets of layers."""
+    return tuple(np.frombuffer(layers, _NUMBERS).tolist())
+
+
 def _misfit(row: RowName | RowData, why: str) -> RecordError:
     return RecordError(f"record {row.key!r} does not fit the binary row: {why}")
 
@@ -276,7 +286,7 @@ def _read(data: bytes) -> tuple[Header, tuple[int, ...], RowLayout]:
             f"record of schema version {header.version}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: "
             "upgrade attnhook"
         )
-    bounds, layout = header.bounds, layout_of(header.shape)
+    bounds, layout = header.bounds, header.layout
     expected = bounds[-1] + layout.size
     if len(data) != expected:
         raise RecordError(f"damaged record: {len(data)} bytes where its header announces {expected}")

@@ -16,16 +16,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.system import untrusted
-
-if TYPE_CHECKING:
-    pass
 
 ZONE_NAMES: tuple[str, ...] = ("syntax_floor", "semantic_bridge", "structure_ripple", "long_range", "diffuse")
 SYNTAX_FLOOR, SEMANTIC_BRIDGE, STRUCTURE_RIPPLE, LONG_RANGE, DIFFUSE = range(5)

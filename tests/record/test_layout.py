@@ -159,7 +159,7 @@ def _agree(records: list[TokenRecord]) -> None:
     assert not bad
     for record, row, read in zip(records, rows, block.records(), strict=True):
         header, own = Header.read(row), layout_of(Shape.of(record))
-        assert layout_of(header.shape) is own
+        assert layout_of(header.shape) is header.layout is own
         assert len(row) == header.bounds[-1] + own.size
         for name, place in own.places.items():
             at = header.bounds[-1] + place.at
@@ -185,7 +185,7 @@ def test_all_that_read_or_write_rows_agree(records):
 @contextmanager
 def other_sections(sections: tuple[Section, ...]) -> Iterator[None]:
     """Rows have these sections, and nothing is remembered of others."""
-    caches = (layout_of, packing._front, columns.fits_columns)
+    caches = (layout._layout, packing._front, columns.fits_columns)
     with pytest.MonkeyPatch.context() as patch:
         for module in (layout, block):
             patch.setattr(module, "SECTIONS", sections)
