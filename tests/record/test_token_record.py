@@ -27,24 +27,6 @@ def test_zones_of_many_records_are_those_of_each():
         fill_zones([a_record(), a_record(fingerprints=np.full((2, 20), np.nan, np.float32))])
 
 
-def test_top():
-    record = a_record()
-    assert record.top() == [(0, pytest.approx(0.61)), (35, pytest.approx(0.1)), (12, pytest.approx(0.04))]
-    assert record.top(3) == [(35, pytest.approx(0.9))]
-    with pytest.raises(KeyError, match=r"layer 5 was not captured; captured: \[3, 29\]"):
-        record.top(5)
-
-
-def test_key_mass_and_spans():
-    record = a_record(choice=2)
-    assert record.key == ("cmpl-1", 2, 36)
-    np.testing.assert_allclose(record.topk_mass, [0.9, 0.75], rtol=1e-6)
-    assert record.spans == {"doc1": pytest.approx(0.2), "prompt": pytest.approx(0.375)}
-    assert a_record(span_names=()).spans == {}
-    assert record.fingerprint.dtype == np.float32
-    assert record.fingerprint.shape == (20,)
-
-
 @pytest.mark.parametrize("ids", [False, True])
 def test_layers_that_were_captured_apart_make_the_whole_record(ids):
     numbers = np.arange(4 * 3).reshape(4, 3)
