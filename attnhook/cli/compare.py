@@ -57,9 +57,10 @@ def compare(
 ) -> None:
     """Compare two sets of stored records: zone shares, layers and distances, with intervals and p-values."""
     require("attnhook compare", "analysis", "pyarrow", "matplotlib")
+    from attnhook.analysis.compare import comparison as comparisons
     from attnhook.analysis.compare import report, sides, statistics
 
-    settings = statistics.Settings(cast(Any, design), resamples, permutations, confidence, seed)
+    settings = comparisons.Settings(cast(Any, design), resamples, permutations, confidence, seed)
     if rows not in sides.ROWS:
         raise OptionError("rows", f"--rows {rows!r} must be one of {', '.join(sides.ROWS)}")
     if out is not None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnhook.analysis.compare.comparison import MEASURES, Comparison, Depth, ZoneRow
 from attnhook.analysis.compare.resampling import Estimate
-from attnhook.analysis.compare.statistics import MEASURES, Comparison, Depth, ZoneRow
 from attnhook.record import fingerprint as fp
 
 if TYPE_CHECKING:

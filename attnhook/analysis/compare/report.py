@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from attnhook import __version__
 from attnhook.analysis.compare import figures
+from attnhook.analysis.compare.comparison import MEASURES, Comparison, Depth, ZoneRow
 from attnhook.analysis.compare.document import Block, Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from attnhook.analysis.compare.resampling import Estimate
 from attnhook.analysis.compare.sides import Side
-from attnhook.analysis.compare.statistics import MEASURES, Comparison, Depth, ZoneRow
 from attnhook.errors import AttnhookError, OptionError
 
 FORMAT_VERSION: Final = 1  # of comparison.json
