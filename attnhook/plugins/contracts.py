@@ -65,6 +65,11 @@ class Backend(Protocol):
     def install(self, options: CaptureOptions) -> Installation:
         """Patch the engine now if it is imported, else as soon as it is.
 
+        ``options`` are those of the process: of `attnhook.install` or, while that is not in force, of the `capture`
+        that came first. Most backends need none of them, since each `Session` and each request has its own. Where
+        others come, the installation is uninstalled and this is called again, unless the installation has an attribute
+        ``any_options`` that is true; where that raises, every backend has the old ones again.
+
         Raises UnsupportedError, naming the engine, its version, what was looked for and what to do, where a
         hook point is missing.
         """

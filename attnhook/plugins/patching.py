@@ -91,11 +91,11 @@ objects: defaultdict[str, ObjectPatches] = defaultdict(ObjectPatches)
 class EngineInstallation:
     """Patches of one engine's modules, put in place when each module is imported, or now where it is already.
 
-    ``patchers`` maps a module's name to a function that takes this installation and the module.
+    ``patchers`` maps a module's name to a function that takes this installation and the module. ``wanted`` names for
+    errors the releases of the engine that attnhook knows. A backend that makes something of the options of its
+    ``install`` says ``any_options=False``: where ``attnhook.install`` comes with others, this installation is
+    uninstalled and the backend installed with those. Otherwise options are read per request, and others change nothing.
     """
-
-    #: Built-in backends read options per request: others than at installing change nothing here.
-    any_options = True
 
     def __init__(
         self,
@@ -103,8 +103,10 @@ class EngineInstallation:
         version: str | None,
         patchers: Mapping[str, Callable[[EngineInstallation, ModuleType], None]],
         wanted: str,
+        *,
+        any_options: bool = True,
     ) -> None:
-        self.engine, self.version = engine, version
+        self.engine, self.version, self.any_options = engine, version, any_options
         self.patches = Patches()
         self._patchers, self._wanted = patchers, wanted
         self._patched: set[str] = set()

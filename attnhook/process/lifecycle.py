@@ -36,6 +36,7 @@ __all__ = [
 _lock = threading.RLock()
 _installations: dict[str, Installation] = {}
 _users = 0  # install() and every open capture() hold the hooks
+_told = CaptureOptions()  # what the backends were installed with
 
 
 def install(**options: Any) -> dict[str, Installation]:
@@ -65,8 +66,13 @@ def install(**options: Any) -> dict[str, Installation]:
         try:
             if before is None:
                 _acquire(resolved)
+                try:
+                    _switch(resolved)  # an open capture() has installed the backends with options of its own
+                except BaseException:
+                    _release()
+                    raise
             else:
-                _switch(before.options, resolved)
+                _switch(resolved)
                 _users += 1  # the hooks stay while the old sinks close
                 try:
                     _turn_off()
@@ -152,7 +158,7 @@ def _turn_off() -> None:
 
 
 def _acquire(options: CaptureOptions) -> None:
-    global _users
+    global _users, _told
     for installation in _installations.values():
         if isinstance(refused := getattr(installation, "refused", None), AttnhookError):
             raise refused
@@ -170,6 +176,7 @@ def _acquire(options: CaptureOptions) -> None:
         except BaseException:
             _remove()
             raise
+        _told = options
     _users += 1
 
 
@@ -185,8 +192,12 @@ def _remove() -> None:
         _installations.pop(name).uninstall()
 
 
-def _switch(before: CaptureOptions, options: CaptureOptions) -> None:
+def _switch(options: CaptureOptions) -> None:
     """Tell the backends about other options; where one refuses them, all have the old ones again."""
+    global _told
+    before = _told
+    if options == before:
+        return
     found = plugins.backends()
     told: list[str] = []
     try:
@@ -201,6 +212,7 @@ def _switch(before: CaptureOptions, options: CaptureOptions) -> None:
             _installations[name].uninstall()
             _installations[name] = found[name].install(before)
         raise
+    _told = options
 
 
 @forks.in_child

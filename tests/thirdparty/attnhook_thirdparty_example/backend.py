@@ -50,6 +50,7 @@ class EchoBackend:
 
     def install(self, options: CaptureOptions) -> EchoInstallation:
         """Patch the engine now if it is imported, else when it is; a second call changes nothing."""
+        _installation.options = options
         if not _installation.wanted:
             _installation.wanted = True
             # wrapt calls at once for a module that is imported; a left-over hook finds `wanted` unset or the
@@ -63,6 +64,7 @@ class EchoInstallation:
 
     def __init__(self) -> None:
         self.wanted = False
+        self.options = CaptureOptions()  # of the process; what each listener wants is in its session
         self._patches = Patches()
 
     @property
