@@ -45,6 +45,8 @@ class Backend(Protocol):
 
     - an attribute ``contract``, the version of this contract that it was written against (`CONTRACTS`; without it the
       first);
+    - an attribute ``servers: Collection[str]``: modules (of ``python -m``) and programs that serve the engine. With
+      ``ATTNHOOK=1`` such a process ends where attnhook cannot do what it was asked to, in place of serving without;
     - a method ``models_in(target: object) -> Sequence[object]``: the models that an object is or wraps, for
       ``capture(model=...)``;
     - a method ``self_check(model: str | None) -> SelfCheck`` for ``attnhook verify``: run the engine and compare what

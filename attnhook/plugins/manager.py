@@ -77,6 +77,8 @@ def backends() -> dict[str, Backend]:
             raise PluginError(
                 f"{backend!r} was registered as a backend but lacks one of name, available, version, install"
             )
+        if isinstance(servers := getattr(backend, "servers", ()), str):
+            raise PluginError(f"backend {backend.name!r}: servers={servers!r} is one text: write ({servers!r},)")
         if backend.name in found:
             raise PluginError(
                 f"two backends are called {backend.name!r}: {found[backend.name]!r} and {backend!r}. Rename one."

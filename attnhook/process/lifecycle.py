@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -103,6 +104,10 @@ def start() -> None:
     there to catch it.
     """
     if enabled() and any_engine():
+        for backend in plugins.backends().values():
+            switch.plugins_commands.update(getattr(backend, "servers", ()))
+        if switch.serving():
+            os.environ[switch.SERVING] = "1"  # for the workers that it starts
         with _lock:
             switch.starting = True
             try:

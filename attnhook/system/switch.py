@@ -22,6 +22,7 @@ _MODULES_WITH_SERVE = ("vllm", "vllm.entrypoints.cli.main", "sglang", "sglang.cl
 _MODULES = ("vllm.entrypoints.openai.api_server", "vllm.entrypoints.grpc_server", "sglang.launch_server")
 _WITH_VALUE = "cmWX"  # Python's own options that take one
 
+plugins_commands: set[str] = set()  #: modules and programs that serve the engines of plugins
 starting = False  # whether `install` runs because of the switch; its engines' later faults are refused, not raised
 told: set[str] = set()  #: refusals that the log has
 
@@ -45,7 +46,8 @@ def serving(command: Sequence[str] | None = None) -> bool:
         if word == "--check-hash-based-pycs":
             del words[:1]
         elif word == "-" or not word.startswith("-"):
-            return os.path.basename(word).removesuffix(".exe") in _PROGRAMS and words[:1] == ["serve"]
+            program = os.path.basename(word).removesuffix(".exe")
+            return program in plugins_commands or (program in _PROGRAMS and words[:1] == ["serve"])
         elif not word.startswith("--"):
             place = next((place for place, option in enumerate(word) if option in _WITH_VALUE), None)
             if place is None:
@@ -53,7 +55,11 @@ def serving(command: Sequence[str] | None = None) -> bool:
             value = word[place + 1 :] or (words.pop(0) if words else "")
             if word[place] == "m":
                 name = value.removesuffix(".__main__")
-                return name in _MODULES or (name in _MODULES_WITH_SERVE and words[:1] == ["serve"])
+                return (
+                    name in _MODULES
+                    or name in plugins_commands
+                    or (name in _MODULES_WITH_SERVE and words[:1] == ["serve"])
+                )
             if word[place] == "c":
                 return False
     return False

@@ -125,6 +125,15 @@ def test_a_version_that_is_none_is_refused(register, stated):
         plugins.backends()
 
 
+def test_servers_that_are_one_text_are_refused(register):
+    backend = _Backend(1)
+    backend.servers = "tinyserve"
+    backend.available = backend.version = backend.install = lambda *_: None
+    register(backend)
+    with pytest.raises(PluginError, match=r"backend 'newer': servers='tinyserve' is one text: write \('tinyserve',\)"):
+        plugins.backends()
+
+
 def test_what_states_the_known_version_or_none_is_taken(register):
     register(sink=type("Stated", (_Sink,), {"contract": 1}))
     assert "newer" in plugins.sink_classes()

@@ -1,4 +1,4 @@
-"""What backends learn of the process's options: those of `install`, others when they change, the old after a refusal."""
+"""What backends learn of the process's options: those of `install`, then others, the old ones after a refusal."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,6 +254,24 @@ def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tm
             check(model, prompt, answer["token_ids"], generated, before, layers=LAYERS)
         a, b = (np.array([from_entry(entry).fingerprints for entry in x["attention_tokens"]]) for x in (one, two))
         assert np.abs(a - b).max() < oracle.FEATURE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [True, False], ids=["hook point", "variable"])
+def test_a_server_that_cannot_capture_does_not_serve(site, tiny, tmp_path, broken):
+    there = tmp_path / "site"
+    shutil.copytree(site, there)
+    environ = {} if broken else {"ATTNHOOK_MAX_CONCURRENT": "many"}
+    if broken:  # another release of tinyserve
+        model = there / "tinyserve" / "model.py"
+        model.write_text(model.read_text(encoding="utf-8").replace("attend(", "look("), encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "tinyserve", tiny[0], "--port", str(free_port())],
+        env=_environment(there, **environ), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 2
+    said = "tinyserve 1.0: Model.attend was not found" if broken else "ATTNHOOK_MAX_CONCURRENT='many' must be"
+    assert run.stderr.startswith(f"attnhook: {said}")
 
 
 @pytest.mark.slow

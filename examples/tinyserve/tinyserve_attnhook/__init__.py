@@ -20,6 +20,7 @@ class TinyserveBackend:
 
     name = "tinyserve"
     contract = 1
+    servers = ("tinyserve",)  # which end where they could not capture, in place of serving without
 
     def available(self) -> bool:
         """Whether tinyserve can be imported, found out without importing it."""
