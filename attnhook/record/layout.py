@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
-from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
@@ -146,9 +144,9 @@ class Place(NamedTuple):
 class RowLayout:
     """Where the sections lie in rows of one shape; see `layout_of`.
 
-    ``places`` has those sections that there are, by name and in order; ``values`` reads them off a record; ``size`` is
-    the bytes of all; ``bounded`` has the places whose numbers have a least one, and ``without_tokens`` the pieces, from
-    and to, that a row without token ids has.
+    ``places`` has those sections that there are, by name and in order; ``size`` is the bytes of all;
+    ``bounded`` has the places whose numbers have a least one, and ``without_tokens`` the pieces, from and to, that a
+    row without token ids has.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -162,7 +160,6 @@ class RowLayout:
                 size = length * section.dtype.itemsize
                 self.places[section.name] = Place(section.name, section.dtype, self.size, size, own, length, section)
                 self.size += size
-        self.values: Callable[[RowData], tuple[Any, ...]] = attrgetter(*self.places)
         self.bounded = [place for place in self.places.values() if place.section.least is not None]
         self.without_tokens = self._without("tokens")
 

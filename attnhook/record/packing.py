@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,15 @@ _NUMBERS = next(section.dtype for section in SECTIONS if section.name == "layers
 def pack(row: RowData) -> bytes:
     """The binary row of a record; see `TokenRecord.to_bytes`."""
     ids = row.token_ids
-    layers, spans = tuple(row.layers), tuple(row.span_names)
-    front = _front(layers, row.token_positions.shape, ids is not None, row.mode, row.think_phase, row.model, spans)
+    shape, mode, phase, model = row.token_positions.shape, row.mode, row.think_phase, row.model
+    try:
+        front = _front(row.layers, row.span_names, shape, ids is not None, mode, phase, model)
+    except TypeError:  # lists have no hash
+        front = _front(tuple(row.layers), tuple(row.span_names), shape, ids is not None, mode, phase, model)
     parts = front.head(row)
     if ids is not None:
         _check_tokens(row, ids)
-    for value, (part, scalar, dtype, size) in zip(front.layout.values(row), front.parts):  # noqa: B905 # costs 5%
+    for value, (part, scalar, dtype, size) in zip(front.values(row), front.parts):  # noqa: B905 # strict=True costs 5%
         if scalar:
             part = np.array(value, dtype).tobytes()
         elif part is None:
@@ -89,16 +93,16 @@ def pack_rows(
         "span_mass": span_mass,
     }
     count = len(positions)
-    front = _front(tuple(layers), positions.shape[1:], False, mode, think_phase, model, tuple(span_names))
+    front = _front(tuple(layers), tuple(span_names), positions.shape[1:], False, mode, think_phase, model)
     heads = [b"".join(front.head(row)) for row in rows]
-    layout = front.layout
-    fits = all(array.shape == (count, *layout.places[name].shape) for name, array in given.items())
-    if not fits or len(heads) != count or len(layers) != layout.shape.layers:
+    places = front.layout.places
+    fits = all(array.shape == (count, *places[name].shape) for name, array in given.items())
+    if not fits or len(heads) != count:
         shapes = [(len(rows),), (len(layers),), *(array.shape for array in given.values())]
         raise _misfit(rows[0], f"its arrays disagree, {shapes}")
     arrays = [
-        (place, None if name == "layers" else np.ascontiguousarray(given[name], place.dtype))
-        for name, place in layout.places.items()
+        (place, None if place.name == "layers" else np.ascontiguousarray(given[place.name], place.dtype))
+        for place in front.places
         if place.size
     ]
     if count <= _FEW:  # then calls for all rows cost more than calls for each
@@ -106,10 +110,10 @@ def pack_rows(
             b"".join((head, *(front.layers if array is None else array[t].tobytes() for _, array in arrays)))
             for t, head in enumerate(heads)
         ]
-    table = np.empty((count, layout.size), np.uint8)
+    table = np.empty((count, front.layout.size - front.ahead), np.uint8)
     for place, array in arrays:
         own = np.frombuffer(front.layers, np.uint8) if array is None else array.reshape(count, -1).view(np.uint8)
-        table[:, place.at : place.at + place.size] = own
+        table[:, place.at - front.ahead : place.at - front.ahead + place.size] = own
     return [head + values.tobytes() for head, values in zip(heads, table, strict=True)]
 
 
@@ -179,20 +183,26 @@ def has_tokens(data: bytes) -> bool:
 
 
 class _Front:
-    """What rows of one layout share before their arrays; see `_front`."""
+    """What rows of one layout share, and what is each row's own; see `_front`."""
 
     def __init__(self, header: Header, texts: bytes, layers: bytes, problem: str) -> None:
         self.layout = header.layout
         self.layers = layers  # the section
-        #: Of each section: its bytes, where rows share them; whether it is one number; type and bytes.
+        self.places = [*self.layout.places.values()]  # of the sections behind the head
+        if self.places[0].name == "layers":  # then all rows have the same there, and the head takes it along
+            self.places.pop(0)
+            texts += layers
+        self.ahead = self.layout.size - sum(place.size for place in self.places)
+        self.values = attrgetter(*(place.name for place in self.places))
+        #: Of each place: the bytes there, where rows share them; whether it is one number; type and bytes.
         self.parts = [
             (layers if place.name == "layers" else None, not place.shape, place.dtype, place.size)
-            for place in self.layout.places.values()
+            for place in self.places
         ]
         self._fields, self._texts, self._problem = [*header], texts, problem
 
     def head(self, row: RowName | RowData) -> list[bytes]:
-        """The header and the texts of a row, in pieces. Raises RecordError where one does not fit its field."""
+        """The header of a row and the rest of its head, in pieces. Raises RecordError where one does not fit."""
         if self._problem:
             raise _misfit(row, self._problem)
         try:
@@ -210,12 +220,12 @@ class _Front:
 @lru_cache(maxsize=256)
 def _front(
     layers: tuple[int, ...],
+    spans: tuple[str, ...],
     shape: tuple[int, ...],  # of the positions
     tokens: bool,
     mode: Mode,
     phase: ThinkPhase,
     model: str,
-    spans: tuple[str, ...],
 ) -> _Front:
     """What such rows share; what is wrong with it is told when a row, which has a key to name, is to be packed."""
     count, k = shape if len(shape) == 2 else (len(layers), 0)
@@ -225,6 +235,8 @@ def _front(
         numbers = np.asarray(layers, _NUMBERS).tobytes()
     except (UnicodeEncodeError, OverflowError) as error:
         problem = f"{error}; {_REMEDY}"
+    if len(layers) != count:
+        problem = f"its arrays disagree: {len(layers)} layers, positions of shape {shape}"
     if not layers or (spans and _split(names, len(spans)) != spans):
         problem = (
             f"{len(layers)} layers, spans {spans!r}; capture at least one layer and give spans names without control "

@@ -193,3 +193,11 @@ def test_the_row_is_compact():
 def test_what_is_read_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         TokenRecord.from_bytes(a_record().to_bytes()).attention_scores[0, 0] = 1
+
+
+def test_lists_of_layers_and_names_are_taken_and_what_is_no_list_is_said():
+    record = a_record()
+    lists = dataclasses.replace(record, layers=[3, 29], span_names=["doc1", "prompt"])
+    assert lists.to_bytes() == record.to_bytes()
+    with pytest.raises(TypeError):
+        dataclasses.replace(record, span_names=("doc1", 2)).to_bytes()
