@@ -155,13 +155,21 @@ def _check(client: Client, model: str | None, report: Report) -> None:
             try:
                 lines[what] = _answers(client, path, name, only, layers, dtype, findings, report)
             except ServerError as error:
-                if error.status != 400 or "chat template" not in str(error):
+                why = _no_chats(error) if "chat" in path else None
+                if why is None:
                     raise
-                lines[what] = "not checked: the model has no chat template"
+                lines[what] = f"not checked: {why}"
         _bad_input(client, name, layers, findings)
     finally:
         report.sections["checks"] = findings.lines()
         report.problems += findings.problems()
+
+
+def _no_chats(error: ServerError) -> str | None:
+    """Why a server holds no chats, where that is what an error says; its text completions are checked all the same."""
+    if error.status == 400 and "chat template" in str(error):
+        return "the model has no chat template"
+    return "the server has no such route" if error.status == 404 else None
 
 
 def _answers(

@@ -25,6 +25,7 @@ import attnhook.serving
 from tests import oracle
 from tests.backends.servers import Server, free_port, running
 from tests.backends.vllm.engine import ALL, check, from_entry
+from tests.cli.test_run import command
 from tests.helpers import LAYERS, ROOT, byte_tokenizer, environment, tiny_model
 from tests.plugins.installing import installed
 
@@ -206,6 +207,14 @@ def test_it_says_what_it_can(server):
     assert told["engine"] == {"name": "tinyserve", "version": "1.0"}
     assert (told["model"], told["layers"], told["query_heads"]) == ("it", list(range(30)), 9)
     assert (told["dtype"], told["device"]) == ("float32", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_verify_finds_nothing_wrong_with_it(server):
+    ran = command("verify", "--url", server.url + "/v1")
+    assert ran.code == 0, ran.out
+    assert "FAILED" not in ran.out and "12 tokens x 30 layers" in ran.out
 
 
 # -- tensor parallelism, with a model whose heads divide

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -109,6 +110,22 @@ def test_a_good_server() -> None:
     with server(answers()) as (url, _):
         found = command("verify", "--url", url, "--json").json
     assert found["ok"] and not found["problems"] and found["server"]["model"] == "smol"
+
+
+def test_a_server_without_chats_is_checked_by_its_text_completions() -> None:
+    routes = {path: answer for path, answer in answers().items() if path != CHAT}
+    with server(routes) as (url, _):
+        ran = command("verify", "--url", url)
+    assert ran.code == 0, ran.out
+    assert re.search(r"chat completions +not checked: the server has no such route", ran.out)
+    assert re.search(r"text completions +12 tokens x 2 layers", ran.out)
+
+
+def test_a_server_without_any_completions_is_not_ok() -> None:
+    routes = {path: answer for path, answer in answers().items() if path not in (CHAT, TEXT)}
+    with server(routes) as (url, _):
+        ran = command("verify", "--url", url)
+    assert ran.code == 1 and "/v1/completions gives HTTP 404" in ran.out
 
 
 def layer(choice: Answer, token: int = 4, number: str = "7") -> Answer:
