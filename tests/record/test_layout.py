@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import dataclasses
 import struct
@@ -22,6 +23,7 @@ from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Section, Sh
 from attnhook.record.packing import layers_of, row_without_tokens
 from attnhook.record.token_record import TokenRecord, without_tokens
 from attnhook.record.zones import are_fingerprints
+from tests.helpers import ROOT
 from tests.record.samples import ARRAYS, a_record, assert_same, packed, token_records
 
 #: Rows as attnhook wrote them before the layout was described in one place: versions 1 and 2, to the byte.
@@ -298,3 +300,18 @@ def test_arrays_that_make_up_for_one_another_are_refused(name, count):
         dataclasses.replace(record, **changes).to_bytes()
     with pytest.raises(RecordError, match="arrays disagree"):
         packed([dataclasses.replace(record, **changes)] * count)
+
+
+def test_only_those_that_handle_rows_ask_for_the_layout():
+    """Who else would read or change a row's bytes calls one of these; only the layout makes a struct or a dtype."""
+    asking, describing = set(), set()
+    for path in (ROOT / "attnhook").rglob("*.py"):
+        name = path.relative_to(ROOT / "attnhook").as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "attnhook.record.layout":
+                asking.add(name)
+            called = node.func if isinstance(node, ast.Call) else None
+            if name.startswith("record/") and isinstance(called, ast.Attribute) and called.attr in ("Struct", "dtype"):
+                describing.add(name)
+    assert asking == {f"record/{name}.py" for name in ("block", "columns", "packing", "token_record")}
+    assert describing == {"record/layout.py"}
