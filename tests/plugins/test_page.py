@@ -107,3 +107,14 @@ def test_its_links_lead_somewhere():
 def test_the_contracts_are_those_that_it_names():
     run = python("-c", "from attnhook.plugins import CONTRACTS; import json; print(json.dumps(CONTRACTS))")
     assert f"`{run.stdout.strip()}`" in PAGE
+
+
+def test_the_other_package_of_these_tests_uses_stable_names_too():
+    used = re.findall(
+        r"^\s*(?:from|import) (attnhook[.\w]*)",
+        "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "thirdparty").rglob("*.py")),
+        re.MULTILINE,
+    )
+    assert {name for name in used if not name.startswith("attnhook_")} == {
+        "attnhook", "attnhook.options", "attnhook.plugins"
+    }  # fmt: skip

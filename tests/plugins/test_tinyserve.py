@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +34,7 @@ from tests.plugins.installing import installed
 PACKAGE = ROOT / "examples" / "tinyserve"
 PUBLIC = {"attnhook", "attnhook.errors", "attnhook.options", "attnhook.plugins", "attnhook.serving"}
 KEY = "open sesame"
+FINGERPRINTS = {"return_attention_tokens": True, "attention_mode": "fingerprint"}
 TEXTS = (
     "The brig Halcyon brought 212 barrels of olive oil from Lisbon. " * 8,  # more tokens than one pass computes
     "The capital of France is",
@@ -102,7 +105,8 @@ def server(
     site: Path, smol_path: str, records_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("smol")
-    with _serve(site, folder, smol_path, ATTNHOOK_SINKS=f"jsonl:{records_file}?tokens=1") as server:
+    settings = {"ATTNHOOK_SINKS": f"jsonl:{records_file}?tokens=1", "ATTNHOOK_MAX_CONCURRENT": str(len(TEXTS))}
+    with _serve(site, folder, smol_path, **settings) as server:
         yield server
 
 
@@ -198,6 +202,28 @@ def test_a_bad_field_is_named(server, fields, named):
     )
     assert (status, reply["error"]["param"]) == (400, named)
     assert named in reply["error"]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_streams_that_clients_leave_give_back_their_places_and_pages(server):
+    body = {"prompt": TEXTS[1], "max_tokens": 1900, "ignore_eos": True, "stream": True, **FINGERPRINTS}
+    request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode())
+    streams = [urllib.request.urlopen(request, timeout=30) for _ in TEXTS]  # of all 512 pages 480
+    for stream in streams:
+        assert stream.readline().startswith(b"data: ")
+    short = {"prompt": TEXTS[1], "max_tokens": 2, **FINGERPRINTS}
+    status, reply = server.post("/v1/completions", short)
+    assert status == 429 and "4 requests are capturing already" in reply["error"]["message"]
+    for stream in streams:
+        stream.close()
+    until = time.monotonic() + 20  # all answers would take minutes
+    while server.post("/v1/completions", short)[0] == 429:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    began = time.monotonic()
+    _ask(server, list(range(1, 701)), 1, {})  # which needs 44 pages
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
