@@ -267,10 +267,15 @@ def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tm
     folder, model = tiny
     prompts = [[(7 * i + 3 * j) % 250 for i in range(length)] for j, length in enumerate((5, 40, 100))]
     found = []
-    for ranks in (1, 2):
-        here = tmp_path / str(ranks)
-        here.mkdir()
-        with _serve(site, here, folder, "--tensor-parallel", str(ranks), ATTNHOOK_API_KEY=KEY) as server:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+
+        def start(ranks: int) -> Server:
+            here = tmp_path / str(ranks)
+            here.mkdir()
+            arguments = ("--tensor-parallel", str(ranks))
+            return stack.enter_context(_serve(site, here, folder, *arguments, ATTNHOOK_API_KEY=KEY))
+
+        for server in pool.map(start, (1, 2)):
             found.append(_tiny_answers(server, prompts))
             bare = {"prompt": "Hello", "max_tokens": 2, "return_attention_tokens": True}
             status, reply = server.post("/v1/completions", bare)

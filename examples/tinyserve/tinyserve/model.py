@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 PAGE = 16  # tokens
 _BY_ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
@@ -60,6 +60,8 @@ class Model:
 
     def __init__(self, path: str, name: str, pages: int, rank: int = 0, size: int = 1) -> None:
         config = check(path, size)
+        from transformers import LlamaForCausalLM  # takes seconds: what is refused is refused before
+
         self.name, self.config, self.size = name, config, size
         self.layers, self.dim = config.num_hidden_layers, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads // size, config.num_key_value_heads // size

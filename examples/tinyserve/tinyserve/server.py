@@ -14,7 +14,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from transformers import AutoTokenizer
 
 from tinyserve import engine as engines
 from tinyserve import parallel
@@ -140,6 +139,8 @@ def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
     name = arguments.served_model_name or arguments.model
+    from transformers import AutoTokenizer
+
     try:
         model = parallel.start(arguments.model, name, arguments.pages, arguments.tensor_parallel)
     except ValueError as error:
