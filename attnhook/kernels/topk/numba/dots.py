@@ -13,20 +13,17 @@ from numba.extending import overload
 from attnhook.kernels.topk.numba.blocks import NEXT_UNIT, PART, POOL, ROW, DotWords, signature
 from attnhook.kernels.topk.numba.elementary import EXACT, SUMS
 from attnhook.kernels.topk.numba.intrinsics import bits_float, fetch_add, pointer
-from attnhook.kernels.topk.numba.vectors import LANES, TOGETHER, columns_of, products_of
+from attnhook.kernels.topk.numba.vectors import (
+    LANES,
+    TOGETHER,
+    queries_times_columns,
+    queries_times_keys,
+    queries_times_own_keys,
+)
 
 f32, i32 = np.float32, np.int32
 
 _NEAR = 1 << 12  # floats of a row's queries that leave room for keys in a core's first cache
-
-
-_four, _three, _two, _one = (products_of(n, False) for n in (4, 3, 2, 1))
-_four16, _three16, _two16, _one16 = (products_of(n, True) for n in (4, 3, 2, 1))
-_both, _both16 = products_of(4, False, keys=TOGETHER), products_of(4, True, keys=TOGETHER)
-_both3, _both3_16 = products_of(3, False, keys=TOGETHER), products_of(3, True, keys=TOGETHER)
-_pairs, _pairs16 = products_of(4, False, pairs=True), products_of(4, True, pairs=True)
-_columns4, _columns3, _columns2, _columns1 = (columns_of(n, False) for n in (4, 3, 2, 1))
-_columns4_16, _columns3_16, _columns2_16, _columns1_16 = (columns_of(n, True) for n in (4, 3, 2, 1))
 
 
 def _widen(x):
@@ -78,74 +75,6 @@ def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
                 _add_product(row, k[d * dim_stride : d * dim_stride + slots], q[g, d])
 
 
-@njit
-def _row_vectors(size, q, q_step, group, k, k_step, slots, blocks, out, out_step):
-    """Products of one kv head's queries and keys of whole vectors; addresses and bytes."""
-    g = 0
-    while g < group:
-        at, count = q + g * q_step, min(group - g, 4)
-        done = 0
-        if TOGETHER > 1 and count > 2:
-            done = slots // TOGETHER * TOGETHER
-            for s in range(0, done, TOGETHER):
-                key, to = k + s * k_step, out + g * out_step + 4 * s
-                if size == 2:
-                    if count == 4:
-                        _both16(at, q_step, key, k_step, blocks, to, out_step)
-                    else:
-                        _both3_16(at, q_step, key, k_step, blocks, to, out_step)
-                elif count == 4:
-                    _both(at, q_step, key, k_step, blocks, to, out_step)
-                else:
-                    _both3(at, q_step, key, k_step, blocks, to, out_step)
-        for s in range(done, slots):
-            key, to = k + s * k_step, out + g * out_step + 4 * s
-            if size == 2:
-                if count == 4:
-                    _four16(at, q_step, key, 0, blocks, to, out_step)
-                elif count == 3:
-                    _three16(at, q_step, key, 0, blocks, to, out_step)
-                elif count == 2:
-                    _two16(at, q_step, key, 0, blocks, to, out_step)
-                else:
-                    _one16(at, q_step, key, 0, blocks, to, out_step)
-            elif count == 4:
-                _four(at, q_step, key, 0, blocks, to, out_step)
-            elif count == 3:
-                _three(at, q_step, key, 0, blocks, to, out_step)
-            elif count == 2:
-                _two(at, q_step, key, 0, blocks, to, out_step)
-            else:
-                _one(at, q_step, key, 0, blocks, to, out_step)
-        g += count
-
-
-@njit
-def _column_vectors(size, q, q_step, group, k, k_step, dim, out, out_step):
-    """Products of one kv head's queries and 16 keys whose elements d lie side by side."""
-    g = 0
-    while g < group:
-        at, to, count = q + g * q_step, out + g * out_step, min(group - g, 4)
-        if size == 2:
-            if count == 4:
-                _columns4_16(at, q_step, k, k_step, dim, to, out_step)
-            elif count == 3:
-                _columns3_16(at, q_step, k, k_step, dim, to, out_step)
-            elif count == 2:
-                _columns2_16(at, q_step, k, k_step, dim, to, out_step)
-            else:
-                _columns1_16(at, q_step, k, k_step, dim, to, out_step)
-        elif count == 4:
-            _columns4(at, q_step, k, k_step, dim, to, out_step)
-        elif count == 3:
-            _columns3(at, q_step, k, k_step, dim, to, out_step)
-        elif count == 2:
-            _columns2(at, q_step, k, k_step, dim, to, out_step)
-        else:
-            _columns1(at, q_step, k, k_step, dim, to, out_step)
-        g += count
-
-
 @cfunc(signature(DotWords, ROW, POOL), cache=True, error_model="numpy")
 def dot_job(argument):
     """Logits of rows over paged keys read in place; a unit of work is some keys of one row, for all heads."""
@@ -192,32 +121,33 @@ def dot_job(argument):
                 for s in range(0, slots, step):
                     some = min(step, slots - s)
                     for h in range(0, in_fours, 4):
-                        for j in range(s, s + some):
-                            k = here + size * (j * slot_stride + h * head_stride)
-                            to = z_at + 4 * (at + h * stride + j)
-                            if size == 2:
-                                _pairs16(
-                                    own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride
-                                )
-                            else:
-                                _pairs(own + 4 * h * dim, 4 * dim, k, size * head_stride, dim // LANES, to, 4 * stride)
-                    for h in range(in_fours, kv_heads):
-                        _row_vectors(
-                            size, own + 4 * h * group * dim, 4 * dim, group,
-                            here + size * (s * slot_stride + h * head_stride), size * slot_stride,
-                            some, dim // LANES,
-                            z_at + 4 * (at + h * group * stride + s), 4 * stride,
+                        queries_times_own_keys(
+                            size, own + 4 * h * dim, 4 * dim,
+                            here + size * (s * slot_stride + h * head_stride), size * slot_stride, size * head_stride,
+                            some, dim // LANES, z_at + 4 * (at + h * stride + s), 4 * stride,
                         )  # fmt: skip
+                    for h in range(in_fours, kv_heads):
+                        k = here + size * (s * slot_stride + h * head_stride)
+                        for g in range(h * group, (h + 1) * group, 4):
+                            queries_times_keys(
+                                size, min((h + 1) * group - g, 4), own + 4 * g * dim, 4 * dim,
+                                k, size * slot_stride, some, dim // LANES,
+                                z_at + 4 * (at + g * stride + s), 4 * stride,
+                            )  # fmt: skip
             else:
                 whole = slots // LANES * LANES if slot_stride == 1 and dim_stride != 1 else 0
                 for h in range(kv_heads):
                     k, to = here + size * h * head_stride, at + h * group * stride
                     queries = q[number, h * group : (h + 1) * group]
                     for j in range(0, whole, LANES):
-                        _column_vectors(
-                            size, own + 4 * h * group * dim, 4 * dim, group, k + size * j, size * dim_stride, dim,
-                            z_at + 4 * (to + j), 4 * stride,
-                        )  # fmt: skip
+                        g = 0
+                        while g < group:
+                            count = min(group - g, 4)
+                            queries_times_columns(
+                                size, count, own + 4 * (h * group + g) * dim, 4 * dim,
+                                k + size * j, size * dim_stride, dim, z_at + 4 * (to + g * stride + j), 4 * stride,
+                            )  # fmt: skip
+                            g += count
                     left = slots - whole
                     if left == 0:
                         continue
