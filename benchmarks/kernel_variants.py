@@ -27,6 +27,8 @@ from attnhook.kernels.topk.triton import kernel, plan
 from benchmarks.kernel_rivals import Inputs, Size, make_inputs
 from benchmarks.kernels import clock, name_of
 
+#: What a number of a launch shape is called in the table.
+NAMES = {"num_warps": "{} warps", "num_stages": "{} stages", "BLOCK_N": "blocks of {} keys"}
 #: What is changed of `launch_shape`'s choice; the first is the choice itself.
 DECODING: tuple[dict[str, int], ...] = (
     {}, {"num_warps": 2}, {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}, {"BLOCK_N": 32}, {"BLOCK_N": 128},
@@ -72,7 +74,7 @@ def measure(what: str, inputs: Inputs, variants: tuple[dict[str, int], ...], rou
     methods: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
     for variant in variants:
-        name = ", ".join(f"{key} {value}" for key, value in variant.items()) or "as chosen"
+        name = ", ".join(NAMES[key].format(value) for key, value in variant.items()) or "as chosen"
         method = shaped(inputs, variant)
         try:
             check(method(), chosen)

@@ -38,7 +38,17 @@ import triton.language as tl
 
 from attnhook.kernels.topk import split
 from attnhook.kernels.topk.triton.logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
-from attnhook.kernels.topk.triton.plan import MAX_SPLITS, TILE, UNIT, Plan, launch_shape, make_plan, padded
+from attnhook.kernels.topk.triton.plan import (
+    MASS_BLOCK,
+    TILE,
+    UNIT,
+    Plan,
+    launch_shape,
+    make_plan,
+    padded,
+    select_shape,
+    split_block,
+)
 from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
 from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
@@ -150,19 +160,12 @@ def _reduce(
     masses_kernel[(rows, 1 + math.ceil(span_count / BINS))](
         *extent, scratch.attention, scratch.tile_mass, spans, *((0, 0, 0) if spans is None else spans.stride()),
         out.histogram, out.span_mass, span_count, width, tiles,
-        BIN_STARTS=BIN_STARTS, RANGES=BINS, BLOCK=128, UNIT=unit, TILE=TILE,
+        BIN_STARTS=BIN_STARTS, RANGES=BINS, BLOCK=MASS_BLOCK, UNIT=unit, TILE=TILE,
     )  # fmt: skip
-    k_bits = max(1, _bits(top_k))
     select_kernel[(rows,)](
         *extent, *scratch, selection.first_reported, out.positions, out.scores, out.entropy, top_k, width, tiles,
-        RENORMALISE=normalise, UNIT=unit, TILE=TILE, K_BITS=k_bits,
-        T_BITS=max(k_bits, 6 if tiles <= 64 else 10), W_BITS=min(_bits(TILE), max(0, 10 - k_bits)),
+        RENORMALISE=normalise, UNIT=unit, TILE=TILE, **select_shape(top_k, tiles),
     )  # fmt: skip
-
-
-def _bits(n: int) -> int:
-    """log2 of the next power of two; n >= 1."""
-    return (n - 1).bit_length()
 
 
 class _Chunk(NamedTuple):
@@ -191,7 +194,7 @@ def _averages(
     plan = make_plan(q, keys, window, lse=lse is not None)
     group, requests = heads // keys.num_kv_heads, keys.page_table.shape[0]
     shape = launch_shape(group, plan.tile_rows, head_dim, keys.cache.element_size())
-    block_s = 8 if plan.splits <= 8 else MAX_SPLITS
+    block_s = split_block(plan.splits)
     row_request, row_position = row_request.contiguous(), row_position.contiguous()
     window_rows = window.contiguous() if isinstance(window, torch.Tensor) else None
     sinks, alibi_slopes = (None if x is None else x.contiguous() for x in (sinks, alibi_slopes))

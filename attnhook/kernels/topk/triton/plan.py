@@ -22,6 +22,10 @@ MAX_SPLITS = 64
 SCRATCH_BYTES = 256 << 20  # of decoding rows together; one row may need more
 _PROMPT_BYTES = 64 << 20  # of prompt rows together; one tile of rows may need more
 _KEY_SHARE = 16  # scratch of decoding rows is at most this part of the key bytes that the page table addresses
+MASS_BLOCK = 128  # tiles whose masses one program adds up at once
+_FEW_SPLITS = 8
+_FEW_TILES_BITS = 6  # a selection over no more than 64 tiles looks at 64 at once
+_BLOCK_BITS = 10  # candidates of a selection that are sorted at once; they live in registers
 _LANES = 64  # rows x query heads of a kv head that one program computes, unless a single row has more
 
 
@@ -101,6 +105,27 @@ def direct_row_bytes(heads: int, width: int) -> int:
 def padded(n: int) -> int:
     """The next power of two; n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def split_block(splits: int) -> int:
+    """Splits of a row that are merged at once: few or all, so that two kernels are compiled and not one per number."""
+    return _FEW_SPLITS if splits <= _FEW_SPLITS else MAX_SPLITS
+
+
+def select_shape(top_k: int, tiles: int) -> dict[str, int]:
+    """Logarithms of the selection's block sizes: results, tiles looked at at once, keys of each tile at once."""
+    k_bits = max(1, _bits(top_k))
+    tile_bits = _FEW_TILES_BITS if tiles <= 1 << _FEW_TILES_BITS else _BLOCK_BITS
+    return {
+        "K_BITS": k_bits,
+        "T_BITS": max(k_bits, tile_bits),
+        "W_BITS": min(_bits(TILE), max(0, _BLOCK_BITS - k_bits)),
+    }
+
+
+def _bits(n: int) -> int:
+    """log2 of the next power of two; n >= 1."""
+    return (n - 1).bit_length()
 
 
 def launch_shape(group: int, tile_rows: int, head_dim: int, key_bytes: int) -> dict[str, Any]:
