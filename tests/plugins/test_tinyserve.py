@@ -266,14 +266,15 @@ def _tiny_answers(server: Server, prompts: list[list[int]]) -> list[dict[str, An
 def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tmp_path):
     folder, model = tiny
     prompts = [[(7 * i + 3 * j) % 250 for i in range(length)] for j, length in enumerate((5, 40, 100))]
-    found = []
+    found, silent = [], []
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
 
         def start(ranks: int) -> Server:
             here = tmp_path / str(ranks)
             here.mkdir()
             arguments = ("--tensor-parallel", str(ranks))
-            return stack.enter_context(_serve(site, here, folder, *arguments, ATTNHOOK_API_KEY=KEY))
+            settings = {"ATTNHOOK_CAPTURE_ALL": "fingerprint", "ATTNHOOK_SINKS": f"jsonl:{here}/records.jsonl"}
+            return stack.enter_context(_serve(site, here, folder, *arguments, ATTNHOOK_API_KEY=KEY, **settings))
 
         for server in pool.map(start, (1, 2)):
             found.append(_tiny_answers(server, prompts))
@@ -282,7 +283,13 @@ def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tm
             assert status == 403 and "X-Attention-Key" in reply["error"]["message"]
             status, _ = server.post("/v1/completions", bare, **{"X-Attention-Key": KEY})
             assert status == 200
-            assert server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})[0] == 200
+            status, reply = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})
+            assert status == 200 and not [name for name in reply["choices"][0] if "attention" in name]
+            silent.append(reply["id"])
+    for ranks, name in zip((1, 2), silent, strict=True):  # all traffic goes to the sinks, fingerprints alone
+        kept = (tmp_path / str(ranks) / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, kept) if row["request_id"] == name]
+        assert [(row["query_position"], row["mode"]) for row in rows] == [(4, "fingerprint"), (5, "fingerprint")]
     for prompt, one, two in zip(prompts, *found, strict=True):
         assert one["token_ids"] == two["token_ids"]
         for answer in (one, two):
