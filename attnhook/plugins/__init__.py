@@ -73,3 +73,7 @@ _OLDER = {
 
 if not TYPE_CHECKING:  # a type checker is to know each name, and that there are no others
     __getattr__ = exports.names(__name__, _HOMES, _OLDER)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -83,3 +83,7 @@ _HOMES = {
 
 if not TYPE_CHECKING:  # a type checker is to know each name, and that there are no others
     __getattr__ = exports.names(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

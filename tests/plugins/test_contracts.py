@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -41,13 +43,29 @@ def test_importing_is_light_and_every_name_is_there_without_a_warning(package):
         import attnhook.{package} as package
         assert not {{"torch", "pluggy", "numpy", "transformers"}} & set(sys.modules)
         from attnhook.{package} import *
-        missing = [name for name in package.__all__ if name not in globals()]
+        missing = [name for name in package.__all__ if name not in globals() or name not in dir(package)]
         print(missing, "transformers" in sys.modules)
         """,
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (0, "[] False\n"), run.stderr
     with pytest.raises(AttributeError, match=f"attnhook.{package}.*nosuch"):
         getattr(getattr(attnhook, package), "nosuch")  # noqa: B009
+
+
+@pytest.mark.slow
+def test_type_checkers_of_third_parties_know_the_types(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from attnhook.plugins import NoSuchName, Row\n"
+        "from attnhook.serving import Waiting\n"
+        "reveal_type(Row('r', 0, 3, None, 0).position)\n"
+        "reveal_type(Waiting().take)\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", "cache", "theirs.py"]
+    # elsewhere than in this source tree, so that attnhook is a package that is installed
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for said in ('note: Revealed type is "int"', "-> attnhook.serving.wire.Share", 'no attribute "NoSuchName"'):
+        assert said in run.stdout, run.stdout + run.stderr
 
 
 # -- versions

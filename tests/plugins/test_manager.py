@@ -285,9 +285,10 @@ class _Sinks:
             register(name, MemorySink)
 
 
-def test_a_wrapper_sees_and_changes_what_others_register(fresh):
+@pytest.mark.parametrize("kind", ["wrapper", "hookwrapper"])
+def test_a_wrapper_sees_and_changes_what_others_register(fresh, kind):
     class Renames:
-        @hookimpl(wrapper=True)
+        @hookimpl(**{kind: True})
         def attnhook_register_sinks(self, register):
             done.append("before")
             yield
