@@ -75,6 +75,16 @@ def _dots(k, slot_stride, dim_stride, slots, q, z, offset, stride):
                 _add_product(row, k[d * dim_stride : d * dim_stride + slots], q[g, d])
 
 
+@njit
+def _columns(size, q, q_step, group, k, k_step, dim, out, out_step):
+    """Products of one kv head's queries and 16 keys that lie side by side; addresses and bytes."""
+    g = 0
+    while g < group:
+        count = min(group - g, 4)
+        queries_times_columns(size, count, q + g * q_step, q_step, k, k_step, dim, out + g * out_step, out_step)
+        g += count
+
+
 @cfunc(signature(DotWords, ROW, POOL), cache=True, error_model="numpy")
 def dot_job(argument):
     """Logits of rows over paged keys read in place; a unit of work is some keys of one row, for all heads."""
@@ -140,14 +150,10 @@ def dot_job(argument):
                     k, to = here + size * h * head_stride, at + h * group * stride
                     queries = q[number, h * group : (h + 1) * group]
                     for j in range(0, whole, LANES):
-                        g = 0
-                        while g < group:
-                            count = min(group - g, 4)
-                            queries_times_columns(
-                                size, count, own + 4 * (h * group + g) * dim, 4 * dim,
-                                k + size * j, size * dim_stride, dim, z_at + 4 * (to + g * stride + j), 4 * stride,
-                            )  # fmt: skip
-                            g += count
+                        _columns(
+                            size, own + 4 * h * group * dim, 4 * dim, group, k + size * j, size * dim_stride, dim,
+                            z_at + 4 * (to + j), 4 * stride,
+                        )  # fmt: skip
                     left = slots - whole
                     if left == 0:
                         continue
