@@ -266,18 +266,22 @@ def _tiny_answers(server: Server, prompts: list[list[int]]) -> list[dict[str, An
 def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tmp_path):
     folder, model = tiny
     prompts = [[(7 * i + 3 * j) % 250 for i in range(length)] for j, length in enumerate((5, 40, 100))]
-    found, silent = [], []
+    found, parts, silent = [], [], []
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
 
         def start(ranks: int) -> Server:
             here = tmp_path / str(ranks)
             here.mkdir()
-            arguments = ("--tensor-parallel", str(ranks))
             settings = {"ATTNHOOK_CAPTURE_ALL": "fingerprint", "ATTNHOOK_SINKS": f"jsonl:{here}/records.jsonl"}
-            return stack.enter_context(_serve(site, here, folder, *arguments, ATTNHOOK_API_KEY=KEY, **settings))
+            if ranks == 1:
+                settings["ATTNHOOK_API_KEY"] = KEY
+            arguments = [] if ranks == 1 else ["--tensor-parallel", "2", "--attention-tokens-api-key", KEY]
+            return stack.enter_context(_serve(site, here, folder, *arguments, **settings))
 
         for server in pool.map(start, (1, 2)):
             found.append(_tiny_answers(server, prompts))
+            part = {**ALL, "attention_heads": [1, 2], "attention_spans": {"first": [0, 9]}}  # one head of each rank
+            parts.append(_ask(server, prompts[1], 4, part, **{"X-Attention-Key": KEY})["attention_tokens"])
             bare = {"prompt": "Hello", "max_tokens": 2, "return_attention_tokens": True}
             status, reply = server.post("/v1/completions", bare)
             assert status == 403 and "X-Attention-Key" in reply["error"]["message"]
@@ -290,6 +294,11 @@ def test_two_ranks_give_the_records_of_one_and_of_eager_attention(site, tiny, tm
         kept = (tmp_path / str(ranks) / "records.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, kept) if row["request_id"] == name]
         assert [(row["query_position"], row["mode"]) for row in rows] == [(4, "fingerprint"), (5, "fingerprint")]
+    for one, two in zip(*parts, strict=True):
+        assert [entry["layers"]["1"]["spans"]["first"] > 0 for entry in (one, two)] == [True, True]
+        a, b = (from_entry(entry) for entry in (one, two))
+        assert np.abs(a.fingerprints - b.fingerprints).max() < oracle.FEATURE
+        assert abs(one["spans"]["first"] - two["spans"]["first"]) < oracle.FEATURE
     for prompt, one, two in zip(prompts, *found, strict=True):
         assert one["token_ids"] == two["token_ids"]
         for answer in (one, two):
