@@ -26,7 +26,9 @@ OF_RECORDS = {
 def test_an_old_name_is_the_new_module(old):
     new = import_module(f"attnhook.{moved.MODULES[old]}")
     sys.modules.pop(f"attnhook.{old}", None)
-    with pytest.warns(DeprecationWarning, match=f"attnhook.{old} is attnhook.{moved.MODULES[old]} now; the old name goes") as told:
+    with pytest.warns(
+        DeprecationWarning, match=f"attnhook.{old} is attnhook.{moved.MODULES[old]} now; the old name goes"
+    ) as told:
         found = __import__(f"attnhook.{old}", fromlist=["x"])
     assert found is new
     assert told[0].filename == __file__
