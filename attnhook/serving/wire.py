@@ -5,10 +5,11 @@ Engines move requests and outputs between processes with pickle, msgpack or JSON
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from attnhook.errors import AttnhookError, OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, quoted
@@ -43,9 +44,14 @@ def asked(fields: Mapping[str, Any], environ: Mapping[str, str] | None = None) -
     return options if wanted else None
 
 
+class _Asking(msgspec.Struct):
+    options: RequestOptions
+    reply: bool
+
+
 def pack_options(options: RequestOptions, *, reply: bool = True) -> Packed:
     """Options as text, the same for equal options; without ``reply`` the records go to the sinks only."""
-    return Packed(json.dumps({**asdict(options), "reply": reply}, sort_keys=True))
+    return Packed(msgspec.json.encode(_Asking(options, reply), order="deterministic").decode())
 
 
 def foreign(fields: Mapping[str, Any]) -> str | None:
@@ -58,13 +64,11 @@ def foreign(fields: Mapping[str, Any]) -> str | None:
 
 def unpack_options(text: str) -> tuple[RequestOptions, bool]:
     """What `pack_options` was given."""
-    values = json.loads(text)
-    reply = values.pop("reply")
-    for name in ("layers", "heads"):
-        if isinstance(values[name], list):
-            values[name] = tuple(values[name])
-    values["spans"] = {label: (start, end) for label, (start, end) in values["spans"].items()}
-    return RequestOptions(**values), reply
+    asking = _decoder.decode(text)
+    return asking.options, asking.reply
+
+
+_decoder = msgspec.json.Decoder(_Asking)
 
 
 @dataclass
