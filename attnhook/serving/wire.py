@@ -64,7 +64,7 @@ def foreign(fields: Mapping[str, Any]) -> str | None:
 
 def unpack_options(text: str) -> tuple[RequestOptions, bool]:
     """What `pack_options` was given."""
-    asking = _decoder.decode(text)
+    asking = _decoder.decode(text.encode())
     return asking.options, asking.reply
 
 
