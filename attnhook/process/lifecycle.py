@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from attnhook.errors import AttnhookError, PluginError
 from attnhook.errors import install as how_to_install
 from attnhook.options import CaptureOptions, enabled
 from attnhook.plugins import manager as plugins
-from attnhook.plugins.contracts import Installation
+from attnhook.plugins.contracts import Backend, Installation
 from attnhook.sinks import outlet
 from attnhook.sinks.outlet import Outlet, dropped, flush, publish, publishes, publishes_tokens, sink_stats
 from attnhook.system import forks, switch
@@ -130,7 +130,7 @@ def load() -> None:
 
 def any_engine() -> bool:
     """Whether an engine that a backend knows is installed here; imports none."""
-    return any(backend.available() for backend in plugins.backends().values())
+    return bool(_usable(plugins.backends()))
 
 
 def installed() -> dict[str, Installation]:
@@ -169,7 +169,7 @@ def _acquire(options: CaptureOptions) -> None:
             raise refused
     if _users == 0:
         found = plugins.backends()
-        usable = {name: backend for name, backend in found.items() if backend.available()}
+        usable = _usable(found)
         if not usable:
             raise PluginError(
                 f"none of the engines {', '.join(found)} is installed here: {how_to_install('transformers')}; or "
@@ -177,7 +177,7 @@ def _acquire(options: CaptureOptions) -> None:
             )
         try:
             for name, backend in usable.items():
-                _installations[name] = backend.install(options)
+                _installations[name] = _install(name, backend, options)
         except BaseException:
             _remove()
             raise
@@ -193,8 +193,50 @@ def _release() -> None:
 
 
 def _remove() -> None:
+    """Unhook every engine; one whose backend fails keeps no other hooked."""
+    faults: list[AttnhookError] = []
     for name in list(_installations):
-        _installations.pop(name).uninstall()
+        try:
+            with _naming(name, "uninstall"):
+                _installations.pop(name).uninstall()
+        except AttnhookError as error:
+            faults.append(error)
+    if faults:
+        raise faults[0]
+
+
+@contextmanager
+def _naming(name: str, method: str) -> Iterator[None]:
+    """Around a backend's own code: what it raises by mistake becomes a PluginError that names it."""
+    try:
+        yield
+    except AttnhookError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"backend {name!r}: {method} failed: {type(error).__name__}: {error}. Mend its plugin or uninstall it."
+        ) from error
+
+
+def _usable(backends: Mapping[str, Backend]) -> dict[str, Backend]:
+    """Those whose engine is installed here."""
+    found = {}
+    for name, backend in backends.items():
+        with _naming(name, "available"):
+            if backend.available():
+                found[name] = backend
+    return found
+
+
+def _install(name: str, backend: Backend, options: CaptureOptions) -> Installation:
+    with _naming(name, "install"):
+        installation = backend.install(options)
+    if not hasattr(installation, "uninstall"):  # it could never be taken back
+        raise PluginError(
+            f"backend {name!r}: install gave {installation!r}, which has no uninstall. Mend its plugin: give an "
+            "attnhook.plugins.Installation."
+        )
+    return installation
 
 
 def _switch(options: CaptureOptions) -> None:
@@ -210,8 +252,9 @@ def _switch(options: CaptureOptions) -> None:
             if getattr(installation, "any_options", False):
                 continue
             told.append(name)
-            installation.uninstall()
-            _installations[name] = found[name].install(options)
+            with _naming(name, "uninstall"):
+                installation.uninstall()
+            _installations[name] = _install(name, found[name], options)
     except BaseException:
         for name in told:
             _installations[name].uninstall()

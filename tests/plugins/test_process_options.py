@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import attnhook
-from attnhook.errors import UnsupportedError
+from attnhook.errors import PluginError, UnsupportedError
 from attnhook.options import CaptureOptions
 from attnhook.plugins import EngineInstallation
 from attnhook.plugins import manager as plugins
+from attnhook.process import lifecycle
 from tests.helpers import ROOT, python
 from tests.plugins.installing import installed
 
@@ -97,6 +98,41 @@ def test_where_one_refuses_all_have_the_old_ones(engines, by_capture):
         attnhook.install(top_k=5)
     assert [entry for entry in first.log if entry != "uninstalled"] == [4, 8, 4, 5]
     assert [entry for entry in second.log if entry != "uninstalled"] == [4, 4, 5]
+
+
+# -- a backend with a bug
+
+
+def test_a_backend_that_raises_by_mistake_is_named(engines, monkeypatch):
+    good, bad = _Engine("good"), _Engine("bad")
+    engines(good, bad)
+    for method in ("available", "install"):
+        with monkeypatch.context() as patch:
+            patch.setattr(bad, method, lambda *_: 1 / 0)
+            with pytest.raises(
+                PluginError, match=rf"backend 'bad': {method} failed: ZeroDivisionError: .*Mend its plugin"
+            ):
+                attnhook.install()
+        assert lifecycle.installed() == {}
+    assert good.log == [32, "uninstalled"]  # hooked, and unhooked again when the other failed
+
+
+def test_an_uninstall_that_raises_leaves_no_other_engine_hooked(engines, monkeypatch):
+    bad, good = _Engine("bad"), _Engine("good")
+    engines(bad, good)
+    attnhook.install()
+    monkeypatch.setattr(lifecycle.installed()["bad"], "uninstall", lambda: 1 / 0)
+    with pytest.raises(PluginError, match="backend 'bad': uninstall failed: ZeroDivisionError"):
+        attnhook.uninstall()
+    assert good.log == [32, "uninstalled"] and lifecycle.installed() == {}
+
+
+def test_what_is_no_installation_is_refused(engines, monkeypatch):
+    bad = _Engine("bad")
+    engines(bad)
+    monkeypatch.setattr(bad, "install", lambda options: None)
+    with pytest.raises(PluginError, match="backend 'bad': install gave None, which has no uninstall"):
+        attnhook.install()
 
 
 @pytest.mark.slow
