@@ -156,11 +156,9 @@ def _call(name: str, **arguments: Any) -> Any:
     try:
         return hook(**arguments)
     except Exception as error:
-        why = (
-            f"{error}"
-            if isinstance(error, PluginError)
-            else (f"{name} failed: {type(error).__name__}: {error}. Mend it or uninstall it.")
-        )
+        why = str(error)
+        if not isinstance(error, PluginError):
+            why = f"{name} failed: {type(error).__name__}: {error}. Mend it or uninstall it."
         raise PluginError(f"attnhook plugin {_at_fault(error, hook.get_hookimpls())}: {why}") from error
 
 
