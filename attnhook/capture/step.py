@@ -1,7 +1,7 @@
-"""The engine-neutral core: who wants records, which rows and layers, the kernel call, delivery.
+"""One forward step reduced to records.
 
-A backend asks `sessions()` whether anybody listens, makes one `StepCapture` per session and forward
-step, feeds it each captured layer's q and keys, and hands the finished records to the session.
+A backend makes one `StepCapture` per listener and forward step, gives it each captured layer's queries and keys, and
+takes the finished records (or packed rows) out of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StepCapture:
         self.model = model
         self._hidden = hidden  # keys lie before position 0, which are part of the row and never reported
         self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
-        #: what an earlier step with the same options and the same ``source`` in its rows had here serves again
+        #: kernel of an earlier step, reused while options and the rows' ``source`` are unchanged
         self.kernel = kernel
         self._order = sorted(self.wanted)
         self._results: TopK | Arrays | None = None  # [T, L, ...] of all wanted layers, in one piece

@@ -22,7 +22,7 @@ def names(package: str, homes: Mapping[str, str], older: Mapping[str, str] | Non
             return getattr(import_module(f"attnhook.{home}"), own or name)
         if older is None or name not in older:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        moved._warn(f"{package}.{name}", f"attnhook.{older[name]}.{name}")
+        moved.warn(f"{package}.{name}", f"attnhook.{older[name]}.{name}")
         return getattr(import_module(f"attnhook.{older[name]}"), name)
 
     return __getattr__

@@ -64,7 +64,7 @@ class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         from importlib import import_module
 
-        _warn(spec.name, self._name)
+        warn(spec.name, self._name)
         module = import_module(self._name)
         self._own = module.__spec__  # which Python is about to replace
         return module
@@ -85,13 +85,14 @@ def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         from importlib import import_module
 
         home, _, new = homes[name].partition(":")
-        _warn(f"{package}.{name}", f"attnhook.{home}.{new or name}")
+        warn(f"{package}.{name}", f"attnhook.{home}.{new or name}")
         return getattr(import_module(f"attnhook.{home}"), new or name)
 
     return __getattr__
 
 
-def _warn(old: str, new: str) -> None:
+def warn(old: str, new: str) -> None:
+    """Tell whoever uses an old name, two calls up from here, what it is called now."""
     import warnings
 
     # level 3: whoever imports it, since Python passes over the frames of its import system
