@@ -361,8 +361,12 @@ def test_after_ctrl_c_while_a_sink_closes_installing_again_really_does(model, mo
     monkeypatch.setattr(plugins, "sink_classes", lambda: {**real, "interrupted": Interrupted})
     attnhook.install(sinks=["interrupted:", f"jsonl:{path}"])
     generate(model)
-    with pytest.raises(KeyboardInterrupt):
-        attnhook.install() if how == "switch" else attnhook.uninstall()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attnhook.install() if how == "switch" else attnhook.uninstall()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert lifecycle.sink_stats() == {} and lifecycle.installed() == {} and patched() == []
     attnhook.install(sinks=f"jsonl:{path}")
     generate(model)
