@@ -58,7 +58,8 @@ class Worker(Generic[Batch, Call]):
 
     def rest(self) -> None:
         """Before every pass: nothing is wanted of it yet."""
-        self.abandon()
+        if self.plan is not None:
+            self.abandon()
         if self.kept is not None:
             self.kept.rest()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.vllm.worker import Runner, ours
+from attnhook.backends.vllm.worker import Runner, ours, running
 from attnhook.plugins.engine import Computed
 from attnhook.serving.guard import safely
 
@@ -28,7 +28,9 @@ def wrap_execute_model(original: Original) -> Original:
             return original(self, scheduler_output, *args, **kwargs)
         finally:
             own.scheduled = None
-            own.worker.abandon()
+            running(None)
+            if own.worker.plan is not None:
+                own.worker.abandon()
 
     return execute_model
 
@@ -43,6 +45,7 @@ def wrap_model_forward(original: Original) -> Original:
             return original(self, *args, **kwargs)
         asking = own.asks.keys() & own.scheduled.num_scheduled_tokens.keys()
         safely(own.worker.begin, _rows(self, own, kwargs.get("positions")), asking)
+        running(own)
         try:
             output = original(self, *args, **kwargs)
         except BaseException:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnhook.backends.vllm.worker import Runner, ours
+from attnhook.backends.vllm.worker import Runner, ours, running
 from attnhook.plugins.engine import Computed
 from attnhook.serving.guard import safely
 
@@ -32,7 +32,9 @@ def wrap_execute_model(original: Original) -> Original:
             return output
         finally:
             own.scheduled = None
-            own.worker.abandon()
+            running(None)
+            if own.worker.plan is not None:
+                own.worker.abandon()
 
     return execute_model
 
@@ -46,6 +48,7 @@ def wrap_prepare_attn(original: Original) -> Original:
         own = ours(self)
         if own is not None and own.asked:
             safely(own.worker.begin, _rows(self, own, input_batch), own.asks.keys() & set(input_batch.req_ids))
+            running(own)
         return tables
 
     return prepare_attn

@@ -75,6 +75,15 @@ def prompt_length(new: Any) -> int:
     return len(new.prompt_embeds)
 
 
+_running: Runner | None = None  # whose pass runs now, where somebody asks; a process runs one at a time
+
+
+def running(own: Runner | None) -> None:
+    """A pass that may be of interest runs now; None: it is over."""
+    global _running
+    _running = own
+
+
 def ours(runner: Any) -> Runner | None:
     """What is ours of a model runner; None of a draft model's, or where nothing can be captured."""
     known: Runner | None = runner.__dict__.get("_attnhook")
@@ -140,42 +149,43 @@ def wrap_initialize_kv_cache(original: Original) -> Original:
 
 def _watch(runner: Any, number: int, name: str, layer: Any) -> None:
     """Hand each attention call of a layer over, right after the engine's own attention."""
-    own = runner.__dict__
-
-    def see(query: Any, kv_cache: Any, metadata: Any, output: Any) -> None:
-        worker: Worker[Any, Call] = own["_attnhook"].worker
-        if worker.kept is not None or number in worker.wanted:
-            worker.see(number, Call(name, layer, query, kv_cache, metadata, output))
-
     if cache.is_mla(layer):
-        objects["vllm"].wrap(layer, "forward_impl", _wrap_forward_impl(layer.forward_impl, see))
+        objects["vllm"].wrap(layer, "forward_impl", _wrap_forward_impl(layer.forward_impl, runner, number, name, layer))
     else:
-        objects["vllm"].wrap(layer.impl, "forward", _wrap_forward(layer.impl.forward, see))
+        objects["vllm"].wrap(layer.impl, "forward", _wrap_forward(layer.impl.forward, runner, number, name, layer))
 
 
-def _wrap_forward(original: Original, see: Callable[..., None]) -> Original:
-    """An attention implementation's ``forward``."""
+def _wrap_forward(original: Original, runner: Any, number: int, name: str, module: Any) -> Original:
+    """An attention implementation's ``forward``; every layer of every pass comes by, so it does little."""
+    ours_of_runner = runner.__dict__
+    kept = ours_of_runner["_attnhook"].worker.kept  # graphs are captured outside of any pass that we know of
 
     @wraps(original)
     def forward(
         layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
     ) -> Any:
         output = original(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        see(query, kv_cache, attn_metadata, output)
+        own = _running if kept is None else ours_of_runner.get("_attnhook")
+        if own is not None and (kept is not None or number in own.worker.wanted):
+            own.worker.see(number, Call(name, module, query, kv_cache, attn_metadata, output))
         return output
 
     return forward
 
 
-def _wrap_forward_impl(original: Original, see: Callable[..., None]) -> Original:
+def _wrap_forward_impl(original: Original, runner: Any, number: int, name: str, module: Any) -> Original:
     """An MLA layer's ``forward_impl``."""
+    ours_of_runner = runner.__dict__
+    kept = ours_of_runner["_attnhook"].worker.kept  # graphs are captured outside of any pass that we know of
 
     @wraps(original)
     def forward_impl(
         q: Any, k_c_normed: Any, k_pe: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
     ) -> Any:
         output = original(q, k_c_normed, k_pe, kv_cache, attn_metadata, *args, **kwargs)
-        see(q, kv_cache, attn_metadata, output)
+        own = _running if kept is None else ours_of_runner.get("_attnhook")
+        if own is not None and (kept is not None or number in own.worker.wanted):
+            own.worker.see(number, Call(name, module, q, kv_cache, attn_metadata, output))
         return output
 
     return forward_impl
