@@ -322,7 +322,7 @@ def _reason(body: bytes) -> str:
         inner = reply.get("error", reply)
         text = str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else str(inner)
     except (ValueError, AttributeError):
-        pass
+        pass  # not JSON, or no object: the text itself is the message
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:400] or "no message"
 
 

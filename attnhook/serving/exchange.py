@@ -51,9 +51,7 @@ def _said(plan: Plan, reduction: Reduction) -> list[_Said]:
     for theirs, worst in ranks.collect((plan.errors, reduction.checks)):
         errors |= theirs  # another rank knows the cause of the NaN that it has added
         for request, difference in worst.items():
-            known = worse(checks.get(request), difference)
-            assert known is not None
-            checks[request] = known
+            checks[request] = worse(checks.get(request), difference)
     if not agreed:
         why = "the tensor-parallel ranks did not capture the same rows of this pass; their logs may say why"
         errors = {**dict.fromkeys(plan.sampled, why), **errors}

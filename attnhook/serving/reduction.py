@@ -97,9 +97,7 @@ class Reduction:
         if row.position + 1 - low >= KEYS_THAT_TELL:
             self.memory.checked.add(number)
         if asked:
-            known = worse(self.checks.get(row.request_id), error)
-            assert known is not None
-            self.checks[row.request_id] = known
+            self.checks[row.request_id] = worse(self.checks.get(row.request_id), error)
 
     def prepare(self) -> list[Prepared]:
         """Everything that can go wrong before the ranks must keep in step."""

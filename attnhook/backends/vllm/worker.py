@@ -17,6 +17,7 @@ from attnhook.backends.vllm import cache
 from attnhook.backends.vllm.adapter import Call, VllmAdapter, model_shape, nothing_to_capture
 from attnhook.options import graph_layers
 from attnhook.plugins.patching import objects
+from attnhook.serving.guard import safely
 from attnhook.serving.reduction import warm_up
 from attnhook.serving.wire import KEY
 from attnhook.serving.worker import Worker, keep_queries
@@ -189,6 +190,32 @@ def _wrap_forward_impl(original: Original, runner: Any, number: int, name: str, 
         return output
 
     return forward_impl
+
+
+def wrap_execute_model(original: Original) -> Original:
+    """``GPUModelRunner.execute_model``: note what was scheduled; the pass itself is not told.
+
+    V1 has finished its pass in here, V2 ends the one that `runner_v2.wrap_prepare_attn` began only with this call.
+    """
+
+    @wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        own = ours(self)
+        if own is None:
+            return original(self, scheduler_output, *args, **kwargs)
+        safely(own.note, scheduler_output)
+        try:
+            output = original(self, scheduler_output, *args, **kwargs)
+            if own.worker.plan is not None:
+                state = getattr(self, "execute_model_state", None)
+                safely(own.finish, getattr(state, "attn_metadata", None))
+            return output
+        finally:
+            own.scheduled = None
+            running(None)
+            own.worker.abandon()
+
+    return execute_model
 
 
 def wrap_sample_tokens(original: Original) -> Original:

@@ -52,9 +52,9 @@ def tell(module):
         with open(notes, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _take_kept(self, plan, reduction, kept):
+    def _take_kept(self, reduction, kept):
         note(f"kept {sorted(reduction.missing)}")
-        return take_kept(self, plan, reduction, kept)
+        return take_kept(self, reduction, kept)
 
     def _view(pool, *args, **kwargs):
         note(f"pool {type(pool).__name__}")
