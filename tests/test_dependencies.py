@@ -9,7 +9,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, python
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -56,3 +56,27 @@ def test_what_is_imported_is_declared():
 
 def test_what_is_named_as_brought_is_imported():
     assert BROUGHT.keys() <= _imported().keys()
+
+
+def test_the_transformers_extra_alone_captures():
+    """What only other extras bring is not there: an import of it on this way would fail."""
+    code = """
+        import sys
+        for name in ("msgspec", "zmq", "starlette", "uvicorn", "websockets", "prometheus_client", "opentelemetry",
+                     "zstandard", "vllm", "sglang", "umap", "hdbscan", "matplotlib"):
+            sys.modules[name] = None
+        import importlib.util
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name in ("vllm", "sglang") else find(name, *rest)
+        import torch
+        import attnhook
+        from tests.helpers import tiny_model
+        model = tiny_model()
+        with attnhook.capture(layers="all", sinks="memory:") as records:
+            model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert [record.query_position for record in records] == [2, 3, 4], records
+        from attnhook.cli import app
+        print("ok")
+    """
+    run = python("-c", code)
+    assert (run.returncode, run.stdout.splitlines()[-1:]) == (0, ["ok"]), run.stderr[-3000:]

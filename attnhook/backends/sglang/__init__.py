@@ -13,7 +13,6 @@ from attnhook.options import CaptureOptions
 from attnhook.plugins.hooked import HookedBackend
 from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
-from attnhook.serving.policy import Policy
 
 _WANTED = "SGLang 0.5.11 or newer (tested: 0.5.11, 0.5.21, 0.5.23)"
 _SRT = "sglang.srt"
@@ -103,5 +102,7 @@ class SglangBackend(HookedBackend):
 
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """As any hooked backend; raises OptionError too, for a guard rail's bad variable."""
+        from attnhook.serving.policy import Policy  # which needs what engines bring along, so not before one is here
+
         Policy.from_environ()
         return super().install(options)

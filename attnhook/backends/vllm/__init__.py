@@ -12,7 +12,6 @@ from attnhook.options import CaptureOptions
 from attnhook.plugins.hooked import HookedBackend
 from attnhook.plugins.hooks import Hook, Hooks
 from attnhook.plugins.patching import EngineInstallation
-from attnhook.serving.policy import Policy
 
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _ENGINE, _OPENAI = "vllm.v1.engine", "vllm.entrypoints.openai"
@@ -78,5 +77,7 @@ class VllmBackend(HookedBackend):
 
     def install(self, options: CaptureOptions) -> EngineInstallation:
         """As any hooked backend; raises OptionError too, for a guard rail's bad variable."""
+        from attnhook.serving.policy import Policy  # which needs what engines bring along, so not before one is here
+
         Policy.from_environ()
         return super().install(options)
