@@ -1,4 +1,4 @@
-"""What docs/findings.md and docs/zones.md need beside attnhook's own commands.
+"""What docs/findings.md and docs/measurements/zones.md need beside attnhook's own commands.
 
     python -m benchmarks.findings octaves map                       # clusters of attnhook discover, and octaves
     python -m benchmarks.findings periodicity sqlite:probes.db      # does it tell periodic text from other text?

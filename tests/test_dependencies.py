@@ -58,6 +58,7 @@ def test_what_is_named_as_brought_is_imported():
     assert BROUGHT.keys() <= _imported().keys()
 
 
+@pytest.mark.slow
 def test_the_transformers_extra_alone_captures():
     """What only other extras bring is not there: an import of it on this way would fail."""
     code = """

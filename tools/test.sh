@@ -15,7 +15,11 @@ rm -f "$failed"
 left_out=$(mktemp)
 trap 'rm -f "$left_out"' EXIT
 chosen=()
-[ "${TEST_ALL:-}" = 1 ] || chosen=(-m "not long")
+if [ "${TEST_ALL:-}" = 1 ]; then
+  export FRESH_ENGINES=1 # each engine starts an interpreter of its own: tests/backends/forking.py
+else
+  chosen=(-m "not long")
+fi
 FULL_RUN=$left_out "$bin/pytest" "${chosen[@]}" -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 code=$?
 [ $code -eq 1 ] && [ -f "$failed" ] || exit $code

@@ -1,7 +1,8 @@
 """Periodicity of attention, measured from the positions that consecutive rows attend to.
 
 Text of period P makes attention fall on distances P, 2 P, 3 P, ... from row after row. A fingerprint cannot show that
-(a log2 bin holds many distances); the stored top-k positions of neighbouring rows can. docs/zones.md says how well.
+(a log2 bin holds many distances); the stored top-k positions of neighbouring rows can. docs/measurements/zones.md says
+how well.
 """
 
 from __future__ import annotations

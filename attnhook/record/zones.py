@@ -1,6 +1,6 @@
 """Zones: named kinds of attention pattern, told from a fingerprint alone.
 
-A zone is a summary for people, not a measurement. Two limits matter most (docs/zones.md has numbers):
+A zone is a summary for people, not a measurement. Two limits matter most (docs/measurements/zones.md has numbers):
 
 - Many heads put much of their mass on the attention sink, the token at position 0, which does nothing.
   In a row at position 256 or later that mass lies in the long bins, so ``long_range`` often just says
@@ -50,7 +50,7 @@ class Thresholds:
     """Every number that the classification rests on; nothing else in attnhook knows one.
 
     ``local_mass``, ``diffuse_entropy`` and ``ripple_periodicity`` are what ``attnhook calibrate`` fitted to
-    SmolLM2-135M-Instruct (docs/zones.md); the others are conventions.
+    SmolLM2-135M-Instruct (docs/measurements/zones.md); the others are conventions.
 
     "Mass" is a fraction of the row's whole attention on keys, in [0, 1]. Conditions are logistic curves:
     one half at the threshold, and 0.12 or 0.88 two softnesses away.

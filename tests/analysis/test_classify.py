@@ -31,6 +31,7 @@ def same(first, second) -> bool:
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_batch_run_to_the_bit(small_map):
     rows = stored(small_map)
     found = FingerprintClassifier(small_map).places(rows)

@@ -335,6 +335,7 @@ def attnhook(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_that_is_the_same_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     store("sqlite:both.db", probes(1, 30, model="one <b>|bold</b>"))

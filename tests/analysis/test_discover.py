@@ -39,6 +39,7 @@ from tests.helpers import environment, python
 MAIN = "from attnhook.cli.app import main; main()"
 
 
+@pytest.mark.slow
 def test_planted_kinds_are_found_again(tmp_path):
     fingerprints, kinds = planted(4000)
     store = write(f"parquet:{tmp_path / 'store'}", records(fingerprints, [f"{kind}-r" for kind in kinds]))
@@ -91,6 +92,7 @@ def test_quality_is_measured(small_map):
     assert quality.trustworthiness(prints, np.random.default_rng(0).random((500, 2))) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["begin", "inside"])
 @pytest.mark.parametrize("stage", [*(name for name, _ in STAGES), "publish"])
 def test_interrupted_anywhere_and_resumed_gives_the_same_files(stage, inside, planted_store, small_map, tmp_path):

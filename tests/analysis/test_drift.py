@@ -44,12 +44,14 @@ def small() -> Baseline:
 # -- the rate
 
 
+@pytest.mark.slow
 def test_1000_runs_without_drift_raise_as_many_alarms_as_stated(large):
     rate = large.settings.false_alarm_rate
     low, high = interval(rate, 1000)
     assert low < made.false_alarms(large, 1000, seed=3) / 1000 < high
 
 
+@pytest.mark.slow
 def test_the_rate_holds_for_small_baselines_whose_error_counts():
     found = sum(made.false_alarms(made.fresh_baseline(150, seed), 20, seed=20_000 + seed) for seed in range(50))
     low, high = interval(0.05, 1000)

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -16,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.backends.forking import Process, Ready
 from tests.helpers import ROOT
 
 
 class Server:
     """A running OpenAI-compatible server."""
 
-    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, url: str, log: Path, process: Process) -> None:
         self.url, self.log, self.process = url, log, process
 
     def get(self, path: str) -> Any:
@@ -73,13 +76,39 @@ def free_port() -> int:
         return port
 
 
+def _started(argv: Sequence[str], environ: dict[str, str], log: Path, ready: Ready | None) -> Process:
+    if argv[0] == "-c":
+        argv = ["-c", textwrap.dedent(argv[1]), *argv[2:]]
+    if ready is not None:
+        return ready.start(argv, environ, log)
+    command = [sys.executable, *(() if argv[0] == "-c" else ("-m",)), *argv]
+    with log.open("wb") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True)
+
+
+def run(argv: Sequence[str], environ: dict[str, str], log: Path, *, ready: Ready | None = None) -> tuple[int, str]:
+    """Exit status and output of ``python -m ARGV`` (or ``-c CODE``), in a fork of ``ready``."""
+    process = _started(argv, environ, log, ready)
+    try:
+        code = process.wait(570)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return code, log.read_text(errors="replace")
+
+
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], port: int, log: Path, environ: dict[str, str], health: str = "/health"
+    argv: Sequence[str],
+    port: int,
+    log: Path,
+    environ: dict[str, str],
+    health: str = "/health",
+    *,
+    ready: Ready | None = None,
 ) -> Iterator[Server]:
-    """A server of this command once it is healthy, ended with everything that it started."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True)
+    """A server of ``python -m ARGV`` (a fork of ``ready``) once it is healthy; it and all that it started is ended."""
+    process = _started(argv, environ, log, ready)
     try:
         server = Server(f"http://127.0.0.1:{port}", log, process)
         until = time.monotonic() + 300

@@ -80,6 +80,7 @@ print([x.method for x in kernels.measure(kernels.Size(1, 64, 4, 2, 16), torch.de
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_package_but_torch() -> None:
     missing = ["pluggy", "wrapt", "rich", "typer", "numba", "matplotlib", "transformers"]
     done = subprocess.run(

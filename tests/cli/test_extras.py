@@ -46,6 +46,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "module", "extra"), CASES, ids=lambda value: value.replace(" ", "-"))
 def test_a_missing_library_is_told_before_slow_work(tmp_path: Path, command: str, module: str, extra: str) -> None:
     for name in ("x.db", "y.db"):

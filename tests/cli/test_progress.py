@@ -95,6 +95,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_lines_and_a_terminal_a_bar(tmp_path):
     piped = subprocess.run([sys.executable, "-c", CODE], env=environment(), capture_output=True, text=True, timeout=60)
     assert (piped.returncode, piped.stdout) == (0, "done\n")

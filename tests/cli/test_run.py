@@ -728,6 +728,7 @@ def _nan_rows(result: topk.TopK) -> topk.TopK:
     return result._replace(entropy=result.entropy * float("nan"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("breaks", "problem"),
     [

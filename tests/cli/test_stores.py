@@ -66,6 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", READERS)
 def test_every_reader_takes_a_path_and_a_url_alike(attnhook_cli, here, name, kind):  # noqa: F811
@@ -87,6 +88,7 @@ def test_every_reader_takes_a_path_and_a_url_alike(attnhook_cli, here, name, kin
     assert not (here / "nosuch.db").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_takes_a_path_and_a_url_alike(attnhook_cli, here, tiny, name):  # noqa: F811
     arguments, said = WRITERS[name]
@@ -241,6 +243,7 @@ WRONG: dict[str, tuple[bytes | None, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", [name for name in READERS if name != "drift check"])
 def test_what_is_no_store_is_told_in_one_line(attnhook_cli, here, name, wrong):  # noqa: F811

@@ -74,6 +74,7 @@ def server(answers: dict[tuple[str, str], Any]) -> Iterator[tuple[str, list[Any]
         running.server_close()
 
 
+@pytest.mark.slow
 def test_no_server_and_a_server_without_attnhook(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     ran = command("run", "--url", url, "--out", str(tmp_path / "r.jsonl"))
@@ -120,6 +121,7 @@ def error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "x"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "parts"),
     [

@@ -25,6 +25,7 @@ def probe(url: str) -> None:
     ServerTarget(url, api_key="secret", attention_key="secret")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("use", [ask, verify, probe])
 def test_a_key_stays_with_the_server_that_it_is_for(use, status):

@@ -59,6 +59,7 @@ def asked(url: str, data: bytes | None = None) -> bytes:
         return reply.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent, least, most",
     [
@@ -76,6 +77,7 @@ def test_a_request_that_does_not_come_is_not_waited_for(server, sent, least, mos
     assert least < time.monotonic() - began < most + 5, "five seconds for a busy machine"
 
 
+@pytest.mark.slow
 def test_a_second_request_on_a_connection_has_its_own_time(server):
     one = b"POST /echo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1\r\n\r\nx"
     with opened(server.url, one) as sock:
@@ -88,10 +90,12 @@ def test_a_second_request_on_a_connection_has_its_own_time(server):
         assert ended(sock)
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_long_is_not_a_slow_client(server):
     assert asked(server.url + "/slow") == b"slow"
 
 
+@pytest.mark.slow
 def test_who_does_not_read_the_answer_is_let_go_and_who_reads_slowly_is_not(server):
     request = b"GET /big HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     with opened(server.url, request) as deaf, opened(server.url, request) as reading:

@@ -113,6 +113,7 @@ def serving(status: int = 200, body: bytes = b"", **headers: str):
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("what", ["stats", "metrics"])
 def test_a_redirect_is_not_followed_and_the_token_goes_nowhere_else(collector, status, what):
@@ -126,6 +127,7 @@ def test_a_redirect_is_not_followed_and_the_token_goes_nowhere_else(collector, s
     assert error.value.status == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

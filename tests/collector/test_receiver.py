@@ -196,6 +196,7 @@ def test_no_bytes_break_the_parser_and_how_they_are_cut_changes_nothing(data, cu
     assert parsed([*pieces, rest]) == parsed([data])
 
 
+@pytest.mark.slow
 def test_half_a_greeting_and_half_a_message_are_waited_for_and_not_for_ever(monkeypatch):
     monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 1.0)
     monkeypatch.setattr(limits, "STALLED_SECONDS", 2.0)
@@ -232,6 +233,7 @@ def test_more_connections_than_allowed_send_away_those_that_sent_nothing_good(mo
     assert closed(taken) == {"crowded": 37}
 
 
+@pytest.mark.slow
 def test_who_makes_room_may_have_sent_something_at_the_same_moment(monkeypatch):
     monkeypatch.setattr(limits, "MAX_CONNECTIONS", 3)
     taken = Taken()

@@ -48,6 +48,7 @@ def good_frame(first: int, producer: bytes = bytes(16)) -> bytes:
     return frames.encode(producer, first, {}, [record(first).to_bytes()])
 
 
+@pytest.mark.slow
 def test_absurd_counters_stop_at_a_bound_and_the_collector_starts_again_and_again(tmp_path):
     row = record().to_bytes()
     collector = started(tmp_path)
@@ -65,6 +66,7 @@ def test_absurd_counters_stop_at_a_bound_and_the_collector_starts_again_and_agai
         assert stats["journal"]["unusable"] == 0
 
 
+@pytest.mark.slow
 def test_a_journal_of_the_first_release_with_absurd_counters_is_read(tmp_path):
     """Its frames were taken; so their records are kept, and the counters stop at the bound."""
     journal = Journal(tmp_path / "j", [url(tmp_path)])
@@ -105,6 +107,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 def test_one_entry_that_cannot_be_used_stops_no_start_and_loses_no_other(tmp_path, bad, caplog):
     folder = tmp_path / "j"

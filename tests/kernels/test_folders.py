@@ -38,6 +38,7 @@ def test_the_package_above_the_folders_imports_no_library() -> None:
     assert not any(alias.name in LIBRARIES for node in imports for alias in node.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton"])  # which needs a GPU here
 def test_a_kernel_brings_in_no_other_library(name: str) -> None:
     """Nor does the dispatcher bring in any but torch: numba takes a third of a second to import, Triton more."""

@@ -150,15 +150,15 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
 def in_every_way() -> Iterator[Any]:
     """Every case in every way; slow is what the interpreter of Triton takes long for.
 
-    That is the longest cases, and of two Triton ways one for each other case: the inner loop has each case in one of
-    them in turn, and where both have branches of their own, in both.
+    That is the longest cases, and most of the others: the inner loop has every other case in one of the two Triton ways
+    in turn, and where both have branches of their own, in both.
     """
     both = {"everything", "prompt, everything", "window per row", "bf16 mla", "unit and tile boundaries", "gqa 9:3"}
     assert both <= CASES.keys()
     for turn, name in enumerate(CASES):
         for kernel in WAYS:
             longest = name in (LONGEST, "long prompts between single rows")
-            other = name not in both and kernel == ("triton, one pass", "triton, recompute")[turn % 2]
+            other = name not in both and kernel != {0: "triton, one pass", 2: "triton, recompute"}.get(turn % 4)
             slow = "triton" in kernel and (longest or other)
             yield pytest.param(kernel, name, id=f"{kernel}-{name}", marks=pytest.mark.slow if slow else ())
 
@@ -229,6 +229,7 @@ def test_strided_tables_and_options(kernel: str) -> None:
     assert_matches(kernel, strided)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("top_k", [5, 20])
 def test_ties_go_to_the_lower_position(kernel: str, top_k: int) -> None:
@@ -288,6 +289,7 @@ def assert_only_broken(kernel: str, case: Case, clean: Case, broken: list[int]) 
 POISON = [(math.nan, {}), (math.inf, {}), (-math.inf, {"softcap": 5.0}), (math.inf, {"softcap": 5.0})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ("naive", *KERNELS))
 @pytest.mark.parametrize(("bad", "options"), POISON)
 def test_poison_in_a_query_stays_in_its_row(kernel: str, bad: float, options: dict[str, Any]) -> None:
@@ -297,6 +299,7 @@ def test_poison_in_a_query_stays_in_its_row(kernel: str, bad: float, options: di
     assert_only_broken(kernel, replace(clean, q=q), clean, [1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ("naive", *KERNELS))
 @pytest.mark.parametrize(("bad", "options"), [*POISON, (-math.inf, {"window": 4})])
 def test_poison_in_a_key_stays_with_the_rows_that_see_it(kernel: str, bad: float, options: dict[str, Any]) -> None:
@@ -321,6 +324,7 @@ def test_no_rows(kernel: str) -> None:
     assert [tuple(x.shape) for x in got] == [(0, 5), (0, 5), (0, BINS), (0,), (0, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [SCATTERED, PROMPT])
 @pytest.mark.parametrize("kernel", WAYS)
 def test_chunks_of_rows_change_nothing(

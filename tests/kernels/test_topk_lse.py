@@ -40,6 +40,7 @@ def log_sum_exp(case: Case) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_engines_normaliser_gives_the_same(kernel: str, name: str) -> None:
@@ -52,6 +53,7 @@ def test_the_engines_normaliser_gives_the_same(kernel: str, name: str) -> None:
     assert_equals_oracle(got, oracle(case), case.options["top_k"], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["naive", "triton"])
 @pytest.mark.parametrize("rows", [SCATTERED, PROMPT])
 def test_probabilities_are_as_true_as_the_normaliser(kernel: str, rows: list[tuple[int, int]]) -> None:
@@ -64,6 +66,7 @@ def test_probabilities_are_as_true_as_the_normaliser(kernel: str, rows: list[tup
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["naive", "triton"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_broken_normaliser_breaks_its_row(kernel: str, bad: float) -> None:
@@ -77,6 +80,7 @@ def test_a_broken_normaliser_breaks_its_row(kernel: str, bad: float) -> None:
     assert_equals_oracle(got, oracle(case.with_options(head_mask=mask)), case.options["top_k"], TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU")
 @pytest.mark.parametrize("kernel", ["triton", "compiled", "torch"])
 def test_layers_of_a_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:

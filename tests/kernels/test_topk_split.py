@@ -102,6 +102,7 @@ def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "ranks"),
     [

@@ -103,6 +103,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch, *tensors: torch.Tensor) -> list
     return reads
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's loads")
 @pytest.mark.parametrize("way", ["triton", "triton, one pass", "triton, recompute", "lse"])
 def test_each_visible_key_is_read_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +199,7 @@ def test_launches_depend_on_shapes_alone(
     assert [name for name, *_ in recorder.launches][-3:] == ["tiles", "masses", "select"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["one pass", "recompute"])
 def test_padding_and_misplaced_rows(way: str) -> None:
     case = build([(0, 20), (1, 7)])
@@ -223,6 +225,7 @@ def shuffled(case: Case, seed: int) -> Case:
     return replace(case, keys=replace(case.keys, cache=case.keys.cache[order], page_table=moved))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[(0, 40), (1, 130)], [(0, 40), (1, 130), (1, 131), (0, 3)]])
 @pytest.mark.parametrize("replay", ["call", pytest.param("CUDA graph", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs need a GPU; the call shows the same on static buffers")
@@ -261,6 +264,7 @@ def test_static_buffers(rows: list[tuple[int, int]], replay: str) -> None:
     assert not torch.equal(got.positions, first.positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [97, 131, 640])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_reduction_of_summed_attention(width: int, normalise: bool) -> None:

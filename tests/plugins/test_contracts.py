@@ -35,6 +35,7 @@ def test_every_version_is_kept():
     assert kept == {f"{contract}-{n}" for contract, newest in CONTRACTS.items() for n in range(1, newest + 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["plugins", "serving"])
 def test_importing_is_light_and_every_name_is_there_without_a_warning(package):
     run = python(

@@ -45,6 +45,7 @@ def ok(run: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_found_by_its_entry_point_and_listed_after_the_built_ins(thirdparty):
     code = """
         import json, sys
@@ -89,6 +90,7 @@ def test_its_engine_sink_and_observer_work_together(thirdparty, tmp_path):
     assert ok(python(code, thirdparty)) == {"records": 5}
 
 
+@pytest.mark.slow
 def test_its_backend_patches_once_and_takes_it_back(thirdparty):
     code = """
         import json

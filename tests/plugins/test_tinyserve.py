@@ -90,8 +90,8 @@ def _environment(site: Path, **environ: str) -> dict[str, str]:
 @contextlib.contextmanager
 def _serve(site: Path, folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
     port = free_port()
-    command = [sys.executable, "-m", "tinyserve", model, "--port", str(port), "--served-model-name", "it", *arguments]
-    with running(command, port, folder / "server.log", _environment(site, **environ)) as server:
+    argv = ["tinyserve", model, "--port", str(port), "--served-model-name", "it", *arguments]
+    with running(argv, port, folder / "server.log", _environment(site, **environ)) as server:
         yield server
 
 

@@ -521,6 +521,7 @@ def test_one_sessions_failure_is_not_anothers(model, tmp_path):
 # -- fresh processes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_while_another_thread_is_inside_leaves_no_lock_taken():
     code = """

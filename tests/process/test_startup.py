@@ -189,6 +189,7 @@ BAD = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @BAD
 def test_a_bad_setting_is_refused_in_the_log_and_the_script_runs(environ, named):
     code = (
@@ -201,6 +202,7 @@ def test_a_bad_setting_is_refused_in_the_log_and_the_script_runs(environ, named)
     assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
+@pytest.mark.slow
 @BAD
 @pytest.mark.parametrize(
     "command",
@@ -300,6 +302,7 @@ def test_threads_that_import_the_engine_at_once_find_it_hooked():
     assert (run.returncode, run.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "named"),
     [

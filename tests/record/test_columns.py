@@ -14,6 +14,7 @@ from tests.record.samples import assert_same
 from tests.sinks.samples import assert_rows, batches, lean, record
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(batches())
 def test_columns_lose_nothing(records):

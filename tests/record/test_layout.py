@@ -261,6 +261,7 @@ def _is_good(row: bytes) -> bool:
     return all(np.isfinite(array).all() for array in numbers) and bool(are_fingerprints(means).all())
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(token_records(), st.lists(st.tuples(st.integers(0, 2**16), st.integers(1, 255)), max_size=3))
 def test_a_damaged_row_is_good_alone_where_it_is_good_among_many(record, flips):

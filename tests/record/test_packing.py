@@ -18,6 +18,7 @@ from attnhook.record.token_record import TokenRecord, without_tokens
 from tests.record.samples import ARRAYS, NAMES, a_record, assert_same, packed, token_records
 
 
+@pytest.mark.slow
 @given(token_records())
 def test_the_binary_row_loses_nothing(record):
     data = record.to_bytes()

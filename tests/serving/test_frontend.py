@@ -188,6 +188,7 @@ def streamed(front: FrontEnd, chunks: int, *, leaves_after: int | None, fails: b
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves_after", [None, 0, 1, 3])
 def test_a_stream_gives_its_place_back(leaves_after: int | None) -> None:
     front = front_end()

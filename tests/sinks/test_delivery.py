@@ -552,6 +552,7 @@ def test_close_gives_up_after_its_timeout(caplog):
     assert delivery.stats()["hung"] == {"queued": 0, "written": 2, "dropped": {"close_timeout": 5}}
 
 
+@pytest.mark.slow
 def test_close_waits_for_a_slow_sink_but_not_for_a_stalled_one(monkeypatch):
     monkeypatch.setattr(module, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(record_writers, "BATCH", 1)
@@ -748,6 +749,7 @@ def interrupt_when_ready(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_nothing_that_is_queued(path):
     process = start(
         path,
@@ -793,6 +795,7 @@ def test_ctrl_c_in_the_middle_of_put_neither_loses_nor_locks(path, tmp_path):
         assert len(written(out)) - int(stdout) in (0, 1), err
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_close_goes_on_at_exit(path):
     process = start(
         path,
@@ -809,6 +812,7 @@ def test_ctrl_c_during_close_goes_on_at_exit(path):
     assert written(path) == list(range(150))
 
 
+@pytest.mark.slow
 def test_an_uncaught_exception_loses_nothing_that_is_queued(path):
     code, _, err = finish(
         start(
@@ -887,6 +891,7 @@ def test_a_forked_child_writes_its_own_records_only(path):
     assert [p for p in lines if p >= 2000] == list(range(2000, 2060))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_multiprocessing_child_loses_nothing(path, tmp_path, method):
     # engines run their workers like this; a forked one leaves by os._exit, past atexit

@@ -144,6 +144,7 @@ if __name__ == "__main__":
     assert told == [{"prometheus": {}, "websocket": {}}, [1, 2], REFUSED, [True, True]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_leaves_at_once_and_holds_no_port(tmp_path):
     told = run(

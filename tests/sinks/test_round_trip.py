@@ -186,6 +186,7 @@ def test_lines_of_something_else_are_named(tmp_path):
             store.count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", MAKE)
 def test_what_is_queued_is_stored_when_a_process_ends(scheme, tmp_path):
     url = MAKE[scheme].format(tmp_path)

@@ -105,6 +105,7 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return python("-c", "from attnhook.cli.app import main; main()", "sinks", *arguments)
 
 
+@pytest.mark.slow
 def test_records_come_back_from_s3(server, tmp_path):
     url = server.url("bucket/some/records")
     sink = open_sink(url)
@@ -149,6 +150,7 @@ def test_another_reader_of_s3(server):
     assert sorted(frame["query_position"].to_list()) == list(range(50))
 
 
+@pytest.mark.slow
 def test_attnhook_sinks_test(server):
     run = cli("test", server.url("bucket/probe"))
     assert run.returncode == 0, run.stderr
@@ -211,6 +213,7 @@ def test_the_journal_of_a_killed_process_is_uploaded_once(server, tmp_path):
     assert journals(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_forked_child_writes_too(server):
     write_around_a_fork(server.url("bucket/fork"))
     assert positions(server.url("bucket/fork")) == [0, 1, 2]

@@ -138,6 +138,7 @@ def test_pruned_records_and_their_sessions_go(path):
 # -- several writers
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_file(path):
     code = f"""
 import sys

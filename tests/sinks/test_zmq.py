@@ -61,6 +61,7 @@ def test_token_ids_travel_only_where_the_url_asks(pull):
         assert block.columns(0).query_token == [expected, None]
 
 
+@pytest.mark.slow
 def test_without_a_collector_it_never_waits_and_counts_what_it_drops():
     sink = ZmqSink()
     sink.open("tcp://127.0.0.1:9?hwm=3&linger=1s")
@@ -78,6 +79,7 @@ def test_without_a_collector_it_never_waits_and_counts_what_it_drops():
     sink.close()  # the linger of a second, then it lets go
 
 
+@pytest.mark.slow
 def test_a_delivery_counts_the_drops_by_their_reason():
     sink = ZmqSink()
     sink.open("tcp://127.0.0.1:9?hwm=1&linger=1s")

@@ -197,6 +197,7 @@ def test_no_command_tells(arguments):
     assert SECRET not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_start_up_does_not_tell():
     code = "import transformers; print('ran')"
     done = python("-c", code, ATTNHOOK="1", ATTNHOOK_SINKS=f"websocket:0.0.0.0:9003?tokn={SECRET}")

@@ -35,6 +35,7 @@ def signalled(process: subprocess.Popen[str], number: int = signal.SIGTERM, time
     return code, err, time.monotonic() - began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "threading.Event().wait()", "sum(1 for _ in iter(int, 1))"])
 def test_what_is_queued_is_written_and_the_signal_ends_the_process(path, number, waits):
@@ -56,6 +57,7 @@ def test_what_is_queued_is_written_and_the_signal_ends_the_process(path, number,
     assert written(path.with_name("out2")) == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_second_signal_is_no_haste(path):
     """`timeout` sends it to the process and to its group."""
     process = start(
@@ -72,6 +74,7 @@ def test_a_second_signal_is_no_haste(path):
     assert written(path) == list(range(200))
 
 
+@pytest.mark.slow
 def test_a_sink_that_hangs_is_left_and_the_others_are_written(path):
     process = start(
         path,
@@ -121,6 +124,7 @@ def test_a_signal_in_the_middle_of_put_loses_nothing_and_waits_for_no_lock(tmp_p
         assert len(found) - int(out.with_name(out.name + ".count").read_text() or 0) in (0, 1)
 
 
+@pytest.mark.slow
 def test_a_forked_child_and_a_pool_end_so_too(path):
     process = start(
         path,

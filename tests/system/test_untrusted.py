@@ -33,6 +33,7 @@ def test_arrays_come_back(tmp_path):
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
 
 
+@pytest.mark.slow
 @in_linux
 def test_half_a_megabyte_that_would_take_half_a_gigabyte(tmp_path):
     path = tmp_path / "model.npz"

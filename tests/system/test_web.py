@@ -65,6 +65,7 @@ def ask(url: str, data: bytes | None = None, timeout: float = 10) -> bytes:
         return reply.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("data", [None, b"{}"])
 def test_a_redirect_is_an_error_and_is_not_followed(status, data):

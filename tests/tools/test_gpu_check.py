@@ -186,6 +186,7 @@ def test_the_cause_of_a_failed_engine_is_told() -> None:
     assert set(BOUNDS) == {"float32", "tf32", "bfloat16"}
 
 
+@pytest.mark.slow
 def test_the_notes_of_an_engine(tmp_path: Path) -> None:
     """The folder that engines of the check have on their path notes what comes out of the buffers of graphs."""
     import subprocess

@@ -190,6 +190,7 @@ WRONG: list[tuple[Callable[[Answer], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "problem"), WRONG, ids=[problem for _, problem in WRONG])
 def test_a_wrong_answer_is_found(change: Callable[[Answer], None], problem: str) -> None:
     with server(answers(only_with_records(change))) as (url, _):
@@ -217,6 +218,7 @@ def test_records_for_who_does_not_ask_are_found() -> None:
         assert any("does not ask" in problem for problem in servercheck.run(url).problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "part"),
     [

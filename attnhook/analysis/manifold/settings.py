@@ -12,7 +12,7 @@ _CLUMP = 30
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one discovery; what is left at its default is what docs/discovery.md has figures for."""
+    """Options of one discovery; what is left at its default is what docs/measurements/discovery.md has figures for."""
 
     sample: int = 20_000  # fingerprints that the map is fitted on, at most
     seed: int = 0

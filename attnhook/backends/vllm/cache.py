@@ -11,6 +11,7 @@ import torch
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import PagedKeys
 from attnhook.plugins.engine import LayerView
+from attnhook.plugins.patching import objects
 
 
 def view(layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> LayerView:
@@ -87,6 +88,8 @@ def _cpu(layer: Any, impl: Any, kv_cache: torch.Tensor, table: torch.Tensor) -> 
         key_steps, value_steps = _cpu_packing(_isa(layer, impl), kv_cache.dtype, size, dim, impl.kv_cache_dtype)
         block, head = k.stride(0), k.stride(1)
         steps = (block, key_steps[0], head, key_steps[1]), (block, value_steps[0], head, value_steps[1])
+        if known is None:
+            objects["vllm"].note(layer, "_attnhook_places", None)  # uninstall() takes it away
         known = layer.__dict__["_attnhook_places"] = kv_cache, k, v, *steps, size, heads, _softmax(impl)
     _, k, v, key_strides, value_strides, size, heads, softmax = known
     return LayerView(

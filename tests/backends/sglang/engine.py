@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.backends.servers import Server, free_port, running
+from tests.backends.forking import FRESH, Ready
+from tests.backends.servers import Server, free_port, run, running
 from tests.backends.vllm import engine as other
 from tests.conftest import BESIDE_OTHERS
 from tests.helpers import ROOT, environment
@@ -68,39 +68,61 @@ def engine_environment(**environ: str) -> dict[str, str]:
     )
 
 
+#: What an engine or a server imports before it does anything; the last has its processes forked. By TRITON_INTERPRET.
+READY = {
+    interpreted: Ready(
+        [
+            "sglang.launch_server",
+            "sglang.srt.managers.scheduler",
+            "sglang.srt.models.llama",
+            "tests.backends.sglang.forks",
+        ],
+        engine_environment(**({"TRITON_INTERPRET": interpreted} if interpreted else {})),
+        later=["SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_TEST_NOTES"],  # many others are read at imports
+    )
+    for interpreted in ("", "1")
+}
+
+
+def ready_for(environ: dict[str, str], fresh: bool = False) -> Ready | None:
+    """Whose fork a process with this environment may be."""
+    ready = READY.get(environ.get("TRITON_INTERPRET", ""))
+    return ready if ready and ready.takes(environ) and not fresh and os.environ.get(FRESH) != "1" else None
+
+
 @contextlib.contextmanager
-def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
-    """``sglang.launch_server`` on a free port of the loopback interface, ended with everything that it started."""
+def serve(folder: Path, model: str, *arguments: str, fresh: bool = False, **environ: str) -> Iterator[Server]:
+    """``sglang.launch_server`` on a free port of the loopback interface, ended with everything that it started.
+
+    Unless ``fresh``, it is a fork of `READY`, and its own processes are forks of it, in place of SGLang's spawned ones.
+    """
     log = folder / "server.log"
     # older versions want the port that is higher by 10000 too, and 65535 is the last
     while (port := free_port()) > 55_000:
         pass
-    command = [
-        sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--served-model-name", "smol",
+    argv = [
+        "sglang.launch_server", "--model-path", model, "--served-model-name", "smol",
         "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning",
     ]  # fmt: skip
     for name, value in COMMON.items():
         flag = "--" + name.replace("_", "-")
-        command += [flag] if value is True else [flag, str(value)]
+        argv += [flag] if value is True else [flag, str(value)]
     # SGLang's /health answers before the warm-up is over, with 503
-    with running([*command, *arguments], port, log, engine_environment(**environ)) as server:
+    whole = engine_environment(**environ)
+    with running([*argv, *arguments], port, log, whole, ready=ready_for(whole, fresh)) as server:
         yield server
 
 
-def offline(tmp_path: Path, model: str, batches: Sequence[Any], *, environ: Any = None, **engine: Any) -> list[Any]:
-    """Run calls of ``sglang.Engine.generate`` one after the other in a process of its own; what each returns."""
+def offline(
+    tmp_path: Path, model: str, batches: Sequence[Any], *, fresh: bool = False, environ: Any = None, **engine: Any
+) -> list[Any]:
+    """What calls of ``sglang.Engine.generate`` return, one after the other, in a process of its own."""
     job = {"engine": {"model_path": model, "log_level": "warning", **COMMON, **engine}, "batches": batches}
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.backends.sglang.offline", str(tmp_path / "job.json")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "out.json")],
-        cwd=ROOT,
-        env=engine_environment(**(environ or {})),
-        capture_output=True,
-        text=True,
-        timeout=570,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    argv = ["tests.backends.sglang.offline", str(tmp_path / "job.json"), str(tmp_path / "out.json")]
+    whole = engine_environment(**(environ or {}))
+    code, output = run(argv, whole, tmp_path / "log", ready=ready_for(whole, fresh))
+    assert code == 0, output[-6000:]
     result: list[Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     return result
 

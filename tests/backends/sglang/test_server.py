@@ -17,8 +17,8 @@ import pytest
 from attnhook.errors import UnsupportedError
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
-from tests.backends.servers import Server
-from tests.backends.sglang.engine import check, engine_environment, needs_sglang, serve
+from tests.backends.servers import Server, run
+from tests.backends.sglang.engine import check, engine_environment, needs_sglang, ready_for, serve
 from tests.backends.token_ids import check_sinks
 from tests.backends.vllm.engine import ALL, from_entry
 from tests.helpers import ROOT
@@ -36,7 +36,7 @@ def server(smol_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("sglang")
     flags = ["--attention-tokens-max-concurrent", str(LIMIT), "--enable-cache-report"]
     sinks = f"jsonl:{folder}/sink.jsonl,jsonl:{folder}/ids.jsonl?tokens=1"
-    with serve(folder, smol_path, *flags, ATTNHOOK_SINKS=sinks) as running:
+    with serve(folder, smol_path, *flags, fresh=True, ATTNHOOK_SINKS=sinks) as running:
         yield running
 
 
@@ -326,16 +326,16 @@ def test_asking_changes_no_token_and_no_logprob(server: Server, smol_path: str, 
         assert status == 200 and "attention_tokens" not in reply["choices"][0]
 
 
-def test_flags() -> None:
-    def sglang(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=engine_environment(), capture_output=True, text=True, timeout=200)
+def test_flags(tmp_path: Path) -> None:
+    def sglang(*arguments: str) -> tuple[int, str]:
+        argv = ["sglang.launch_server", *arguments]
+        return run(argv, engine_environment(), tmp_path / "log", ready=ready_for(engine_environment()))
 
-    shown = sglang("--help").stdout
+    _, shown = sglang("--help")
     for flag in ("--return-attention-tokens", "--attention-tokens-top-k", "--attention-tokens-api-key"):
         assert flag in shown, shown[-3000:]
-    refused = sglang("--model-path", "m", "--attention-tokens-top-k", "1000")
-    assert refused.returncode == 2 and "from 1 to 256" in refused.stderr, refused.stderr[-2000:]
+    code, refused = sglang("--model-path", "m", "--attention-tokens-top-k", "1000")
+    assert code == 2 and "from 1 to 256" in refused, refused[-2000:]
 
 
 def test_many_front_ends_and_engines_that_forbid(smol_path: str, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def check(driver: Driver) -> None:
         oracle.check(oracle.compare(mine, attention, sequence=b, pad=pad, top_k=TOP_K))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, derandomize=True)
 @given(drivers())
 def test_every_row_of_a_driver_is_there_once_and_right(driver: Driver) -> None:
@@ -222,6 +223,7 @@ def check_spoilt(driver: Driver, fault: str, at: int, which: int, strict: bool, 
 SPOILT = (drivers(), st.sampled_from(FAULTS), st.integers(0, 4), st.integers(0, 5), st.booleans(), st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, derandomize=True)
 @given(*SPOILT)
 def test_each_spoilt_row_of_a_driver_is_found(
@@ -275,6 +277,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 @settings(max_examples=6, derandomize=True)
 @given(st.lists(drivers().filter(lambda driver: driver.choices == 1), min_size=2, max_size=4))
 def test_drivers_in_threads_do_not_mix(made: list[Driver]) -> None:

@@ -96,6 +96,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str, dict[int, int]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_equals_eager(family: str, cache: str) -> None:

@@ -103,6 +103,7 @@ def compare(records: Any, model: Any, inputs: dict[str, Any], pads: list[int], n
                 assert float(record.span_mass[n, k]) == pytest.approx(float(full[start:end].sum()), abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("make", [qwen2_vl, qwen25_vl, qwen3_vl, glm4v, gemma3])
 def test_models_of_images_and_text_with_padding(make: Callable[[], Any], cache: str) -> None:
@@ -119,6 +120,7 @@ def test_models_of_images_and_text_with_padding(make: Callable[[], Any], cache: 
     compare(records, model, inputs, PADS, NEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_an_image_between_padding_and_text(cache: str) -> None:
     """Four patches of an image take one place in time, so its positions fall behind its tokens."""

@@ -116,6 +116,7 @@ def test_the_reason_is_true_of_the_model(name: str, strict: bool) -> None:
             assert not records and records.dropped["unsupported"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", ["BERT", "T5's encoder", "CLIP's text encoder", "ResNet"])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_no_decoder_is_left_alone_beside_one(
@@ -246,6 +247,7 @@ def test_layers_without_compressed_keys_are_captured() -> None:
     oracle.check(oracle.compare(records, attention, top_k=4, windows={0: 8}, sinks=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_continuous_batching_is_refused_where_it_is_called(strict: bool) -> None:
     """In the thread of its passes a refusal ended up in a log, and the caller got nothing."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 
 from attnhook import TokenRecord
 from tests import oracle
-from tests.backends.servers import Server, free_port, running
+from tests.backends.forking import FRESH, Ready
+from tests.backends.servers import Server, free_port, run, running
 from tests.conftest import BESIDE_OTHERS
-from tests.helpers import ROOT, environment
+from tests.helpers import environment
 
 #: Found without an import: vLLM brings Triton in, which tests/kernels must import first.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -42,17 +42,48 @@ def engine_environment(**environ: str) -> dict[str, str]:
     )
 
 
+#: What an engine or a server imports before it does anything.
+READY = Ready(
+    [
+        "vllm.entrypoints.cli.main",
+        "vllm.entrypoints.llm",
+        "vllm.entrypoints.openai.api_server",
+        "vllm.model_executor.models.llama",
+        "vllm.renderers.hf",
+        "vllm.v1.attention.backends.cpu_attn",
+        "vllm.v1.core.sched.scheduler",
+        "vllm.v1.engine.core",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.metrics.loggers",
+        "vllm.v1.worker.cpu_worker",
+    ],
+    engine_environment(),
+    later=["FAULTY_RANK", "PYTHONPATH", "VLLM_"],  # vLLM looks its own up when it needs them
+    again=["vllm.logger:_configure_vllm_root_logger"],
+)
+
+
+def ready_for(environ: dict[str, str], fresh: bool = False) -> Ready | None:
+    """Whose fork a process with this environment may be."""
+    return READY if READY.takes(environ) and not fresh and os.environ.get(FRESH) != "1" else None
+
+
 def offline(
     tmp_path: Path,
     model: str,
-    requests: Sequence[dict[str, Any]],
+    requests: Sequence[dict[str, Any]] = (),
     *,
+    batches: Sequence[Sequence[dict[str, Any]]] = (),
     together: bool = True,
     uninstall: bool = False,
+    fresh: bool = False,
     environ: Any = None,
     **engine: Any,
 ) -> dict[str, Any]:
-    """Run requests through ``vllm.LLM`` in a process of its own."""
+    """Run requests through ``vllm.LLM`` in a process of its own; ``fresh``: not a fork of `READY`.
+
+    A generate call takes all requests, or one of them (not ``together``), or each batch.
+    """
     job = {
         "engine": {
             "model": model,
@@ -62,23 +93,18 @@ def offline(
             "seed": 0,
             **engine,
         },
-        "requests": [{"sampling": {}, "fields": {}, **request} for request in requests],
-        "together": together,
+        "batches": [
+            [{"sampling": {}, "fields": {}, **request} for request in batch]
+            for batch in batches or ([requests] if together else [[request] for request in requests])
+        ],
         "uninstall": uninstall,
     }
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.backends.vllm.offline",
-        str(tmp_path / "job.json"),
-        str(tmp_path / "out.json"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=engine_environment(**settings), capture_output=True, text=True, timeout=570
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    argv = ["tests.backends.vllm.offline", str(tmp_path / "job.json"), str(tmp_path / "out.json")]
+    whole = engine_environment(**settings)
+    code, output = run(argv, whole, tmp_path / "log", ready=ready_for(whole, fresh))
+    assert code == 0, output[-6000:]
     result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     return result
 
@@ -130,12 +156,19 @@ def check(
 
 
 @contextlib.contextmanager
-def serve(folder: Path, model: str, *arguments: str, **environ: str) -> Iterator[Server]:
-    """``vllm serve MODEL`` on a free port of the loopback interface, ended with everything that it started."""
+def serve(folder: Path, model: str, *arguments: str, fresh: bool = False, **environ: str) -> Iterator[Server]:
+    """``vllm serve MODEL`` on a free port of the loopback interface, ended with everything that it started.
+
+    Unless ``fresh``, it is a fork of `READY`, and its own processes are forks of it, in place of vLLM's spawned ones.
+    """
     port, log = free_port(), folder / "server.log"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port),
+    argv = [
+        "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "smol", "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", *arguments,
     ]  # fmt: skip
-    with running(command, port, log, engine_environment(**environ)) as server:
+    whole = engine_environment(**environ)
+    ready = ready_for(whole, fresh)
+    if ready is not None:
+        whole["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    with running(argv, port, log, whole, ready=ready) as server:
         yield server

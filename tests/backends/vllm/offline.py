@@ -1,9 +1,8 @@
 """Runs vLLM offline in this process and writes what it captured: `python -m tests.backends.vllm.offline JOB OUT`.
 
-JOB is JSON: ``engine`` (arguments of LLM), ``requests`` (``ids``, ``sampling``, ``fields``, and the folder of
-a LoRA ``adapter``), ``together`` (one generate call for all, or one each), or, in place of these two, ``batches`` of
-requests, a generate call each; with ``uninstall``, what is left of attnhook afterwards. OUT gets JSON: token ids, and
-records in hexadecimal.
+JOB is JSON: ``engine`` (arguments of LLM), ``batches`` of requests (``ids``, ``sampling``, ``fields``, and the folder
+of a LoRA ``adapter``), a generate call each; with ``uninstall``, what is left of attnhook afterwards. OUT gets JSON:
+token ids, and records in hexadecimal.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     scheduler._preempt_request = preempt
     replies: list[dict[str, Any]] = []
-    requests = job.get("requests", [])
-    batches = job.get("batches") or ([requests] if job.get("together", True) else [[request] for request in requests])
-    for batch in batches:
+    for batch in job["batches"]:
         prompts = [{"prompt_token_ids": request["ids"]} for request in batch]
         params = [
             SamplingParams(**{"temperature": 0.0, **request["sampling"]}, extra_args=request["fields"] or None)
@@ -62,17 +59,20 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 def left_after_uninstall() -> list[str]:
     """Places in vLLM's modules, classes and live objects where something of attnhook's is after its uninstall()."""
     import gc
+    import types
 
     import attnhook
 
     attnhook.uninstall()
+    gc.unfreeze()  # vLLM freezes what it starts with, and get_objects() leaves that out
     gc.collect()
 
     def ours(value: Any) -> bool:
-        value = getattr(value, "__func__", value)
-        code = getattr(value, "__code__", None)
-        return code is not None and f"{Path(attnhook.__file__).parent}/" in code.co_filename
+        if isinstance(value, classmethod | staticmethod | types.MethodType):
+            value = value.__func__
+        return isinstance(value, types.FunctionType) and folder in value.__code__.co_filename
 
+    folder = f"{Path(attnhook.__file__).parent}/"
     found = []
     for thing in gc.get_objects():
         if str(getattr(type(thing), "__module__", "")).startswith("attnhook"):

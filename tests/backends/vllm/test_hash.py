@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.backends.vllm.engine import engine_environment, needs_vllm
-from tests.helpers import ROOT
+from tests.backends.servers import run
+from tests.backends.vllm.engine import engine_environment, needs_vllm, ready_for
 
 pytestmark = [pytest.mark.slow, needs_vllm]
 
@@ -26,9 +25,7 @@ assert len(salted[0]) == len(plain[0]) and config.compute_hash() == plain[0]
 """
 
 
-def test_the_hash_is_salted() -> None:
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(
-        command, cwd=ROOT, env=engine_environment(ATTNHOOK="0"), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_hash_is_salted(tmp_path: Path) -> None:
+    environ = engine_environment(ATTNHOOK="0")
+    code, output = run(["-c", SCRIPT], environ, tmp_path / "log", ready=ready_for(environ))
+    assert code == 0, output[-3000:]

@@ -12,6 +12,7 @@ import torch
 
 from tests import oracle
 from tests.backends.vllm.engine import ALL, check, needs_vllm, offline, records
+from tests.helpers import tiny_model
 
 pytestmark = [pytest.mark.slow, needs_vllm]
 
@@ -119,3 +120,24 @@ def test_a_model_without_attention(tmp_path: Path) -> None:
     refused, answered = replies["replies"]
     assert "has no attention layer, so there is nothing to capture" in refused["refused"]
     assert len(answered["choices"][0]["ids"]) == 4
+
+
+def test_compiled_code(tmp_path: Path) -> None:
+    """vLLM's default: the model is compiled, and attention with our hook is called from inductor's code."""
+    model = tiny_model(hidden_size=128, num_hidden_layers=3)  # heads of 32, the least that vLLM's CPU kernels take
+    model.save_pretrained(tmp_path / "model")
+    ids = [(37 * i) % 90 + 3 for i in range(60)]
+    quiet = {"detokenize": False, "max_tokens": 8, "ignore_eos": True}
+    requests = [{**ask(part), "sampling": quiet} for part in (ids, ids[20:23])]
+    environ = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    result = offline(
+        tmp_path, str(tmp_path / "model"), requests,
+        environ=environ, skip_tokenizer_init=True, max_model_len=256, enforce_eager=False,
+    )  # fmt: skip
+    log = (tmp_path / "log").read_text(errors="replace")
+    assert "saved AOT compiled function" in log, f"nothing was compiled, so this shows nothing:\n{log}"
+    for request, reply in zip(requests, result["replies"], strict=True):
+        choice = reply["choices"][0]
+        assert choice["error"] is None
+        rows = records(choice["generated"]), records(choice["prompt"])
+        print(check(model, request["ids"], choice["ids"], *rows, layers=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from attnhook.backends.vllm import cache, worker
 from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import LayerRows, Selection, Softmax, naive
-from tests.backends.vllm.engine import needs_vllm
-from tests.helpers import python
+from tests.backends.servers import run
+from tests.backends.vllm.engine import engine_environment, needs_vllm, ready_for
 
 BLOCKS, HEADS, SLOTS, DIM = 6, 2, 16, 8
 
@@ -114,8 +115,9 @@ def test_the_cache_is_initialised_with_what_the_release_takes(given: Any) -> Non
 
 @pytest.mark.slow
 @needs_vllm
-def test_a_module_that_a_release_does_not_have_is_named() -> None:
-    code = """
+def test_a_module_that_a_release_does_not_have_is_named(tmp_path: Path) -> None:
+    # in a process of its own: importing vLLM brings Triton in, which tests/kernels must import first
+    script = """
         from attnhook.backends import vllm as backend
         from attnhook.errors import UnsupportedError
         from attnhook.plugins.hooks import Hook, Hooks
@@ -129,8 +131,9 @@ def test_a_module_that_a_release_does_not_have_is_named() -> None:
             except UnsupportedError as error:
                 print(error)
     """
-    done = python("-c", code)  # importing vLLM brings Triton in, which tests/kernels must import first
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if "was not found" in line]
+    environ = engine_environment(ATTNHOOK="0")
+    code, output = run(["-c", script], environ, tmp_path / "log", ready=ready_for(environ))
+    assert code == 0, output[-2000:]
+    lines = [line for line in output.splitlines() if "was not found" in line]
     assert "its module vllm.v1.not_there was not found" in lines[0]
     assert "its module vllm.nowhere.at_all was not found" in lines[1] and len(lines) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +13,9 @@ import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
+from tests.backends.servers import run
 from tests.backends.token_ids import check_sinks
-from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, serve
+from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, ready_for, serve
 from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
@@ -32,7 +31,7 @@ def server(smol_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     faulty = f"{Path(__file__).parent / 'faulty'}{os.pathsep}{ROOT}"
     flags = ["--attention-tokens-max-concurrent", str(LIMIT), "--enable-prompt-tokens-details"]
     sinks = f"jsonl:{folder}/sink.jsonl,jsonl:{folder}/ids.jsonl?tokens=1"
-    with serve(folder, smol_path, *flags, PYTHONPATH=faulty, ATTNHOOK_SINKS=sinks) as running:
+    with serve(folder, smol_path, *flags, fresh=True, PYTHONPATH=faulty, ATTNHOOK_SINKS=sinks) as running:
         yield running
 
 
@@ -254,16 +253,16 @@ def test_sinks_get_what_replies_get(client: Any, server: Server) -> None:
     check_sinks(server.log.parent, reply, [*reply.prompt_token_ids, *choice.token_ids])
 
 
-def test_flags() -> None:
-    def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=engine_environment(), capture_output=True, text=True, timeout=200)
+def test_flags(tmp_path: Path) -> None:
+    def vllm(*arguments: str) -> tuple[int, str]:
+        argv = ["vllm.entrypoints.cli.main", "serve", *arguments]
+        return run(argv, engine_environment(), tmp_path / "log", ready=ready_for(engine_environment()))
 
-    shown = vllm("--help=attnhook").stdout
+    _, shown = vllm("--help=attnhook")
     for flag in ("--return-attention-tokens", "--attention-tokens-top-k", "--attention-tokens-api-key"):
         assert flag in shown, shown[-3000:]
-    refused = vllm("m", "--attention-tokens-top-k", "1000")
-    assert refused.returncode == 2 and "from 1 to 256" in refused.stderr, refused.stderr[-2000:]
+    code, refused = vllm("m", "--attention-tokens-top-k", "1000")
+    assert code == 2 and "from 1 to 256" in refused, refused[-2000:]
 
 
 def test_a_server_that_forbids(smol_path: str, tmp_path: Path) -> None:
@@ -292,11 +291,11 @@ def test_a_server_that_forbids(smol_path: str, tmp_path: Path) -> None:
     assert len(lines) == 6 and all(line["mode"] == "fingerprint" for line in lines)
 
 
-def test_two_api_servers_and_compiled_code(smol: Any, smol_path: str, tmp_path: Path) -> None:
-    """Everything that starts later than the flags: more front ends; the hook is below what inductor compiles."""
+def test_two_api_servers(smol: Any, smol_path: str, tmp_path: Path) -> None:
+    """Everything that starts later than the flags: more front ends, each an interpreter of its own."""
     import openai
 
-    with serve(tmp_path, smol_path, "--api-server-count", "2", "--no-enforce-eager") as running:
+    with serve(tmp_path, smol_path, "--api-server-count", "2", fresh=True) as running:
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
         for n in range(6):  # the kernel deals connections out to both
             client.close()
