@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from attnhook.errors import PluginError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attnhook.errors import AttnhookError, PluginError
 from attnhook.plugins import manager as plugins
 from attnhook.plugins.contracts import Sink
 from attnhook.system.addresses import hiding
@@ -29,10 +32,28 @@ def _open_sink(url: str, listen_later: bool) -> Sink:
         known = ", ".join(f"{name}:" for name in classes)
         raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")
     config, rules = privacy.take(scheme, config)
-    sink = privacy.PrivateSink(classes[scheme](), rules)
+    kind = classes[scheme]
+    with _named(scheme, kind):
+        inner = kind()
+    sink = privacy.PrivateSink(inner, rules)
     if rules.tokens and not sink.inner.keeps_tokens:
         raise PluginError(f"sink {url}: tokens=1 has nothing to add: {scheme}: keeps no token ids; drop it")
     if listen_later and isinstance(sink.inner, ListeningSink):
         sink.inner.later = True
-    sink.open(config)
+    with _named(scheme, kind):
+        sink.open(config)
     return sink
+
+
+@contextmanager
+def _named(scheme: str, kind: type[Sink]) -> Iterator[None]:
+    """Around a sink's own code: what it raises otherwise becomes a PluginError that names the sink and its class."""
+    try:
+        yield
+    except AttnhookError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"sink {scheme}: ({kind.__module__}.{kind.__qualname__}) failed to open: {type(error).__name__}: {error}; "
+            "change what its URL names, or mend its plugin"
+        ) from error
