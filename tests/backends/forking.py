@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,26 +78,29 @@ class Forked:
 
 
 class Ready:
-    """The process that has imported ``modules`` in this environment; it starts with the first `start`.
+    """The process that has imported ``modules``; it starts with the first `start`, in the environment of ``environ()``.
 
-    ``later`` begins the names of variables that may differ in a fork, as nothing reads them at an import, or
-    ``again`` reads them again.
+    ``later`` begins the names of variables in which a fork may differ from ``environ()``, as nothing reads them at an
+    import, or ``again`` reads them again. What libraries set in this process as it goes on is in both.
     """
 
     def __init__(
-        self, modules: Sequence[str], environ: dict[str, str], later: Sequence[str], again: Sequence[str] = ()
+        self,
+        modules: Sequence[str],
+        environ: Callable[[], dict[str, str]],
+        later: Sequence[str],
+        again: Sequence[str] = (),
     ) -> None:
-        self._modules, self._later, self._again = modules, ("ATTNHOOK", "OMP_NUM_THREADS", *later), again
-        # attnhook begins in each fork, with the fork's own variables
-        self._environ = {name: value for name, value in environ.items() if not name.startswith("ATTNHOOK")}
+        self._modules, self._environ, self._again = modules, environ, again
+        self._later = ("ATTNHOOK", "OMP_NUM_THREADS", *later)
         self._process: subprocess.Popen[str] | None = None
         self._folder = Path()
         self._count = 0
 
     def takes(self, environ: dict[str, str]) -> bool:
-        """Whether a fork can have this environment; pytest's own variables (the test's name) do not count."""
-        different = {name for name, _ in environ.items() ^ self._environ.items()}
-        return all(name.startswith((*self._later, "PYTEST_")) for name in different)
+        """Whether a fork can have this environment."""
+        different = {name for name, _ in environ.items() ^ self._environ().items()}
+        return all(name.startswith(self._later) for name in different)
 
     def start(self, argv: Sequence[str], environ: dict[str, str], log: Path) -> Forked:
         """Run ``python -m ARGV`` (or ``-c CODE``) in a fork with this environment; its outputs go to ``log``."""
@@ -119,9 +122,11 @@ class Ready:
         atexit.register(holder.cleanup)
         self._folder = Path(holder.name)
         command = [sys.executable, "-m", "tests.backends.forking", *self._modules]
+        # attnhook begins in each fork, with the fork's own variables
+        environ = {name: value for name, value in self._environ().items() if not name.startswith("ATTNHOOK")}
         with (self._folder / "log").open("w") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=self._environ, text=True, start_new_session=True,
+                command, cwd=ROOT, env=environ, text=True, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         atexit.register(self._end)

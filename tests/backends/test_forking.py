@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.forking import Ready
+from tests.backends.forking import FRESH, Ready
 from tests.backends.servers import run
+from tests.backends.sglang import engine as sglang
+from tests.backends.vllm import engine as vllm
 from tests.helpers import environment
 
 
 @pytest.fixture(scope="module")
 def ready() -> Ready:
-    return Ready(["json", "torch"], environment(FIXED="1"), later=["MINE"], again=["gc:enable"])
+    return Ready(["json", "torch"], lambda: environment(FIXED="1"), later=["MINE"], again=["gc:enable"])
 
 
 @pytest.fixture
@@ -51,13 +53,25 @@ def test_what_is_settled_at_an_import_is_no_fork(ready: Ready) -> None:
     assert not ready.takes(environment(FIXED="1", ANOTHER="1"))
 
 
+def test_what_this_process_sets_meanwhile_is_no_difference(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FRESH, raising=False)
+    monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")  # as libraries do
+    assert ready.takes(environment(FIXED="1"))
+    assert vllm.ready_for(vllm.engine_environment(ATTNHOOK_SINKS="jsonl:x", VLLM_LOGGING_LEVEL="INFO")) is vllm.READY
+    assert sglang.ready_for(sglang.engine_environment(TRITON_INTERPRET="1")) is sglang.READY["1"]
+    assert sglang.ready_for(sglang.engine_environment(SGLANG_TEST_RETRACT="1")) is None
+    assert vllm.ready_for(vllm.engine_environment(), fresh=True) is None
+    monkeypatch.setenv(FRESH, "1")
+    assert vllm.ready_for(vllm.engine_environment()) is sglang.ready_for(sglang.engine_environment()) is None
+
+
 def test_a_signal_and_a_sitecustomize(ready: Ready, folder: Path) -> None:
     environ = environment(FIXED="1", MINE="1")
     process = ready.start(["-c", "import time; time.sleep(60)"], environ, folder / "log")
     assert process.poll() is None
     process.terminate()
     assert process.wait(20) == -signal.SIGTERM
-    with_path = Ready(["json"], environ, later=["PYTHONPATH"])
+    with_path = Ready(["json"], lambda: environ, later=["PYTHONPATH"])
     script = "import os; print(os.environ.get('CUSTOMIZED'))"
     path = f"{folder / 'custom'}{os.pathsep}{environ['PYTHONPATH']}"
     code, output = run(["-c", script], {**environ, "PYTHONPATH": path}, folder / "log", ready=with_path)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ READY = {
             "sglang.srt.models.llama",
             "tests.backends.sglang.forks",
         ],
-        engine_environment(**({"TRITON_INTERPRET": interpreted} if interpreted else {})),
+        partial(engine_environment, **({"TRITON_INTERPRET": interpreted} if interpreted else {})),
         later=["SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_TEST_NOTES"],  # many others are read at imports
     )
     for interpreted in ("", "1")

@@ -57,7 +57,7 @@ READY = Ready(
         "vllm.v1.metrics.loggers",
         "vllm.v1.worker.cpu_worker",
     ],
-    engine_environment(),
+    engine_environment,
     later=["FAULTY_RANK", "PYTHONPATH", "VLLM_"],  # vLLM looks its own up when it needs them
     again=["vllm.logger:_configure_vllm_root_logger"],
 )
