@@ -148,19 +148,21 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
 
 
 def in_every_way() -> Iterator[Any]:
-    """Every case in every way; slow is what the interpreter of Triton takes long for.
+    """Every case in every way; slow and long are what the interpreter of Triton takes long for.
 
-    That is the longest cases, and most of the others: the inner loop has every other case in one of the two Triton ways
-    in turn, and where both have branches of their own, in both.
+    The quick tests have every other case in one of the two Triton ways, ``make test`` each case in one of them in turn,
+    ``make test-all`` each in both; cases for which both ways have branches of their own are quick in both.
     """
     both = {"everything", "prompt, everything", "window per row", "bf16 mla", "unit and tile boundaries", "gqa 9:3"}
     assert both <= CASES.keys()
     for turn, name in enumerate(CASES):
         for kernel in WAYS:
-            longest = name in (LONGEST, "long prompts between single rows")
-            other = name not in both and kernel != {0: "triton, one pass", 2: "triton, recompute"}.get(turn % 4)
-            slow = "triton" in kernel and (longest or other)
-            yield pytest.param(kernel, name, id=f"{kernel}-{name}", marks=pytest.mark.slow if slow else ())
+            its_turn = name in both or kernel == ("triton, one pass", "triton, recompute")[turn // 2 % 2]
+            quick = name in both or (its_turn and turn % 2 == 0)
+            if name in (LONGEST, "long prompts between single rows"):
+                its_turn, quick = True, False
+            marks = [pytest.mark.slow] * (not quick) + [pytest.mark.long] * (not its_turn)
+            yield pytest.param(kernel, name, id=f"{kernel}-{name}", marks=marks if "triton" in kernel else [])
 
 
 @pytest.mark.parametrize(("kernel", "name"), in_every_way())

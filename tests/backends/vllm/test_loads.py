@@ -126,7 +126,7 @@ def resident(server: Server) -> int:
 @pytest.mark.model
 def test_two_data_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> None:
     """Without a limit: every request gets its records, from the rank that served it; sinks get each record once."""
-    count, sink = 200, tmp_path / "sink.jsonl"
+    count, sink = 100, tmp_path / "sink.jsonl"
     flags = ["--data-parallel-size", "2", "--api-server-count", "1", "--max-num-seqs", "8"]
     with serve(tmp_path, smol_path, *flags, OMP_NUM_THREADS="1", ATTNHOOK_SINKS=f"jsonl:{sink}") as running:
         found = together(running, [completion(TEXTS[n % 4], **ASK) for n in range(count)])
