@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _LONGEST = ("backends/vllm", "backends/sglang", "backends")
 def pytest_configure(config: pytest.Config) -> None:
     from attnhook.cli import progress as cli_progress
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        # a shell's background job ignores it, and so would every process that a test starts and interrupts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # a command that a test runs in this process says nothing of its progress, however busy the machine is
     cli_progress.FIRST = 3600.0
     if BESIDE_OTHERS:

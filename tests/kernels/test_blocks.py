@@ -121,6 +121,7 @@ def test_compiled_code_is_kept_by_what_it_is_called_with() -> None:
         assert f"sources_{blocks._sources()}" in kept
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_has_changed_since_is_compiled_again(tmp_path: Path) -> None:
     """A change of one of the files that a job calls, whose own date stays: the compiled code is another."""

@@ -107,9 +107,9 @@ def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
     ("kernel", "ranks"),
     [
         ("compiled", 3),
-        pytest.param("compiled", 2, marks=pytest.mark.slow),
-        pytest.param("torch", 3, marks=pytest.mark.slow),
-        pytest.param("triton", 2, marks=pytest.mark.slow),
+        ("compiled", 2),
+        ("torch", 3),
+        pytest.param("triton", 2, marks=pytest.mark.long),
     ],
 )
 def test_heads_over_ranks(kernel: str, ranks: int, tmp_path: Path) -> None:

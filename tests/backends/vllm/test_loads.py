@@ -123,10 +123,11 @@ def resident(server: Server) -> int:
     return total
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_two_data_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> None:
     """Without a limit: every request gets its records, from the rank that served it; sinks get each record once."""
-    count, sink = 100, tmp_path / "sink.jsonl"
+    count, sink = 200, tmp_path / "sink.jsonl"
     flags = ["--data-parallel-size", "2", "--api-server-count", "1", "--max-num-seqs", "8"]
     with serve(tmp_path, smol_path, *flags, OMP_NUM_THREADS="1", ATTNHOOK_SINKS=f"jsonl:{sink}") as running:
         found = together(running, [completion(TEXTS[n % 4], **ASK) for n in range(count)])
@@ -171,6 +172,7 @@ def all_places_are_free(server: Server) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_a_thousand_at_once(limited: Server, smol: Any) -> None:
     asking = [completion(TEXTS[n % 4], **ASK) for n in range(1000)]
@@ -197,6 +199,7 @@ def test_a_thousand_at_once(limited: Server, smol: Any) -> None:
     all_places_are_free(limited)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_clients_that_go_away(limited: Server) -> None:
     """Streams closed after their first chunk, or before it."""
