@@ -54,6 +54,21 @@ class DroppedError(AttnhookError):
         self.count = count
 
 
+@contextmanager
+def naming(what: str, remedy: str) -> Iterator[None]:
+    """Around a plugin's own code: what it raises by mistake becomes a PluginError that begins with ``what``.
+
+    ``remedy`` is the message's end, with the punctuation before it. Errors that attnhook raises on purpose stay as they
+    are.
+    """
+    try:
+        yield
+    except AttnhookError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{what}: {type(error).__name__}: {error}{remedy}") from error
+
+
 def install(extra: str) -> str:
     """How a person installs what the extra ``attnhook[extra]`` names, from a registry and from a checkout."""
     return f"pip install 'attnhook[{extra}]', or in a checkout of attnhook pip install '.[{extra}]'"

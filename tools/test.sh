@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests on three workers, since many wait; tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the long ones too.
+# The tests on three workers, since many wait; tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the
+# long ones too.
 #
 # Most of these tests time real servers and processes, and the machine is shared. So where one to five tests fail, each
 # is run once more with the machine to itself. What fails again fails the run. What passes then fails it too, since a

@@ -6,10 +6,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from attnhook.errors import AttnhookError, PluginError
+from attnhook.errors import AttnhookError, PluginError, naming
 from attnhook.errors import install as how_to_install
 from attnhook.options import CaptureOptions, enabled
 from attnhook.plugins import manager as plugins
@@ -205,17 +205,9 @@ def _remove() -> None:
         raise faults[0]
 
 
-@contextmanager
-def _naming(name: str, method: str) -> Iterator[None]:
+def _naming(name: str, method: str) -> AbstractContextManager[None]:
     """Around a backend's own code: what it raises by mistake becomes a PluginError that names it."""
-    try:
-        yield
-    except AttnhookError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"backend {name!r}: {method} failed: {type(error).__name__}: {error}. Mend its plugin or uninstall it."
-        ) from error
+    return naming(f"backend {name!r}: {method} failed", ". Mend its plugin or uninstall it.")
 
 
 def _usable(backends: Mapping[str, Backend]) -> dict[str, Backend]:

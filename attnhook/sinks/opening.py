@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from attnhook.errors import AttnhookError, PluginError
+from attnhook.errors import PluginError, naming
 from attnhook.plugins import manager as plugins
 from attnhook.plugins.contracts import Sink
 from attnhook.system.addresses import hiding
@@ -33,27 +30,14 @@ def _open_sink(url: str, listen_later: bool) -> Sink:
         raise PluginError(f"unknown sink {url!r}: write scheme:config, with one of the schemes {known}")
     config, rules = privacy.take(scheme, config)
     kind = classes[scheme]
-    with _named(scheme, kind):
-        inner = kind()
-    sink = privacy.PrivateSink(inner, rules)
+    what = f"sink {scheme}: ({kind.__module__}.{kind.__qualname__}) failed to open"
+    remedy = "; change what its URL names, or mend its plugin"
+    with naming(what, remedy):
+        sink = privacy.PrivateSink(kind(), rules)
     if rules.tokens and not sink.inner.keeps_tokens:
         raise PluginError(f"sink {url}: tokens=1 has nothing to add: {scheme}: keeps no token ids; drop it")
     if listen_later and isinstance(sink.inner, ListeningSink):
         sink.inner.later = True
-    with _named(scheme, kind):
+    with naming(what, remedy):
         sink.open(config)
     return sink
-
-
-@contextmanager
-def _named(scheme: str, kind: type[Sink]) -> Iterator[None]:
-    """Around a sink's own code: what it raises otherwise becomes a PluginError that names the sink and its class."""
-    try:
-        yield
-    except AttnhookError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"sink {scheme}: ({kind.__module__}.{kind.__qualname__}) failed to open: {type(error).__name__}: {error}; "
-            "change what its URL names, or mend its plugin"
-        ) from error

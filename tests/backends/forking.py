@@ -102,6 +102,10 @@ class Ready:
         different = {name for name, _ in environ.items() ^ self._environ().items()}
         return all(name.startswith(self._later) for name in different)
 
+    def unless(self, fresh: bool, environ: dict[str, str]) -> Ready | None:
+        """Itself where a process with this environment may be a fork; None where it is to start an interpreter."""
+        return None if fresh or os.environ.get(FRESH) == "1" or not self.takes(environ) else self
+
     def start(self, argv: Sequence[str], environ: dict[str, str], log: Path) -> Forked:
         """Run ``python -m ARGV`` (or ``-c CODE``) in a fork with this environment; its outputs go to ``log``."""
         assert self.takes(environ), "a fork cannot have this environment"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.forking import FRESH, Ready
+from tests.backends.forking import Ready
 from tests.backends.servers import Server, free_port, run, running
 from tests.backends.vllm import engine as other
 from tests.conftest import BESIDE_OTHERS
@@ -88,7 +88,7 @@ READY = {
 def ready_for(environ: dict[str, str], fresh: bool = False) -> Ready | None:
     """Whose fork a process with this environment may be."""
     ready = READY.get(environ.get("TRITON_INTERPRET", ""))
-    return ready if ready and ready.takes(environ) and not fresh and os.environ.get(FRESH) != "1" else None
+    return ready and ready.unless(fresh, environ)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from attnhook import TokenRecord
 from tests import oracle
-from tests.backends.forking import FRESH, Ready
+from tests.backends.forking import Ready
 from tests.backends.servers import Server, free_port, run, running
 from tests.conftest import BESIDE_OTHERS
 from tests.helpers import environment
@@ -65,7 +64,7 @@ READY = Ready(
 
 def ready_for(environ: dict[str, str], fresh: bool = False) -> Ready | None:
     """Whose fork a process with this environment may be."""
-    return READY if READY.takes(environ) and not fresh and os.environ.get(FRESH) != "1" else None
+    return READY.unless(fresh, environ)
 
 
 def offline(
