@@ -18,12 +18,15 @@ import sys
 import numpy as np
 
 from attnhook.analysis.calibration.rows import collect
-from attnhook.analysis.compare.sides import SINK_SPAN, without_sink
+from attnhook.analysis.compare.sides import SINK_SPAN
+from attnhook.errors import RecordError
 from attnhook.probing import journal
 from attnhook.record import fingerprint as fp
 from attnhook.record import zones
 from attnhook.record.arrow import NAMES
 from attnhook.record.columns import to_records
+from attnhook.record.sink_mass import free_means
+from attnhook.record.without_sink import sink_mass_of
 from attnhook.store import open_store
 
 RANGES = ((40, 69), (70, 99), (100, 129), (130, 159), (160, 259), (260, 511))  # visible keys of the row
@@ -100,7 +103,7 @@ def beyond(store: str, position: int) -> None:
     with open_store(store) as opened:
         for record in opened.records():
             if record.query_position >= position:
-                mass = record.span_mass[:, record.span_names.index(SINK_SPAN)].tolist()
+                mass = sink_mass_of(record, SINK_SPAN).tolist()
                 for layer, value in zip(record.layers, mass, strict=True):
                     found.setdefault(layer, []).append(value)
     for layer, values in sorted(found.items()):
@@ -116,8 +119,10 @@ def _sums_without_sink(url: str) -> dict[str, np.ndarray]:
             if not records:
                 continue
             own = np.stack([record.fingerprints for record in records])
-            mass = np.stack([record.span_mass[:, record.span_names.index(SINK_SPAN)] for record in records])
-            free = without_sink(own, mass, np.array([record.query_position for record in records]))
+            mass = np.stack([sink_mass_of(record, SINK_SPAN) for record in records])
+            free, sound = free_means(own, mass, np.array([record.query_position for record in records]))
+            if not sound.all():
+                raise RecordError(f"{url}: {int((~sound).sum())} rows whose attention on position 0 does not fit")
             for record, row in zip(records, free, strict=True):
                 sums.setdefault(record.request_id, np.zeros(fp.SIZE + 1))[:] += [*row, 1]
     return sums

@@ -78,6 +78,7 @@ class Worst:
     feature: float = 0.0
     span: float = 0.0
     rows: int = 0
+    sinks: int = 0  # of these, rows whose sink mass was compared
     order: int = 0  # top-k lists whose positions differ by more than ties
 
 
@@ -113,6 +114,11 @@ def compare(
         _compare_top(worst, positions, scores, rows, visible, top_k)
         fingerprints = torch.from_numpy(np.stack([record.fingerprints[i] for record in records])).double()
         _compare_features(worst, fingerprints, rows, p, p - first + 1, sinks)
+        kept = [float(record.sink_mass[i]) for record in records if record.sink_mass is not None]
+        assert len(kept) in (0, len(records)), "some rows have the sink's mass and some have not"
+        worst.sinks += len(kept)
+        if kept:
+            worst.span = max(worst.span, float((torch.tensor(kept) - rows[:, 0]).abs().max()))
         for n, name in enumerate(records[0].span_names):
             start, end = SPANS[name]
             mass = torch.tensor([float(record.span_mass[i, n]) for record in records])
@@ -169,4 +175,5 @@ def check(worst: Worst, *, probability: float = PROBABILITY) -> None:
     assert worst.probability <= probability, worst
     assert worst.feature <= FEATURE, worst
     assert worst.span <= FEATURE, worst
+    assert worst.sinks == worst.rows, "a row tells no sink mass"
     assert worst.order == 0, worst

@@ -130,7 +130,7 @@ def measure(records: Sequence[TokenRecord]) -> Session:
     rest = amounts[1:]
     shared = amounts / amounts.sum()
     hubs = [int(i) for i in np.argsort(-amounts, kind="stable")[:_HUBS] if amounts[i] > 0]
-    free = all(SINK in record.span_names for record in rows)
+    free = all(record.sink_mass is not None or SINK in record.span_names for record in rows)
     named = without_sink(rows, SINK) if free else _zones(rows)
     agreed = [consensus(record, without_sink=True) for record in rows]
     moments = tuple(

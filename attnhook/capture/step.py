@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from attnhook.kernels.topk.types import Arrays
 
 
+_SINK = (0, 1)  # the attention sink's span, behind those that are asked for
+
+
 class StepCapture:
     """The rows of one forward step that one session wants, layer by layer."""
 
@@ -151,12 +154,11 @@ class StepCapture:
                 mask = mask.view(ranks.size, -1)[ranks.rank]
             arguments["head_mask"] = mask.to(device)
         behind = shift
-        if shift is None and (options.spans or options.mask_prefix):
+        if behind is None:
             behind = torch.zeros(layer.keys.page_table.shape[0], dtype=torch.int32, device=device)
-        if options.spans and behind is not None:
-            bounds = torch.tensor(list(options.spans.values()), dtype=torch.int64, device=device)
-            arguments["spans"] = bounds[None] + behind[:, None, None]
-        if (options.mask_prefix or self._hidden) and behind is not None:
+        bounds = torch.tensor([*options.spans.values(), _SINK], dtype=torch.int64, device=device)
+        arguments["spans"] = bounds[None] + behind[:, None, None]
+        if options.mask_prefix or self._hidden:
             arguments["first_reported"] = behind + options.mask_prefix
         offset = None
         if shift is not None and bool(shift.any()):
@@ -196,7 +198,8 @@ class StepCapture:
             return []
         if self._lent:
             positions, scores, span_mass = (x.copy() for x in (found.positions, found.scores, found.span_mass))
-            found = found._replace(positions=positions, scores=scores, span_mass=span_mass)
+            sink = None if found.sink_mass is None else found.sink_mass.copy()
+            found = found._replace(positions=positions, scores=scores, span_mass=span_mass, sink_mass=sink)
         return [
             TokenRecord(
                 request_id=row.request_id,
@@ -211,6 +214,7 @@ class StepCapture:
                 model=self.model,
                 span_names=found.span_names,
                 span_mass=found.span_mass[t],
+                sink_mass=None if found.sink_mass is None else found.sink_mass[t],
             )
             for t, row in enumerate(self.rows)
             if found.finite is None or found.finite[t]
@@ -227,6 +231,7 @@ class StepCapture:
             found.scores,
             found.fingerprints,
             found.span_mass,
+            found.sink_mass,
             mode=self.options.mode,
             model=self.model,
             span_names=found.span_names,
@@ -268,7 +273,9 @@ class StepCapture:
             scores,
             fingerprints,
             tuple(self.options.spans),
-            span_mass,
+            span_mass[..., :-1],
+            # keys before position 0 are visible too, so that nothing can be told of the row without the sink
+            None if self._hidden else span_mass[..., -1],
         )
 
 
@@ -282,3 +289,4 @@ class _Finished(NamedTuple):
     fingerprints: np.ndarray
     span_names: tuple[str, ...]
     span_mass: np.ndarray
+    sink_mass: np.ndarray | None

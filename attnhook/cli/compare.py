@@ -49,6 +49,9 @@ def compare(
         ),
     ] = "auto",
     mixed: Annotated[bool, typer.Option("--mixed", help="Take models, or layers, of one side together.")] = False,
+    with_sink: Annotated[
+        bool, typer.Option("--with-sink", help="Leave the attention sink, position 0, in all numbers.")
+    ] = False,
     resamples: Annotated[int, typer.Option(metavar="N", help="Bootstrap resamples for the intervals.")] = 2000,
     permutations: Annotated[int, typer.Option(metavar="N", help="Permutations for the p-values.")] = 9999,
     confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals.")] = 0.95,
@@ -86,7 +89,15 @@ def compare(
     for name, source in zip("AB", sources, strict=True):
         with progress(f"reading {name}") as work:
             found.append(
-                sides.read(source, name=name, rows=cast(Any, rows), mixed=mixed, seed=seed, progress=work.tell)
+                sides.read(
+                    source,
+                    name=name,
+                    rows=cast(Any, rows),
+                    mixed=mixed,
+                    seed=seed,
+                    with_sink=with_sink,
+                    progress=work.tell,
+                )
             )
     with progress("comparing") as work:
         comparison = statistics.compare(

@@ -45,9 +45,14 @@ def discover(
     without_sink: Annotated[
         str | None,
         typer.Option(
-            metavar="SPAN", help="Take position 0 out, by the mass of the span of this name; attnhook probe's is sink."
+            metavar="SPAN",
+            help="Of a store before 0.2: the span that tells the mass of position 0; attnhook probe's is sink.",
         ),
     ] = None,
+    with_sink: Annotated[
+        bool,
+        typer.Option("--with-sink", help="Leave position 0 in. By default it is taken out where its mass is told."),
+    ] = False,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Put several models, or means over different layers, on one map.")
     ] = False,
@@ -84,6 +89,7 @@ def discover(
         seed=seed,
         model=model,
         layers=_layers(layers),
+        with_sink=with_sink,
         without_sink=without_sink,
         allow_mixed=allow_mixed,
         variance=variance,
@@ -109,6 +115,13 @@ def discover(
     if register_run:
         _note(store, found.manifest)
     _show(found.manifest, Console())
+    if not (found.manifest["without_sink"] or with_sink):
+        Console(stderr=True).print(
+            f"the attention sink is part of this map: {store} does not tell the rows' attention on position 0 "
+            "(attnhook before 0.2, or JSON lines of several layers that are not in mode 'raw'); see docs/discovery.md",
+            style="yellow",
+            soft_wrap=True,
+        )
     Console().print(f"wrote {out}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -187,6 +200,7 @@ def _show(manifest: dict[str, Any], console: Console) -> None:
     stable = quality["stability"]
     told = {
         "rows": f"{manifest['rows']:,}, fitted on {manifest['sample']:,}",
+        "attention sink": "left out" if manifest["without_sink"] else "left in",
         "in no cluster": f"{quality['noise']:.1%}",
         "trustworthiness": _number(quality["trustworthiness"]),
         "DBCV": _number(quality["dbcv"]),

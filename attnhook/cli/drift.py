@@ -53,14 +53,19 @@ def fit(
     simulations: Annotated[int, typer.Option(metavar="N", help="Runs that the thresholds are found from.")] = 4000,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same thresholds.")] = 0,
     mixed: Annotated[bool, typer.Option("--mixed", help="Take several models, or sets of layers, together.")] = False,
+    with_sink: Annotated[
+        bool, typer.Option("--with-sink", help="Leave the attention sink, position 0, in the fingerprints.")
+    ] = False,
 ) -> None:
     """Fit a baseline: what the attention of requests is like, and how far chance alone takes it."""
     from attnhook.analysis.drift import reading
+    from attnhook.analysis.sink import SinkChoice
 
     settings = baselines.DriftSettings(window, false_alarm_rate, horizon, block, simulations, seed)
     baselines.check_new(out)
     require("attnhook drift", "analysis", "pyarrow")
     url, models, layers = cli_stores.readable(store), Counter[str](), Counter[tuple[int, ...]]()
+    sink = SinkChoice(url, with_sink=with_sink)
     with progress("reading") as work:
         found = list(
             reading.means(
@@ -71,6 +76,7 @@ def fit(
                 rows=rows,
                 models=models,
                 layers=layers,
+                choice=sink,
                 progress=work.tell,
             )
         )
@@ -82,6 +88,7 @@ def fit(
             model=next(iter(models)) if len(models) == 1 else "",
             rows=rows,
             layers=next(iter(layers)) if len(layers) == 1 else (),
+            without_sink=bool(sink.out),
             settings=settings,
             progress=work.tell,
         )
@@ -91,6 +98,13 @@ def fit(
         f"{baseline.warning:.1f}, alarm from {baseline.alarm:.1f}; {settings.false_alarm_rate:g} of runs of "
         f"{settings.horizon} requests without drift raise an alarm"
     )
+    if not (sink.out or with_sink):
+        Console(stderr=True).print(
+            f"the attention sink is part of this baseline: {url} does not tell the rows' attention on position 0 "
+            "(attnhook before 0.2, or JSON lines of several layers that are not in mode 'raw')",
+            style="yellow",
+            soft_wrap=True,
+        )
     if block == 1 and abs(baseline.autocorrelation) > max(_ALIKE, 4 / np.sqrt(baseline.requests)):
         Console(stderr=True).print(
             f"neighbouring requests are alike (correlation {baseline.autocorrelation:.2f}): the rate does not hold; "
@@ -124,6 +138,15 @@ def _refuse_other_layers(url: str, found: Counter[tuple[int, ...]], known: basel
         )
 
 
+def _refuse_other_sink(url: str, without_sink: bool | None, known: baselines.Baseline) -> None:
+    if known.without_sink and without_sink is False:
+        raise OptionError(
+            "baseline",
+            f"the baseline is without the attention sink, and {url} does not tell the rows' attention on position 0 "
+            "(attnhook before 0.2): capture anew, or fit a baseline with --with-sink",
+        )
+
+
 def check(
     store: cli_options.Store,
     baseline: Annotated[Path, typer.Option(metavar="FILE", help="The file that drift fit made.")],
@@ -136,11 +159,13 @@ def check(
 ) -> None:
     """Look through a store's requests in order; exit status 0 without an alarm, 1 with one."""
     from attnhook.analysis.drift import reading
+    from attnhook.analysis.sink import SinkChoice
 
     require("attnhook drift", "analysis", "pyarrow")
     url = cli_stores.readable(store)
     known = baselines.load(baseline)
     monitor, first, layers = DriftMonitor(known), None, Counter[tuple[int, ...]]()
+    sink = SinkChoice(url, with_sink=not known.without_sink)
     with progress("looking") as work:
         for mean in reading.means(
             url,
@@ -149,9 +174,11 @@ def check(
             until=moment("until", until),
             rows=known.rows,
             layers=layers,
+            choice=sink,
             progress=work.tell,
         ):
             _refuse_other_layers(url, layers, known)
+            _refuse_other_sink(url, sink.out, known)
             if monitor.add_request(mean) == "alarm" and first is None:
                 first = monitor.status()
     status = monitor.status()

@@ -26,6 +26,7 @@ _WAIT = 1.0
 
 class _Rows(NamedTuple):
     fingerprints: np.ndarray
+    fits: np.ndarray  # bool [N]: the fingerprint is taken as the baseline's were, with or without the attention sink
     ids: list[str]
     ours: np.ndarray  # bool [N]: of the baseline's model
     steps: np.ndarray
@@ -35,7 +36,8 @@ class DriftWatch:
     """Feeds a `DriftMonitor` with what the collector receives.
 
     Rows of other models than the baseline's, and of the other kind where it was fitted on prompt or generated rows
-    only, are skipped. What does not fit the queue is skipped and counted. State begins anew with each process.
+    only, are skipped, as are rows that do not tell their attention on position 0 where the baseline is without it. What
+    does not fit the queue is skipped and counted. State begins anew with each process.
     """
 
     def __init__(self, baseline: Baseline, *, idle_seconds: float = IDLE_SECONDS, frames: int = _FRAMES) -> None:
@@ -71,13 +73,18 @@ class DriftWatch:
             ids, model = [short(name) for name in block.ids], self._baseline.model
             ours = np.array([not model or name == model for name in block.models], bool)
             try:
-                self._queue.put_nowait(_Rows(block.fingerprints, ids, ours, block.steps))
+                self._queue.put_nowait(_Rows(*self._taken(block), ids, ours, block.steps))
                 return
             except queue.Full:
                 with self._lock:
                     self._waiting -= len(block)
         with self._lock:
             self._skipped["queue_full"] += len(block)
+
+    def _taken(self, block: RowBlock) -> tuple[np.ndarray, np.ndarray]:
+        if not self._baseline.without_sink:
+            return block.fingerprints, np.ones(len(block), bool)
+        return block.free_fingerprints()[0], block.tell_sink
 
     def stats(self) -> dict[str, Any]:
         """State, statistic, thresholds and counts, as JSON values."""
@@ -126,11 +133,15 @@ class DriftWatch:
             other_model = int((~wanted).sum())
             if self._baseline.rows != "all":
                 wanted &= (rows.steps < 0) == (self._baseline.rows == "prompt")
+            other_rows = int((~wanted).sum()) - other_model
+            wanted &= rows.fits
+            no_sink = int((~wanted).sum()) - other_model - other_rows
             ids = [name for name, keep in zip(rows.ids, wanted.tolist(), strict=True) if keep]
             with self._lock:
                 for reason, count in (
                     ("other_model", other_model),
-                    ("other_rows", int((~wanted).sum()) - other_model),
+                    ("other_rows", other_rows),
+                    ("no_sink_mass", no_sink),
                 ):
                     if count:
                         self._skipped[reason] += count

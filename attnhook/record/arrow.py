@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 #: Version of the columns, in the metadata of every Parquet file and Arrow journal.
-SCHEMA_VERSION = 2  # 1 had no query_token
+SCHEMA_VERSION = 3
 VERSION_KEY = b"attnhook.schema_version"
 
 #: Names of the columns, in order.
@@ -38,7 +38,10 @@ NAMES: tuple[str, ...] = (
     "fingerprint",
     "record",
     "query_token",
+    "sink_mass",
 )
+#: Columns that came later than the first version, and with which. They are left out where they hold nothing.
+SINCE: Mapping[str, int] = {"query_token": 2, "sink_mass": 3}
 #: What `Store.fingerprints` gives unless asked for others.
 LIGHT: tuple[str, ...] = (
     "request_id",
@@ -71,8 +74,9 @@ def arrow_schema() -> pa.Schema:
         "fingerprint": pa.list_(pa.float32(), fp.SIZE),
         "record": pa.binary(),
         "query_token": pa.int32(),
+        "sink_mass": pa.float32(),
     }
-    nullable = {"decode_step", "layer", "record", "query_token"}
+    nullable = {"decode_step", "layer", "record", *SINCE}
     fields = [pa.field(name, types[name], nullable=name in nullable) for name in NAMES]
     return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})
 

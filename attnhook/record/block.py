@@ -16,6 +16,7 @@ from attnhook.record.layout import (
     HEADER,
     MAGIC,
     NAME_SEPARATOR,
+    ROW_VERSIONS,
     SECTIONS,
     Header,
     Place,
@@ -25,7 +26,8 @@ from attnhook.record.layout import (
     sections_size,
 )
 from attnhook.record.packing import row_without_tokens
-from attnhook.record.row import MODES, PHASES, VERSIONS
+from attnhook.record.row import MODES, PHASES
+from attnhook.record.sink_mass import free_means
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.zones import ZONE_NAMES, are_fingerprints, classify_many
 
@@ -38,7 +40,7 @@ class RowBlock:
     """Good rows, decoded as far as counting needs; `records` decodes the rest.
 
     ``ids`` and ``models`` are the rows' request ids and model names, ``steps`` int32 [N] (-1 for prompt rows),
-    ``tokens`` bool [N] whether a row has token ids,
+    ``tokens`` bool [N] whether a row has token ids, ``tell_sink`` bool [N] whether it has sink masses,
     ``fingerprints`` float32 [N, 20] the means over each row's layers, ``zones`` int8 [N] indices into
     `ZONE_NAMES`, and ``nbytes`` about the memory that all this takes. Made by `read_rows`, whose work and memory are
     bounded by the rows' number and bytes, whatever is in them.
@@ -56,6 +58,7 @@ class RowBlock:
         self.models: list[str] = self._texts(models_at, self._names_at)
         self.steps: np.ndarray = self._header.step
         self.tokens: np.ndarray = self._header.shape.tokens
+        self.tell_sink: np.ndarray = self._header.shape.sink
         self._order, self._ends, self._shapes = self._by_shape()
         self.fingerprints: np.ndarray = self._means()
         self.zones = np.zeros(len(rows), np.int8) if zones is None else zones
@@ -81,9 +84,12 @@ class RowBlock:
         rows: list[bytes | None] = [*self.rows()]
         layer: list[int | None] = [None] * len(self)
         query: list[int | None] = [None] * len(self)
+        sink: list[float | None] = [None] * len(self)
         for where, layout in self._layouts():
             if (place := layout.places.get("query_token")) is not None:
                 _put(query, where, self._numbers(where, place))
+            if (place := layout.places.get("sink_mass")) is not None:
+                _put(sink, where, self._numbers(where, place).mean(axis=1, dtype=np.float64))
             if fits_columns(layout):
                 lean = where[header.mode[where] == _FINGERPRINT]
                 _put(layer, lean, self._numbers(lean, layout.places["layers"]).ravel())
@@ -103,6 +109,7 @@ class RowBlock:
             fingerprint=self.fingerprints,
             record=rows,
             query_token=query,
+            sink_mass=sink,
         )
 
     def part(self, start: int, stop: int) -> RowBlock:
@@ -182,6 +189,19 @@ class RowBlock:
                 return mean
             found[where] = mean
         return found
+
+    def free_fingerprints(self) -> tuple[np.ndarray, np.ndarray]:
+        """`TokenRecord.free_fingerprint` of each row, float32 [N, 20], and whether it can be told, bool [N]."""
+        found, sound = self.fingerprints, np.ones(len(self), bool)
+        for where, layout in self._layouts():
+            if (place := layout.places.get("sink_mass")) is not None:
+                own = self._numbers(where, layout.places["fingerprints"])
+                means, good = free_means(own, self._numbers(where, place), self._header.position[where])
+                if len(means) == len(found):  # all rows, in order
+                    return means, good
+                found = self.fingerprints.copy() if found is self.fingerprints else found
+                found[where], sound[where] = means, good
+        return found, sound
 
     def _by_shape(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows by their shapes, where those of each shape end in that order, and the shapes [M, 4]."""
@@ -265,7 +285,7 @@ def read_rows(rows: Sequence[bytes]) -> tuple[RowBlock, Counter[str]]:
         bad["damaged_record"] += int((~sound).sum())
         rows = [row for row, good in zip(rows, sound.tolist(), strict=True) if good]
         block = RowBlock(rows)
-    zones = _zones(block.fingerprints)
+    zones = _zones(block)
     if (zones < 0).any():
         bad["damaged_record"] += int((zones < 0).sum())
         rows = [row for row, zone in zip(rows, zones.tolist(), strict=True) if zone >= 0]
@@ -290,7 +310,7 @@ def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     header = Header.read_many(table)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ours = header.magic == MAGIC
-    other = ours & (lengths >= size) & ~np.isin(header.version, VERSIONS)
+    other = ours & (lengths >= size) & ~np.isin(header.version, ROW_VERSIONS)
     announced = header.bounds[-1] + sections_size(header.shape)
     fine = ours & ~other & (announced == lengths) & header.is_sound
     if fine.all():
@@ -309,15 +329,16 @@ def _steps(steps: np.ndarray) -> list[int | None]:
     return found
 
 
-def _put(column: list[int | None], where: np.ndarray, numbers: np.ndarray) -> None:
+def _put(column: list[Any], where: np.ndarray, numbers: np.ndarray) -> None:
     """Write the numbers [n] of rows ``where`` [n] to their places in a column."""
     for row, number in zip(where.tolist(), numbers.tolist(), strict=True):
         column[row] = number
 
 
-def _zones(fingerprints: np.ndarray) -> np.ndarray:
-    """int8 [N]; -1 where it is no attention fingerprint."""
-    sound = are_fingerprints(fingerprints)
+def _zones(block: RowBlock) -> np.ndarray:
+    """int8 [N], of the attention without the sink; -1 where it is no attention fingerprint."""
+    fingerprints, sound = block.free_fingerprints()
+    sound = sound & are_fingerprints(block.fingerprints) & are_fingerprints(fingerprints)
     if sound.all():
         return classify_many(fingerprints)[0]
     codes = np.full(len(fingerprints), -1, np.int8)

@@ -25,7 +25,7 @@ from attnhook.system import moved
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_HELD = {"layers", "fingerprints", "query_token"}  # sections of a row of one layer that are columns
+_HELD = {"layers", "fingerprints", "query_token", "sink_mass"}  # sections of a row of one layer that are columns
 _NO_POSITIONS = np.zeros((1, 0), np.int32)
 _NO_SCORES = np.zeros((1, 0), np.float32)
 
@@ -47,6 +47,7 @@ class Columns:
     fingerprint: np.ndarray  # float32 [n, 20]
     record: list[bytes | None]
     query_token: list[int | None]  # of a row with token ids, -1 where it is masked or not known; None: no ids
+    sink_mass: list[float | None]  # attention on position 0, mean over the layers; None: not kept
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -125,7 +126,13 @@ def from_records(records: Sequence[TokenRecord], time: int | None = None) -> Col
         fingerprint=fingerprints,
         record=[None if bare else record.to_bytes() for record, bare in zip(records, lean, strict=True)],
         query_token=[None if record.token_ids is None else record.query_token for record in records],
+        sink_mass=[mean_sink_mass(record) for record in records],
     )
+
+
+def mean_sink_mass(record: TokenRecord) -> float | None:
+    """Attention on position 0, mean over the captured layers; None where it was not kept."""
+    return None if record.sink_mass is None else float(record.sink_mass.mean(dtype=np.float64))
 
 
 def from_entries(entries: Sequence[Mapping[str, Any]], time: int) -> Columns:
@@ -154,6 +161,7 @@ def from_entries(entries: Sequence[Mapping[str, Any]], time: int) -> Columns:
         fingerprint=fingerprints,
         record=records,
         query_token=[e.get("query_token") for e in entries],
+        sink_mass=[e.get("sink_mass") for e in entries],
     )
 
 
@@ -195,6 +203,7 @@ def to_records(batch: pa.RecordBatch) -> Iterator[TokenRecord]:
             span_mass=np.zeros((1, 0), np.float32),
             query_token=-1 if row["query_token"] is None else row["query_token"],
             token_ids=None if row["query_token"] is None else _NO_POSITIONS,
+            sink_mass=None if row["sink_mass"] is None else np.array([row["sink_mass"]], np.float32),
         )
 
 

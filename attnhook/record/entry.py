@@ -29,6 +29,8 @@ def write_entry(row: RowData, zone: str) -> dict[str, Any]:
         mass = row.topk_mass
         entry["layers"] = {str(layer): _layer(row, i, mass) for i, layer in enumerate(row.layers)}
     entry["fingerprint"] = _rounded(row.fingerprint)
+    if row.sink_mass is not None:
+        entry["sink_mass"] = round(float(row.sink_mass.mean(dtype=np.float64)), _DECIMALS)
     entry["manifold"] = zone
     if row.span_names:
         entry["spans"] = {name: round(mass, _DECIMALS) for name, mass in row.spans.items()}
@@ -60,6 +62,8 @@ def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
             "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
             "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
         }
+    if row.sink_mass is not None:
+        layer["sink_mass"] = round(float(row.sink_mass[i]), _DECIMALS)
     if row.span_names:
         layer["spans"] = dict(zip(row.span_names, _rounded(row.span_mass[i]), strict=True))
     if row.token_ids is not None:
@@ -85,6 +89,8 @@ def read_entry(entry: object) -> dict[str, Any]:
         values = [each for _, each in layers]
         fields |= _positions_and_scores(values)
         fields |= _fingerprints_and_spans(values, entry.get("spans", {}))
+        if "sink_mass" in entry:  # not in those of attnhook before 0.2
+            fields["sink_mass"] = _finite(np.array([float(each["sink_mass"]) for each in values], np.float32))
         if version == TOKENS_VERSION:
             fields |= _tokens(values, entry["query_token"], fields["token_positions"].shape[1])
     except KeyError as error:

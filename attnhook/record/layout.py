@@ -1,8 +1,8 @@
 """The binary row, described once: a header, three texts and sections of numbers, little-endian and without gaps.
 
 The texts are the request id, the model's name and the names of the spans. The header tells their sizes, the numbers of
-layers, entries and spans, and by its version whether there are token ids. Whoever reads or writes a row's bytes asks
-here where a field or a section lies. A new section is a line of `SECTIONS` and a field of `RowData`.
+layers, entries and spans, and by its version whether there are token ids and sink masses. Whoever reads or writes a
+row's bytes asks here where a field or a section lies. A new section is a line of `SECTIONS` and a field of `RowData`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.row import MODES, PHASES, TOKENS_VERSION, UNKNOWN, RowData
+from attnhook.record.row import MODES, PHASES, UNKNOWN, RowData
 
 MAGIC = b"AH"
+#: Versions of a row: without and with token ids; the same with sink masses.
+ROW_VERSIONS = (1, 2, 3, 4)
 NAME_SEPARATOR = "\x1f"  # between the names of the spans
 
 _Byte = Annotated[Any, "u1"]
@@ -57,12 +59,12 @@ class Header(NamedTuple):
     @property
     def shape(self) -> Shape:
         """What the sections' sizes follow from."""
-        return Shape(self.layers, self.k, self.spans, self.version == TOKENS_VERSION)
+        return Shape(self.layers, self.k, self.spans, *_optional(self.version))
 
     @property
     def layout(self) -> RowLayout:
         """`layout_of` the shape of one row."""
-        return _layout(self.layers, self.k, self.spans, self.version == TOKENS_VERSION)
+        return _layout(self.layers, self.k, self.spans, *_optional(self.version))
 
     @property
     def bounds(self) -> tuple[Any, Any, Any, Any]:
@@ -75,6 +77,16 @@ class Header(NamedTuple):
         """Whether a row can have these numbers."""
         known = (self.mode < len(MODES)) & (self.phase < len(PHASES))
         return known & (self.layers > 0) & (self.step >= -1) & (self.position >= 0)
+
+
+def _optional(version: Any) -> tuple[Any, Any]:
+    """Whether rows of that version have token ids, and sink masses."""
+    return version % 2 == 0, version > 2
+
+
+def version_of(tokens: bool, sink: bool) -> int:
+    """The version of rows with or without token ids and sink masses."""
+    return 1 + tokens + 2 * sink
 
 
 _WIDE = {"spans", "layers", "k", "id_size", "model_size", "names_size"}
@@ -98,12 +110,13 @@ class Shape(NamedTuple):
     k: Any
     spans: Any
     tokens: Any = False  # whether there are token ids
+    sink: Any = False  # whether there are sink masses
 
     @classmethod
     def of(cls, row: RowData) -> Shape:
         """That of a record's row; a record whose arrays disagree has none, which shows when it is packed."""
         layers, k = row.token_positions.shape if row.token_positions.ndim == 2 else (len(row.layers), 0)
-        return cls(layers, k, len(row.span_names), row.token_ids is not None)
+        return cls(layers, k, len(row.span_names), row.token_ids is not None, row.sink_mass is not None)
 
 
 class Section(NamedTuple):
@@ -124,6 +137,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("attention_scores", _FLOAT, ("layers", "k")),
     Section("fingerprints", _FLOAT, ("layers", fp.SIZE)),
     Section("span_mass", _FLOAT, ("layers", "spans")),
+    Section("sink_mass", _FLOAT, ("layers",), when="sink"),
     Section("query_token", _INT, (), when="tokens", least=UNKNOWN),
     Section("token_ids", _INT, ("layers", "k"), when="tokens", least=UNKNOWN),
 )
@@ -183,13 +197,16 @@ def layout_of(shape: Shape) -> RowLayout:
 
 
 @lru_cache(maxsize=1024)
-def _layout(layers: int, k: int, spans: int, tokens: bool) -> RowLayout:
-    return RowLayout(Shape(layers, k, spans, tokens))
+def _layout(layers: int, k: int, spans: int, tokens: bool, sink: bool) -> RowLayout:
+    return RowLayout(Shape(layers, k, spans, tokens, sink))
 
 
-def row_size(layers: Any, k: Any, spans: Any, text: Any, tokens: Any = False) -> Any:
-    """Bytes of a row whose texts take ``text`` bytes, ``tokens``: with ids; of many rows, where arrays are given."""
-    return HEADER.itemsize + text + sections_size(Shape(layers, k, spans, tokens))
+def row_size(layers: Any, k: Any, spans: Any, text: Any, tokens: Any = False, sink: Any = False) -> Any:
+    """Bytes of a row whose texts take ``text`` bytes; of many rows, where arrays are given.
+
+    ``tokens`` and ``sink``: with token ids, and with sink masses.
+    """
+    return HEADER.itemsize + text + sections_size(Shape(layers, k, spans, tokens, sink))
 
 
 def sections_size(shape: Shape) -> Any:

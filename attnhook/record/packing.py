@@ -16,18 +16,17 @@ from attnhook.record.layout import (
     FIELD_AT,
     MAGIC,
     NAME_SEPARATOR,
+    ROW_VERSIONS,
     SECTIONS,
     STRUCT,
     Header,
     RowLayout,
+    version_of,
 )
 from attnhook.record.row import (
     MODES,
     PHASES,
-    SCHEMA_VERSION,
-    TOKENS_VERSION,
     UNKNOWN,
-    VERSIONS,
     Mode,
     RowData,
     RowName,
@@ -37,7 +36,8 @@ from attnhook.record.row import (
 
 _FEW = 4  # rows
 _REMEDY = "shorten or mend its names"
-_WITHOUT_TOKENS, _WITH_TOKENS = bytes((SCHEMA_VERSION,)), bytes((TOKENS_VERSION,))
+#: Versions with token ids, each as a byte, and the same without.
+_WITHOUT_TOKENS = {bytes((version_of(True, sink),)): bytes((version_of(False, sink),)) for sink in (False, True)}
 _VERSION_AT, _PHASE_AT = FIELD_AT["version"], FIELD_AT["phase"]  # each a byte
 _OF_ROWS = ("choice", "id_size", "step", "position")  # fields in which the rows of a step differ
 _CHOICE, _ID_SIZE, _STEP, _POSITION = map(Header._fields.index, _OF_ROWS)
@@ -48,10 +48,11 @@ def pack(row: RowData) -> bytes:
     """The binary row of a record; see `TokenRecord.to_bytes`."""
     ids = row.token_ids
     shape, mode, phase, model = row.token_positions.shape, row.mode, row.think_phase, row.model
+    version = version_of(ids is not None, row.sink_mass is not None)
     try:
-        front = _front(row.layers, row.span_names, shape, ids is not None, mode, phase, model)
+        front = _front(row.layers, row.span_names, shape, version, mode, phase, model)
     except TypeError:  # lists have no hash
-        front = _front(tuple(row.layers), tuple(row.span_names), shape, ids is not None, mode, phase, model)
+        front = _front(tuple(row.layers), tuple(row.span_names), shape, version, mode, phase, model)
     parts = front.head(row)
     if ids is not None:
         _check_tokens(row, ids)
@@ -62,8 +63,9 @@ def pack(row: RowData) -> bytes:
             # an astype that changes nothing costs more than all the rest, and a row is on a hot path
             part = (value if value.dtype is dtype else value.astype(dtype)).tobytes()
         if len(part) != size:
-            arrays = row.token_positions, row.attention_scores, row.fingerprints, row.span_mass
-            raise _misfit(row, f"its arrays disagree, {[(len(row.layers),), *(array.shape for array in arrays)]}")
+            arrays = row.token_positions, row.attention_scores, row.fingerprints, row.span_mass, row.sink_mass
+            shapes = [array.shape for array in arrays if array is not None]
+            raise _misfit(row, f"its arrays disagree, {[(len(row.layers),), *shapes]}")
         parts.append(part)
     return b"".join(parts)
 
@@ -75,6 +77,7 @@ def pack_rows(
     scores: np.ndarray,
     fingerprints: np.ndarray,
     span_mass: np.ndarray,
+    sink_mass: np.ndarray | None = None,
     *,
     mode: Mode,
     model: str,
@@ -83,8 +86,9 @@ def pack_rows(
 ) -> list[bytes]:
     """The binary rows of T records with the same layers, k and spans, much faster than one by one.
 
-    ``positions`` [T, L, k], ``scores`` [T, L, k], ``fingerprints`` [T, L, 20] and ``span_mass`` [T, L, n] are those of
-    the records. Raises RecordError where a name or a number does not fit its field, or no layer was captured.
+    ``positions`` [T, L, k], ``scores`` [T, L, k], ``fingerprints`` [T, L, 20], ``span_mass`` [T, L, n] and
+    ``sink_mass`` [T, L] are those of the records. Raises RecordError where a name or a number does not fit its field,
+    or no layer was captured.
     """
     given = {
         "token_positions": positions,
@@ -92,8 +96,11 @@ def pack_rows(
         "fingerprints": fingerprints,
         "span_mass": span_mass,
     }
+    if sink_mass is not None:
+        given["sink_mass"] = sink_mass
     count = len(positions)
-    front = _front(tuple(layers), tuple(span_names), positions.shape[1:], False, mode, think_phase, model)
+    version = version_of(False, sink_mass is not None)
+    front = _front(tuple(layers), tuple(span_names), positions.shape[1:], version, mode, think_phase, model)
     heads = [b"".join(front.head(row)) for row in rows]
     places = front.layout.places
     fits = all(array.shape == (count, *places[name].shape) for name, array in given.items())
@@ -174,12 +181,13 @@ def row_without_tokens(data: bytes) -> bytes:
     if len(data) != start + layout.size:
         return data
     pieces = [data[start + at : start + end] for at, end in layout.without_tokens]
-    return b"".join((data[:_VERSION_AT], _WITHOUT_TOKENS, data[_VERSION_AT + 1 : start], *pieces))
+    version = _WITHOUT_TOKENS[data[_VERSION_AT : _VERSION_AT + 1]]
+    return b"".join((data[:_VERSION_AT], version, data[_VERSION_AT + 1 : start], *pieces))
 
 
 def has_tokens(data: bytes) -> bool:
     """Whether a binary row is of the version that has token ids."""
-    return data[_VERSION_AT : _VERSION_AT + 1] == _WITH_TOKENS
+    return data[_VERSION_AT : _VERSION_AT + 1] in _WITHOUT_TOKENS
 
 
 class _Front:
@@ -222,7 +230,7 @@ def _front(
     layers: tuple[int, ...],
     spans: tuple[str, ...],
     shape: tuple[int, ...],  # of the positions
-    tokens: bool,
+    version: int,
     mode: Mode,
     phase: ThinkPhase,
     model: str,
@@ -244,7 +252,7 @@ def _front(
         )
     header = Header(
         magic=MAGIC,
-        version=TOKENS_VERSION if tokens else SCHEMA_VERSION,
+        version=version,
         mode=MODES.index(mode),
         phase=PHASES.index(phase),
         spans=len(spans),
@@ -293,9 +301,9 @@ def _read(data: bytes) -> tuple[Header, tuple[int, ...], RowLayout]:
     if len(data) < STRUCT.size or data[: len(MAGIC)] != MAGIC:
         raise RecordError(f"not an attnhook record: {len(data)} bytes that begin with {bytes(data[:4])!r}")
     header = Header.read(data)
-    if header.version not in VERSIONS:
+    if header.version not in ROW_VERSIONS:
         raise RecordError(
-            f"record of schema version {header.version}; this attnhook reads {SCHEMA_VERSION} and {TOKENS_VERSION}: "
+            f"record of schema version {header.version}; this attnhook reads {ROW_VERSIONS[0]} to {ROW_VERSIONS[-1]}: "
             "upgrade attnhook"
         )
     bounds, layout = header.bounds, header.layout

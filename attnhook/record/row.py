@@ -8,13 +8,16 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from attnhook.errors import RecordError
+from attnhook.record.sink_mass import free_means
+
 Mode = Literal["raw", "sketch", "fingerprint"]
 ThinkPhase = Literal["think", "output"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 PHASES: tuple[ThinkPhase, ...] = get_args(ThinkPhase)
 
-SCHEMA_VERSION = 1  # of rows and entries without token ids
-TOKENS_VERSION = 2  # of those with them: what version 1 holds, and the ids behind it
+SCHEMA_VERSION = 1  # of entries without token ids; a binary row's version tells more, see `attnhook.record.layout`
+TOKENS_VERSION = 2  # of those with them
 VERSIONS = (SCHEMA_VERSION, TOKENS_VERSION)
 UNKNOWN = -1  # in the place of a token id that is masked or not known
 
@@ -52,6 +55,9 @@ class RowData:
     span_mass: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # float32 [L, n]
     query_token: int = UNKNOWN  # id of the token at query_position; also unknown where there are no ids
     token_ids: np.ndarray | None = None  # int32 [L, k]: ids at token_positions, or UNKNOWN (-1); None: no ids
+    #: float32 [L]: attention on position 0, the attention sink, which is part of the fingerprints; 0 where the row does
+    #: not see it, None where it was not kept (rows of attnhook before 0.2).
+    sink_mass: np.ndarray | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -67,6 +73,23 @@ class RowData:
     def fingerprint(self) -> np.ndarray:
         """Mean over the captured layers, float32[20]."""
         mean: np.ndarray = self.fingerprints.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return mean
+
+    @cached_property
+    def free_fingerprint(self) -> np.ndarray:
+        """Mean over the captured layers without the attention sink, float32[20]; `fingerprint` where it was not kept.
+
+        Raises RecordError where the sink's mass is more than its bin's.
+        """
+        if self.sink_mass is None:
+            return self.fingerprint
+        means, sound = free_means(self.fingerprints[None], self.sink_mass[None], np.array([self.query_position]))
+        if not sound[0]:
+            raise RecordError(
+                f"record {self.key!r}: the mass of its attention sink, {self.sink_mass.tolist()}, does not fit its "
+                "fingerprints: the record is damaged"
+            )
+        mean: np.ndarray = means[0]
         return mean
 
     @property

@@ -13,6 +13,7 @@ from attnhook.record.entry import read_entry, write_entry
 from attnhook.record.layout import SECTIONS
 from attnhook.record.packing import pack, unpack
 from attnhook.record.row import UNKNOWN, RowData
+from attnhook.record.sink_mass import free_means
 from attnhook.record.zones import ZONE_NAMES, classify, classify_many
 from attnhook.system import moved
 
@@ -30,11 +31,12 @@ class TokenRecord(RowData):
 
     @cached_property
     def zone(self) -> str:
-        """Name of the zone that the record's fingerprint falls into; see `fill_zones` for many records.
+        """Name of the zone that the record's attention without the sink falls into; see `fill_zones` for many records.
 
-        Raises RecordError where the fingerprint is none (NaN, or out of range).
+        Of a record that has no `sink_mass` it is that of its whole attention. Raises RecordError where the fingerprint
+        is none (NaN, or out of range).
         """
-        return classify(self.fingerprint).name
+        return classify(self.free_fingerprint).name
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of one entry of ``choices[i].attention_tokens``, with plain Python numbers."""
@@ -52,7 +54,7 @@ class TokenRecord(RowData):
         return cls(request_id=request_id, choice=choice, model=model, **read_entry(entry))
 
     def to_bytes(self) -> bytes:
-        """A self-contained binary row, about ``64 + L * (8 k + 4 n + 82)`` bytes, little-endian.
+        """A self-contained binary row, about ``64 + L * (8 k + 4 n + 86)`` bytes, little-endian.
 
         Token ids, where there are any, make it ``4 + 4 L k`` bytes longer.
 
@@ -74,12 +76,16 @@ def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
     layers = [layer for part in parts for layer in part.layers]
     order = np.argsort(layers)
     ids = all(part.token_ids is not None for part in parts)
+    sink = all(part.sink_mass is not None for part in parts)
+    has = {"": True, "tokens": ids, "sink": sink}
     joined: dict[str, Any] = {
         section.name: np.concatenate([getattr(part, section.name) for part in parts])[order]
         for section in SECTIONS
-        if "layers" in section.axes and section.name != "layers" and (ids or section.when != "tokens")
+        if "layers" in section.axes and section.name != "layers" and has[section.when]
     }
     first = parts[0] if ids else without_tokens(parts[0])
+    if not sink:
+        joined["sink_mass"] = None
     return replace(first, layers=tuple(layers[i] for i in order), **joined)
 
 
@@ -96,11 +102,36 @@ def fill_zones(records: Sequence[TokenRecord], fingerprints: np.ndarray | None =
     no valid fingerprint.
     """
     if not all("zone" in record.__dict__ for record in records):
-        if fingerprints is None:
-            fingerprints = np.stack([record.fingerprint for record in records])
-        codes, _ = classify_many(fingerprints)
+        codes, _ = classify_many(free_fingerprints(records, fingerprints))
         for record, code in zip(records, codes.tolist(), strict=True):
             record.__dict__["zone"] = ZONE_NAMES[code]  # where cached_property keeps it
+
+
+def free_fingerprints(records: Sequence[TokenRecord], fingerprints: np.ndarray | None = None) -> np.ndarray:
+    """`TokenRecord.free_fingerprint` of many records, float32 [n, 20]; ``fingerprints`` as for `fill_zones`.
+
+    Raises RecordError where a sink's mass does not fit its record's fingerprints.
+    """
+    if fingerprints is None:
+        fingerprints = np.stack([record.fingerprint for record in records])
+    by_layers: dict[int, list[int]] = {}
+    for i, record in enumerate(records):
+        if record.sink_mass is not None:
+            by_layers.setdefault(len(record.layers), []).append(i)
+    if not by_layers:
+        return fingerprints
+    found = np.array(fingerprints, np.float32)
+    for rows in by_layers.values():
+        try:
+            own = np.stack([records[i].fingerprints for i in rows])
+            sink = np.stack([records[i].sink_mass for i in rows])  # type: ignore[misc]
+            means, sound = free_means(own, sink, np.array([records[i].query_position for i in rows]))
+        except (ValueError, IndexError):  # arrays that disagree: one of them tells which
+            sound = np.zeros(len(rows), bool)
+        if not sound.all():
+            means = np.stack([records[i].free_fingerprint for i in rows])  # raises, with the record's name
+        found[rows] = means
+    return found
 
 
 if not TYPE_CHECKING:  # a type checker is to know each name

@@ -22,6 +22,7 @@ import numpy as np
 
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
+from attnhook.record import sink_mass
 from attnhook.system import untrusted
 
 ZONE_NAMES: tuple[str, ...] = ("syntax_floor", "semantic_bridge", "structure_ripple", "long_range", "diffuse")
@@ -187,6 +188,13 @@ def classify_many(
     return codes, confidence
 
 
+def check(fingerprints: np.ndarray) -> None:
+    """Raise RecordError, naming row and number, unless `classify_many` takes these fingerprints [N, 20]."""
+    rows = _as_rows(fingerprints)
+    for start in range(0, len(rows), _CHUNK):
+        _check(rows[start : start + _CHUNK].astype(np.float64), start, DEFAULTS.tolerance)
+
+
 def shares(codes: np.ndarray) -> dict[str, float]:
     """Fraction of the codes in each zone, in the order of `ZONE_NAMES`; all 0 where there are none."""
     codes = np.asarray(codes)
@@ -225,23 +233,15 @@ def without_key(fingerprints: np.ndarray, scores: np.ndarray, distances: np.ndar
     rows = _as_rows(fingerprints).astype(np.float64)
     _check(rows, 0, DEFAULTS.tolerance)
     score, distance, keys = (np.asarray(x) for x in (scores, distances, visible))
-    histogram, entropy = rows[:, fp.HISTOGRAM], rows[:, fp.ENTROPY]
-    bins = np.array([fp.bin_of(int(d)) for d in distance], np.int64)
-    total = histogram.sum(axis=1)
-    index = np.arange(len(rows))
-    if (wrong := score > histogram[index, bins] + DEFAULTS.tolerance).any():
-        row = int(wrong.argmax())
+    found, sound = sink_mass.without_key(rows, score, distance, keys)
+    if not sound.all():
+        row = int(sound.argmin())
+        bin_ = fp.bin_of(int(distance[row]))
         raise RecordError(
-            f"row {row}: score {score[row]:.6g} exceeds the mass {histogram[row, bins[row]]:.6g} of its bin "
-            f"{fp.bin_label(int(bins[row]))}; take score and distance from the fingerprint's own row and layer"
+            f"row {row}: score {score[row]:.6g} exceeds the mass {rows[row, fp.HISTOGRAM][bin_]:.6g} of its bin "
+            f"{fp.bin_label(bin_)}; take score and distance from the fingerprint's own row and layer"
         )
-    histogram[index, bins] = np.maximum(histogram[index, bins] - score, 0)
-    part = np.clip(score / np.maximum(total, _TINY), 0, 1)
-    rest = 1 - part
-    nats = (entropy * np.log(keys) + part * np.log(np.maximum(part, _TINY))) / np.maximum(rest, _TINY)
-    nats += np.log(np.maximum(rest, _TINY))
-    left = np.log(np.maximum(keys - 1, 2))
-    return fp.assemble(histogram, np.where((keys > 2) & (rest > _TINY), np.clip(nats / left, 0, 1), 0))
+    return found
 
 
 def _as_array(numbers: Any) -> np.ndarray:

@@ -16,8 +16,8 @@ from attnhook.serving.wire import ASK
 # JSON of a reply, with 7 decimals and no spaces: a number with its comma, and the names around the numbers
 _NUMBER = 10
 _POSITION = 7
-_ENTRY = 160
-_LAYER = 90
+_ENTRY = 184
+_LAYER = 114
 
 
 def generated_rows(options: RequestOptions, new: int) -> int:

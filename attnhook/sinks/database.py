@@ -73,8 +73,17 @@ CREATE VIEW token_records AS
            r.think_phase, r.layer, r.fingerprint, r.record, r.query_token
     FROM records r JOIN sessions s ON s.id = r.session JOIN models m ON m.id = r.model;
 """
+# attention on position 0, mean over the layers
+_SINK_MASS = """
+ALTER TABLE records ADD COLUMN sink_mass REAL;
+DROP VIEW token_records;
+CREATE VIEW token_records AS
+    SELECT r.id, s.request_id, s.choice, r.query_position, r.decode_step, m.name AS model, r.time, r.zone, r.mode,
+           r.think_phase, r.layer, r.fingerprint, r.record, r.query_token, r.sink_mass
+    FROM records r JOIN sessions s ON s.id = r.session JOIN models m ON m.id = r.model;
+"""
 #: Script i takes a store from schema i to schema i + 1. Scripts of released versions never change.
-MIGRATIONS: tuple[str, ...] = (_RECORDS, _DISCOVERY, _TOKENS)
+MIGRATIONS: tuple[str, ...] = (_RECORDS, _DISCOVERY, _TOKENS, _SINK_MASS)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 

@@ -1,8 +1,8 @@
 """A Parquet data set of records: where its files lie, how they are written, listed and removed.
 
 ``model_dir=<model>/date=<day>/<time>-<id>.parquet`` under one folder, local or of any file system that pyarrow
-knows. `_attnhook.json` beside them names the schema version. Files without token ids are of version 1, which has no
-column ``query_token``: a data set that was never asked to keep ids looks as before there were any.
+knows. `_attnhook.json` beside them names the schema version. A file leaves out the later columns that hold nothing in
+it, and is of the last version whose column it has: one without token ids has no column ``query_token``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from attnhook.errors import PluginError, RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.arrow import SCHEMA_VERSION, VERSION_KEY, check_version
+from attnhook.record.arrow import SCHEMA_VERSION, SINCE, VERSION_KEY, check_version
 from attnhook.record.columns import Columns
 from attnhook.system.untrusted import loads
 
@@ -35,7 +35,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MARKER_BYTES = 4096
 _CHUNK_BYTES = 64 * 2**20  # that a column of a row group may always unpack to
 _VALUE_BYTES = 2**20  # of a row's value, on the average of a larger column
-_PLAIN = 1  # the version without token ids
+_PLAIN = 1  # the version without any later column
 _KEY = ["request_id", "choice", "query_position"]
 
 
@@ -147,11 +147,11 @@ class Dataset:
         Raises OSError where the file system does not take them.
         """
         table = _distinct(table)
-        if table["query_token"].null_count == table.num_rows:
-            table = table.drop_columns("query_token")
-            table = table.replace_schema_metadata({VERSION_KEY: str(_PLAIN).encode()})
-        elif self._version() == _PLAIN:
-            self._mark(SCHEMA_VERSION)  # before the file: an older attnhook is to refuse the data set
+        empty = [name for name in SINCE if table[name].null_count == table.num_rows]
+        version = max((since for name, since in SINCE.items() if name not in empty), default=_PLAIN)
+        table = table.drop_columns(empty).replace_schema_metadata({VERSION_KEY: str(version).encode()})
+        if self._version() < version:
+            self._mark(version)  # before the file: an older attnhook is to refuse the data set
         day = table["time"].cast(pa.date32())
         parts = pa.table({"model": table["model"], "day": day}).group_by(["model", "day"]).aggregate([]).to_pylist()
         for part in parts:
@@ -242,6 +242,7 @@ def warm_up() -> None:
         "layer": [0],
         "record": [b""],
         "query_token": [0],
+        "sink_mass": [0.0],
     }
     batch = Columns(**row, fingerprint=np.zeros((1, fp.SIZE), np.float32)).to_arrow()
     table = _distinct(pa.Table.from_batches([batch, batch]))

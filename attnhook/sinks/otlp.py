@@ -96,12 +96,13 @@ class OtlpSink(Sink):
         """Count the records with their requests. Raises RecordError where one has no valid fingerprint."""
         if self._provider is None:
             raise ValueError("sink otlp: is closed")
+        from attnhook.record.token_record import free_fingerprints
         from attnhook.record.zones import classify_many
 
         if self._pid != os.getpid():  # forked: the requests so far are the parent's, and its thread is not here
             self._start()
         fingerprints = mean_fingerprints(batch)
-        zones, _ = classify_many(fingerprints)
+        zones, _ = classify_many(free_fingerprints(batch, fingerprints))
         values = fingerprints[:, list(MEASURES.values())].astype(np.float64)
         now = time.monotonic()
         with self._lock:

@@ -68,11 +68,12 @@ class PrometheusSink(ListeningSink):
         Raises RecordError where one has no valid fingerprint (none is then counted), DroppedError where it cannot
         listen.
         """
+        from attnhook.record.token_record import free_fingerprints
         from attnhook.record.zones import classify_many
 
         self.ready(len(batch))
         fingerprints = mean_fingerprints(batch)
-        zones, _ = classify_many(fingerprints)
+        zones, _ = classify_many(free_fingerprints(batch, fingerprints))
         steps = np.array([-1 if record.is_prompt else 0 for record in batch], np.int32)
         self._tally.add(fingerprints, zones, [record.request_id for record in batch], steps)
 

@@ -17,7 +17,7 @@ _CACHED_BYTES = 16 * 2**20  # of the names of sessions and models that are remem
 _ENTRY_BYTES = 200  # of a name that is remembered, beside its characters
 _COLUMNS = (
     "session", "query_position", "decode_step", "model", "time", "zone", "mode", "think_phase", "layer", "fingerprint",
-    "record", "query_token",
+    "record", "query_token", "sink_mass",
 )  # fmt: skip
 _ROW = f"({', '.join('?' * len(_COLUMNS))})"
 #: Rows of one statement: a step of SQLite for each row costs a third more, and lets go of the interpreter each time.
@@ -171,6 +171,7 @@ class SqliteSink(Sink):
             [data[at : at + size] for at in range(0, len(data), size or 1)],
             columns.record,
             columns.query_token,
+            columns.sink_mass,
         )
         rows = list(zip(*parts, strict=True))
         before = connection.total_changes

@@ -104,6 +104,12 @@ def _check(path: Path, number: int, entry: Mapping[str, Any]) -> None:
             f"null; {_REMEDY}"
         )
 
+    mass = entry.get("sink_mass")
+    if mass is not None and not (isinstance(mass, float | int) and not isinstance(mass, bool) and 0 <= mass <= 1.01):
+        raise RecordError(
+            f"{path}, line {number}: sink_mass is {str(mass)[:80]!r}; it must be a mass from 0 to 1, or null; {_REMEDY}"
+        )
+
 
 def _is_text(value: object) -> bool:
     # JSON may have halves of a surrogate pair, which are no text

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record.arrow import arrow_schema, fixed_list
+from attnhook.record.arrow import SINCE, arrow_schema, fixed_list
 from attnhook.sinks import database
 from attnhook.store.base import Filters, Store
 
@@ -27,7 +27,7 @@ class SqliteStore(Store):
         with database.refusals(path):
             present = {name for _, name, *_ in self._connection.execute("PRAGMA table_info(records)")}
         # no writer of this release has opened it yet
-        self._places = _PLACES if "query_token" in present else {**_PLACES, "query_token": "NULL"}
+        self._places = {**_PLACES, **{name: "NULL" for name in SINCE if name not in present}}
 
     def close(self) -> None:
         """Close the connection."""
@@ -85,6 +85,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "time": _is_number(-(2**63), 2**63),
     "layer": _is_number(-(2**15), 2**15, optional=True),
     "query_token": _is_number(-(2**31), 2**31, optional=True),
+    "sink_mass": lambda value: value is None or isinstance(value, float),
     "record": lambda value: value is None or isinstance(value, bytes),
     "fingerprint": lambda value: isinstance(value, bytes) and len(value) == 4 * fp.SIZE,
 }

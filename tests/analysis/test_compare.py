@@ -19,7 +19,6 @@ from attnhook.errors import AttnhookError, OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record import zones
 from attnhook.record.token_record import TokenRecord
-from attnhook.record.without_sink import without_sink
 from attnhook.sinks.opening import open_sink
 from tests.sinks.samples import small_disk
 
@@ -47,8 +46,7 @@ def request(
                 fingerprints=fp.assemble(histogram, rng.uniform(0.2, 0.6, 2).astype(np.float32)),
                 decode_step=None if i < rows // 2 else i,
                 model=model,
-                span_names=("sink",),
-                span_mass=sink,
+                sink_mass=sink[:, 0],
             )
         )
     return records
@@ -61,6 +59,19 @@ def store(url: str, requests: list[list[TokenRecord]]) -> str:
         sink.write(records)
     sink.close()
     return url
+
+
+def of_before_0_2(requests: list[list[TokenRecord]], *, span: bool) -> list[list[TokenRecord]]:
+    """The same records as attnhook stored them before it kept the sink's mass; ``span``: as `attnhook probe` did."""
+    return [
+        [
+            replace(record, sink_mass=None, span_names=("sink",), span_mass=record.sink_mass[:, None])
+            if span
+            else replace(record, sink_mass=None)
+            for record in records
+        ]
+        for records in requests
+    ]
 
 
 def probes(seed: int, count: int = 40, **changes: object) -> list[list[TokenRecord]]:
@@ -85,10 +96,10 @@ def made_side(rng: np.random.Generator, requests: int, *, rows: int = 20, share:
         requests=tuple(f"r{i:05d}" for i in range(requests)),
         left_out=0,
         rows=np.full(requests, rows),
+        without_sink=False,
         zones=counts,
         sums=prints * rows,
-        free_rows=np.zeros(requests, np.int64),
-        free_zones=np.zeros_like(counts),
+        sink_rows=np.zeros(requests, np.int64),
         sink=np.zeros(requests),
         layers=(),
         layer_rows=np.zeros((requests, 0), np.int64),
@@ -204,14 +215,13 @@ def test_a_side_sums_what_its_records_say(tmp_path, monkeypatch):
     assert (side.label, side.layers, side.total) == ("m", LAYERS, 72)
     for records in requests:
         i = side.requests.index(records[0].request_id)
-        assert side.sums[i] == pytest.approx(sum(record.fingerprint.astype(float) for record in records), abs=1e-5)
+        assert side.sums[i] == pytest.approx(sum(r.free_fingerprint.astype(float) for r in records), abs=1e-5)
         assert side.zones[i].tolist() == [sum(r.zone == name for r in records) for name in zones.ZONE_NAMES]
-        free = [zone.name for zone in without_sink(records, "sink")]
-        assert side.free_zones[i].tolist() == [free.count(name) for name in zones.ZONE_NAMES]
-        assert side.sink[i] == pytest.approx(sum(record.spans["sink"] for record in records))
-        assert side.layer_sums[i] == pytest.approx(sum(r.fingerprints.astype(float) for r in records), abs=1e-5)
-        assert side.layer_sink[i] == pytest.approx(sum(record.span_mass[:, 0] for record in records), abs=1e-5)
-        own = {record.fingerprint.tobytes() for record in records}
+        assert side.sink[i] == pytest.approx(sum(record.sink_mass.mean() for record in records))
+        free = [freed(record) for record in records]
+        assert side.layer_sums[i] == pytest.approx(sum(own.astype(float) for own in free), abs=1e-5)
+        assert side.layer_sink[i] == pytest.approx(sum(record.sink_mass for record in records), abs=1e-5)
+        own = {record.free_fingerprint.tobytes() for record in records}
         assert {row.tobytes() for row in side.sample[side.sample_request == i]} == own
     monkeypatch.setattr(sides, "_BATCH", 7)
     again = read(Source(url), name="A")
@@ -221,6 +231,65 @@ def test_a_side_sums_what_its_records_say(tmp_path, monkeypatch):
             if isinstance(value, np.ndarray):
                 assert np.allclose(getattr(other, name), value), name
     assert read(Source(url), name="A", rows="prompt").total == read(Source(url), name="A", rows="generated").total == 36
+
+
+def freed(record: TokenRecord) -> np.ndarray:
+    """A record's fingerprints [L, 20] without position 0."""
+    p = np.full(len(record.layers), record.query_position)
+    without = zones.without_key(record.fingerprints, record.sink_mass, p, p + 1)
+    return np.where(record.sink_mass[:, None] > 0, without, record.fingerprints)  # 0: hidden by the layer's window
+
+
+def test_the_sink_stays_where_it_is_asked_to_or_is_not_told(tmp_path):
+    requests = probes(1, 12)
+    new = store(f"sqlite:{tmp_path}/new.db", requests)
+    probed = store(f"sqlite:{tmp_path}/probed.db", of_before_0_2(requests, span=True))
+    old = store(f"sqlite:{tmp_path}/old.db", of_before_0_2(requests, span=False))
+    free, spans, whole = (read(Source(url), name="A") for url in (new, probed, old))
+    assert (free.without_sink, spans.without_sink, whole.without_sink) == (True, True, False)
+    assert (free.knows_sink, spans.knows_sink, whole.knows_sink) == (True, True, False)
+    for name in ("zones", "sums", "sample", "layer_sums", "sink", "layer_sink"):
+        assert np.allclose(getattr(free, name), getattr(spans, name)), name
+    asked = read(Source(new), name="A", with_sink=True)
+    for name in ("zones", "sums", "sample", "layer_sums"):
+        assert np.array_equal(getattr(asked, name), getattr(whole, name)), name
+    assert not asked.without_sink and asked.knows_sink
+    assert not np.allclose(asked.sums, free.sums)
+    with pytest.raises(
+        OptionError, match=r"side A \(sqlite:.*new.db\) is without .*, side B \(.*old.db\) does not tell"
+    ):
+        compare(free, whole, QUICK)
+    assert "does not" not in "".join(compare(asked, whole, QUICK).notes)
+    both = store(f"sqlite:{tmp_path}/both.db", requests)
+    store(both, [[replace(r, request_id=r.request_id + "x") for r in rs] for rs in of_before_0_2(requests, span=False)])
+    with pytest.raises(OptionError, match=r"some rows tell their attention .* and others do not.*--with-sink"):
+        read(Source(both), name="A")
+    assert read(Source(both), name="A", with_sink=True).total == 144
+
+
+def test_rows_of_one_layer_without_a_record_tell_the_sink_too(tmp_path):
+    requests = [
+        [replace(r, mode="fingerprint", layers=(3,), token_positions=r.token_positions[:1, :0],
+                 attention_scores=r.attention_scores[:1, :0], fingerprints=r.fingerprints[:1],
+                 sink_mass=r.sink_mass[:1])
+         for r in records]
+        for records in probes(1, 12)
+    ]  # fmt: skip
+    side = read(Source(store(f"sqlite:{tmp_path}/a.db", requests)), name="A")
+    assert side.without_sink and side.layers == (3,)
+    for i, name in enumerate(side.requests):
+        records = next(records for records in requests if records[0].request_id == name)
+        assert side.layer_sums[i, 0] == pytest.approx(sum(freed(r)[0].astype(float) for r in records), abs=1e-5)
+        assert side.sums[i] == pytest.approx(side.layer_sums[i, 0], abs=1e-5)
+
+
+def test_a_mass_that_does_not_fit_is_refused(tmp_path):
+    requests = probes(1, 12)
+    requests[3][2] = replace(requests[3][2], sink_mass=np.array([0.9, 0.9], np.float32))
+    url = f"sqlite:{tmp_path}/a.db"
+    store(url, requests[:3])
+    with pytest.raises(RecordError):  # no store takes it
+        store(url, requests[3:4])
 
 
 def test_beyond_the_limit_a_random_part_of_the_requests_is_kept(tmp_path):
@@ -240,7 +309,7 @@ def test_a_mixture_is_refused_unless_asked_for(tmp_path):
     assert read(Source(url, model="m"), name="A").total == 72
     assert read(Source(url), name="A", mixed=True).models == {"m": 72, "other": 6}
     single = [replace(r, layers=(3,), token_positions=r.token_positions[:1], attention_scores=r.attention_scores[:1],
-                      fingerprints=r.fingerprints[:1], span_mass=r.span_mass[:1])
+                      fingerprints=r.fingerprints[:1], sink_mass=r.sink_mass[:1])
               for r in request(np.random.default_rng(9), "y")]  # fmt: skip
     url = store(f"sqlite:{tmp_path}/b.db", [*probes(1, 12), single])
     with pytest.raises(OptionError, match=r"different layers.*\[3, 29\] \(72 rows\), \[3\] \(6 rows\)"):
@@ -260,7 +329,7 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
         data = bytearray(database.execute("SELECT record FROM records WHERE id = 3").fetchone()[0])
         data[2] = 9  # the version byte
         database.execute("UPDATE records SET record = ? WHERE id = 3", (bytes(data),))
-    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1 and 2: upgrade"):
+    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1 to 4: upgrade"):
         read(Source(f"sqlite:{tmp_path}/b.db"), name="B")
 
     path = tmp_path / "c.jsonl"
@@ -349,17 +418,18 @@ def test_the_command_writes_a_report_that_is_the_same_again(tmp_path, monkeypatc
     for _ in range(2):
         code, out, err = attnhook(monkeypatch, capsys, *command, "report")
         assert code == 0, err
-        assert "Zone shares without the attention sink" in out and "semantic_bridge" in out
+        assert "without the sink, position 0" in " ".join(out.split()) and "semantic_bridge" in out
         found = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
         files.append(found)
         for path in (tmp_path / "report").iterdir():
             path.unlink()
         (tmp_path / "report").rmdir()
     assert files[0] == files[1]
-    drawings = {"zones.svg", "zones-without-sink.svg", "distances.svg", "layers.svg"}
+    drawings = {"zones.svg", "distances.svg", "layers.svg"}
     assert set(files[0]) == {"comparison.md", "comparison.html", "comparison.json", *drawings}
 
     result = json.loads(files[0]["comparison.json"])
+    assert result["without_sink"] is True and result["sink_mass"]["a"]["value"] > 0
     assert result["design"] == "independent" and result["sides"]["b"]["models"] == {"two": 180}
     shares = [row["a"]["value"] for row in result["zones"]]
     assert sum(shares) == pytest.approx(1)
@@ -368,7 +438,7 @@ def test_the_command_writes_a_report_that_is_the_same_again(tmp_path, monkeypatc
     page = _Tags()
     page.feed(files[0]["comparison.html"].decode())
     names = [tag for tag, _ in page.tags]
-    assert names.count("svg") == 4 and not {"script", "link", "img", "iframe", "b"} & set(names)
+    assert names.count("svg") == 3 and not {"script", "link", "img", "iframe", "b"} & set(names)
     outside = [
         v
         for _, a in page.tags
@@ -425,5 +495,5 @@ def test_steps_are_told_in_order():
     rng = np.random.default_rng(0)
     told: list[tuple[str, int, int]] = []
     compare(made_side(rng, 20), made_side(rng, 20), QUICK, progress=lambda *step: told.append(step))
-    assert [done for _, done, _ in told] == list(range(len(told))) and told[-1] == ("done", 7, 7)
+    assert [done for _, done, _ in told] == list(range(len(told))) and told[-1] == ("done", 6, 6)
     assert numbers.MEASURES.keys() == {"local", "mid", "long", "entropy"}

@@ -95,8 +95,8 @@ def test_a_newer_schema_in_the_store(tmp_path):
     (file,) = (tmp_path / "store").rglob("*.parquet")
     table = pq.read_table(file)
     newer = file.with_name(file.name.replace(".parquet", "-newer.parquet"))
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, VERSION_KEY: b"3"}), newer)
-    with pytest.raises(RecordError, match=r"schema version 3; this attnhook reads 2: upgrade"):
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, VERSION_KEY: b"4"}), newer)
+    with pytest.raises(RecordError, match=r"schema version 4; this attnhook reads 3: upgrade"):
         discover(store, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 

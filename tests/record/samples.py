@@ -15,7 +15,7 @@ from attnhook.record.token_record import TokenRecord
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
-ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids")
+ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids", "sink_mass")
 
 
 def _floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -35,13 +35,15 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
     spans = tuple(draw(st.lists(NAMES, max_size=3, unique=True)))
     tokens = st.integers(-1, 2**31 - 1)
     ids = draw(st.none() | hnp.arrays(np.int32, (layers, k), elements=tokens))
+    position, prints = draw(st.integers(0, 2**31 - 1)), draw(_fingerprints(layers))
+    part = draw(st.none() | _floats(layers))  # that the sink has of its bin
     return TokenRecord(
         request_id=draw(NAMES),
-        query_position=draw(st.integers(0, 2**31 - 1)),
+        query_position=position,
         layers=tuple(sorted(draw(st.sets(st.integers(0, 2**15 - 1), min_size=layers, max_size=layers)))),
         token_positions=draw(hnp.arrays(np.int32, (layers, k), elements=st.integers(-1, 2**31 - 1))),
         attention_scores=draw(_floats(layers, k)),
-        fingerprints=draw(_fingerprints(layers)),
+        fingerprints=prints,
         decode_step=draw(st.none() | st.integers(0, 2**31 - 1)),
         choice=draw(st.integers(0, 2**16 - 1)),
         mode=draw(st.sampled_from(MODES)),
@@ -51,6 +53,7 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
         span_mass=draw(_floats(layers, len(spans))),
         query_token=-1 if ids is None else draw(tokens),
         token_ids=ids,
+        sink_mass=None if part is None else part * prints[:, fp.HISTOGRAM][:, fp.bin_of(position)],
     )
 
 
@@ -85,6 +88,7 @@ def packed(records):
         [RowName(r.request_id, r.choice, r.decode_step, r.query_position) for r in records],
         last.layers,
         *(np.stack([getattr(last, name) for _ in records]) for name in ARRAYS[:4]),
+        None if last.sink_mass is None else np.stack([last.sink_mass for _ in records]),
         mode=last.mode,
         think_phase=last.think_phase,
         model=last.model,

@@ -29,7 +29,7 @@ def test_what_the_old_module_had_is_found_for_one_release(name):
     [
         (None, "was not written by attnhook"),
         ({b"pandas": b"{}"}, "was not written by attnhook"),
-        ({arrow.VERSION_KEY: b"3"}, "schema version 3; this attnhook reads 2: upgrade"),
+        ({arrow.VERSION_KEY: b"4"}, "schema version 4; this attnhook reads 3: upgrade"),
         ({arrow.VERSION_KEY: b"0"}, "schema version 0"),
         ({arrow.VERSION_KEY: b"\xffx"}, "schema version"),
     ],

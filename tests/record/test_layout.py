@@ -132,7 +132,8 @@ def test_the_header_is_what_it_was():
 
 
 SHAPES = st.builds(
-    Shape, st.integers(1, 2**16 - 1), st.integers(0, 2**16 - 1), st.integers(0, 255), st.integers(0, 1)
+    Shape,
+    st.integers(1, 2**16 - 1), st.integers(0, 2**16 - 1), st.integers(0, 255), st.integers(0, 1), st.integers(0, 1),
 )  # fmt: skip
 
 
@@ -141,8 +142,8 @@ def test_sizes_of_one_row_and_of_many_are_the_same(shapes, text):
     many = Shape(*np.array(shapes, np.int64).T)
     sizes = [layout_of(shape).size for shape in shapes]
     assert sections_size(many).tolist() == sizes == [sections_size(shape) for shape in shapes]
-    layers, k, spans, tokens = many
-    assert row_size(layers, k, spans, text, tokens).tolist() == [HEADER.itemsize + text + size for size in sizes]
+    layers, k, spans, tokens, sink = many
+    assert row_size(layers, k, spans, text, tokens, sink).tolist() == [HEADER.itemsize + text + size for size in sizes]
     for shape, size in zip(shapes, sizes, strict=True):
         end = 0
         for place in layout_of(shape).places.values():

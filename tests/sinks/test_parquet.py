@@ -318,8 +318,11 @@ def test_a_full_disk_loses_nothing_that_was_taken(tmp_path, caplog):
                 sink.write([record(stored + i) for i in range(50)])
                 stored += 50
         assert sink.written == stored > 0
+        with ballast.open("ab", buffering=0) as rest, pytest.raises(OSError, match="No space left"):
+            while True:
+                rest.write(b"x" * 512)
         with pytest.raises(OSError, match=r"No space left"):
-            sink.publish()  # the journal fills the disk
+            sink.publish()
         assert files(path) == []
         assert not list(path.rglob("*.tmp"))
         ballast.unlink()
@@ -376,9 +379,9 @@ def test_deleting_a_request_rewrites_only_its_files(path):
 
 def test_a_data_set_of_a_newer_schema_is_refused_and_left_alone(path):
     open_sink(f"parquet:{path}").close()
-    (path / MARKER).write_text('{"schema_version": 3}')
+    (path / MARKER).write_text('{"schema_version": 4}')
     for opens in (open_sink, open_store):
-        with pytest.raises(PluginError, match=r"schema version 3; this attnhook knows 2: upgrade"):
+        with pytest.raises(PluginError, match=r"schema version 4; this attnhook knows 3: upgrade"):
             opens(f"parquet:{path}")
     assert sorted(os.listdir(path)) == [MARKER, "_journal"]
     (path / MARKER).write_text("[]")

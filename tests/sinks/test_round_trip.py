@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from attnhook.errors import RecordError
 from attnhook.record import columns
 from attnhook.record.arrow import LIGHT
-from attnhook.record.row import TOKENS_VERSION
+from attnhook.record.layout import ROW_VERSIONS
 from attnhook.record.token_record import TokenRecord
 from attnhook.sinks.jsonl import read_jsonl
 from attnhook.sinks.opening import open_sink
@@ -58,14 +58,14 @@ def by_key(records: list[TokenRecord]) -> list[TokenRecord]:
 
 def test_a_binary_row_of_a_newer_schema_is_refused(tmp_path):
     newer = columns.from_records([record()])
-    newer.record = [bytes([*record().to_bytes()[:2], TOKENS_VERSION + 1]) + record().to_bytes()[3:]]
+    newer.record = [bytes([*record().to_bytes()[:2], ROW_VERSIONS[-1] + 1]) + record().to_bytes()[3:]]
     for url in (f"sqlite:{tmp_path}/records.db", f"parquet:{tmp_path}/records"):
         sink = open_sink(url)
         sink.write_columns(newer)
         sink.close()
         with open_store(url) as store:
             assert store.count() == 1  # its columns can still be read
-            with pytest.raises(RecordError, match=f"schema version {TOKENS_VERSION + 1}.*upgrade"):
+            with pytest.raises(RecordError, match=f"schema version {ROW_VERSIONS[-1] + 1}.*upgrade"):
                 list(store.records())
 
 

@@ -235,7 +235,7 @@ def test_a_virtual_table_and_generated_columns_are_refused(tmp_path):
     filled(f"sqlite:{path}")
     change(path, "DROP VIEW token_records", "DROP TABLE records",
            "CREATE TABLE records (id INTEGER PRIMARY KEY, session, query_position, decode_step, model, time, zone, "
-           "mode, think_phase, layer, fingerprint AS (zeroblob(80)), record, query_token)")  # fmt: skip
+           "mode, think_phase, layer, fingerprint AS (zeroblob(80)), record, query_token, sink_mass)")  # fmt: skip
     assert "fingerprint must be plain columns of it" in refused(lambda: read_all(f"sqlite:{path}"))
     change(path, "DROP TABLE records", "CREATE VIRTUAL TABLE records USING fts5(session)")
     assert "records must be a table, and is a table (CREATE VIRTUAL)" in refused(lambda: read_all(f"sqlite:{path}"))

@@ -51,7 +51,7 @@ class ZoneRow:
 
 @dataclass(frozen=True)
 class Depth:
-    """Means over the rows of one captured layer; ``sink`` where the rows' span of that name is known."""
+    """Means over the rows of one captured layer; ``sink``, the mass on position 0, where all rows tell it."""
 
     layer: int
     rows: int
@@ -88,9 +88,9 @@ class Comparison:
     settings: Settings
     paired: bool
     without_partner: tuple[int, int]  # requests left out
+    without_sink: bool  # all that follows, but for the sink's own mass, is of the attention without position 0
     zones: list[ZoneRow]
-    free_zones: list[ZoneRow]  # the key at position 0 left out; none where that is not known
-    sink: tuple[Estimate, Estimate, Estimate] | None  # mean mass on that key: A, B, A minus B
+    sink: tuple[Estimate, Estimate, Estimate] | None  # mean mass on position 0: A, B, A minus B; None if not known
     means: dict[str, tuple[Estimate, Estimate, Estimate]]  # of `MEASURES`: A, B, A minus B
     histograms: tuple[tuple[float, ...], tuple[float, ...]]
     jensen_shannon: Distance

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnhook.analysis.compare.comparison import MEASURES, Comparison, Depth, ZoneRow
+from attnhook.analysis.compare.comparison import MEASURES, Comparison, Depth
 from attnhook.analysis.compare.resampling import Estimate
 from attnhook.record import fingerprint as fp
 
@@ -20,8 +20,9 @@ COLOURS = ("#1D66D5", "#D55E00")
 _MARKERS = ("o", "s")
 
 
-def zones(comparison: Comparison, rows: Sequence[ZoneRow]) -> Figure:
+def zones(comparison: Comparison) -> Figure:
     """Zone shares of both sides and their differences, with intervals."""
+    rows = comparison.zones
     figure, (shares, differences) = _panels(1, 2, 10, 3.4)
     place = np.arange(len(rows))[::-1]
     for side, (offset, label) in enumerate(((0.18, comparison.a.label), (-0.18, comparison.b.label))):

@@ -20,7 +20,7 @@ from attnhook.analysis.compare.resampling import Estimate
 from attnhook.analysis.compare.sides import Side
 from attnhook.errors import AttnhookError, OptionError
 
-FORMAT_VERSION: Final = 1  # of comparison.json
+FORMAT_VERSION: Final = 2  # of comparison.json; 1 had its zones with the attention sink, and zones_without_sink
 
 
 def check_new(folder: Path) -> None:
@@ -98,18 +98,7 @@ def _blocks(comparison: Comparison, command: str, *, drawn: bool) -> list[Block]
         _zone_table(c.zones, level),
     ]
     if drawn:
-        blocks.append(
-            _figure(c, "zones.svg", "Zone shares of both sides and their differences", figures.zones(c, c.zones))
-        )
-    if c.free_zones:
-        blocks += [
-            Heading("Zone shares without the attention sink"),
-            Paragraph("The key at position 0 is taken out of every row, exactly; what is left is classified."),
-            _zone_table(c.free_zones, level),
-        ]
-        if drawn:
-            what = "Zone shares without the key at position 0"
-            blocks.append(_figure(c, "zones-without-sink.svg", what, figures.zones(c, c.free_zones)))
+        blocks.append(_figure(c, "zones.svg", "Zone shares of both sides and their differences", figures.zones(c)))
     blocks += [Heading("Attention by distance"), _means_table(c, level)]
     if drawn:
         blocks.append(_figure(c, "distances.svg", "Mean attention by distance", figures.distances(c)))
@@ -136,12 +125,12 @@ def to_json(comparison: Comparison, command: str) -> dict[str, Any]:
         "design": "paired" if c.paired else "independent",
         "sides": {name: _side_json(side) for name, side in (("a", c.a), ("b", c.b))},
         "without_partner": list(c.without_partner),
+        "without_sink": c.without_sink,
         "notes": list(c.notes),
         **{
             name: _plain(value)
             for name, value in (
                 ("zones", [asdict(row) for row in c.zones]),
-                ("zones_without_sink", [asdict(row) for row in c.free_zones]),
                 ("sink_mass", None if c.sink is None else _three(c.sink)),
                 ("means", {name: _three(found) for name, found in c.means.items()}),
                 ("histograms", dict(zip("ab", c.histograms, strict=True))),
@@ -205,8 +194,13 @@ def _method(c: Comparison, level: str) -> str:
         else "Independent: each side's requests are resampled, and p-values come from dealing all requests to the two "
         "sides anew."
     )
+    sink = (
+        "All is of the attention without the sink, position 0, which is taken out of every row and layer exactly."
+        if c.without_sink
+        else "The attention sink, position 0, is part of all numbers."
+    )
     return (
-        f"{design} Rows of one request depend on each other, so whole requests are resampled throughout: "
+        f"{design} {sink} Rows of one request depend on each other, so whole requests are resampled throughout: "
         f"{s.resamples:,} bootstrap resamples for {level} percentile intervals, {s.permutations:,} permutations for "
         f"p-values (none is below {1 / (s.permutations + 1):.4g}). p (Holm) is corrected for the rows of its table. "
         "Differences are A - B."

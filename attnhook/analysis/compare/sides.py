@@ -1,7 +1,8 @@
 """One side of a comparison: a summary of bounded size for each request of a store.
 
 Rows of one request are not independent of each other, so everything that is resampled later is a request; what is
-kept here are sums over each request's rows, and a few of its fingerprints.
+kept here are sums over each request's rows, and a few of its fingerprints. All of them are without the attention sink,
+position 0, where the store tells it.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from attnhook.analysis.sink import SinkChoice
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
-from attnhook.record import zones
+from attnhook.record import sink_mass, zones
 from attnhook.record.arrow import fingerprints_of, show_layer_sets
 from attnhook.record.token_record import TokenRecord
+from attnhook.record.without_sink import sink_mass_of
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["all", "prompt", "generated"]
 ROWS: tuple[Rows, ...] = get_args(Rows)
-SINK_SPAN: Final = "sink"  # the span (0, 1) that `attnhook probe` captures
+SINK_SPAN: Final = "sink"  # the span (0, 1) of `attnhook probe`, which tells the sink's mass in stores before 0.2
 MIN_REQUESTS: Final = 10
 MAX_REQUESTS: Final = 20_000
 SAMPLED_ROWS: Final = 8  # fingerprints kept of each request
@@ -36,7 +39,7 @@ _BATCH = 4096
 _ZONES = len(zones.ZONE_NAMES)
 
 _PER_REQUEST = (
-    *("rows", "zones", "sums", "free_rows", "free_zones", "sink"),
+    *("rows", "zones", "sums", "sink_rows", "sink"),
     *("layer_rows", "layer_sums", "layer_sink_rows", "layer_sink"),
 )
 
@@ -69,12 +72,12 @@ class Side:
     layer_sets: dict[Layers, int]  # rows of each set of captured layers; () where a row does not tell
     requests: tuple[str, ...]
     left_out: int  # requests beyond MAX_REQUESTS, left out at random
+    without_sink: bool  # zones, sums and samples are those of the attention without position 0
     rows: np.ndarray  # int64 [R]
     zones: np.ndarray  # int64 [R, zones] rows in each zone
     sums: np.ndarray  # float64 [R, 20] of the records' fingerprints
-    free_rows: np.ndarray  # int64 [R] rows whose span "sink" is known
-    free_zones: np.ndarray  # int64 [R, zones] those rows' zones without the key at position 0
-    sink: np.ndarray  # float64 [R] sum of those rows' mass on that key
+    sink_rows: np.ndarray  # int64 [R] rows that tell their attention on position 0
+    sink: np.ndarray  # float64 [R] sum of that
     layers: Layers
     layer_rows: np.ndarray  # int64 [R, L]
     layer_sums: np.ndarray  # float64 [R, L, 20]
@@ -90,8 +93,8 @@ class Side:
 
     @property
     def knows_sink(self) -> bool:
-        """Whether every row has the span ``sink``."""
-        return bool((self.free_rows == self.rows).all())
+        """Whether every row tells its attention on position 0."""
+        return bool((self.sink_rows == self.rows).all())
 
     def take(self, index: np.ndarray) -> Side:
         """The side with only these requests, in that order; ``index`` int64 [r], none twice."""
@@ -113,25 +116,31 @@ def read(
     mixed: bool = False,
     seed: int = 0,
     max_requests: int = MAX_REQUESTS,
+    with_sink: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Side:
     """Read a side; memory is that of ``max_requests`` summaries, whatever the store's size.
 
-    ``name`` ("A", "B") is used in messages. Of more requests a random part is kept that depends on the ids and the
-    seed only. ``progress`` is called with rows read and rows in all.
+    Each row is taken without the attention sink where all rows tell their attention on position 0, unless
+    ``with_sink``. ``name`` ("A", "B") is used in messages. Of more requests a random part is kept that depends on the
+    ids and the seed only. ``progress`` is called with rows read and rows in all.
 
     Raises
     ------
     OptionError
-        Nothing is left to read; several models, or rows of different layers, and not ``mixed``.
+        Nothing is left to read; several models, or rows of different layers, and not ``mixed``; some rows tell their
+        attention on position 0 and others do not, and not ``with_sink``.
     RecordError, PluginError
         A fingerprint is NaN or out of range; the store is damaged, of another schema version, or not there.
     """
     if rows not in ROWS:
         raise OptionError("rows", f"rows={rows!r} must be one of {', '.join(ROWS)}")
-    found = _Gatherer(seed, max_requests)
+    found = _Gatherer(seed, max_requests, SinkChoice(f"side {name} ({source.url})", with_sink=with_sink))
     filters = {"model": source.model, "since": source.since, "until": source.until}
-    columns = ("request_id", "choice", "query_position", "decode_step", "model", "layer", "fingerprint", "record")
+    columns = (
+        *("request_id", "choice", "query_position", "decode_step", "model", "layer", "fingerprint", "record"),
+        "sink_mass",
+    )
     seen = 0
     with open_store(source.url) as store:
         total = store.count(**filters)  # type: ignore[arg-type]
@@ -187,8 +196,8 @@ def _chosen(batch: pa.RecordBatch, rows: Rows) -> pa.RecordBatch:
 class _Request:
     key: int  # its random number: those with the lowest are kept
     rows: int = 0
-    free_rows: int = 0
-    zones: np.ndarray = field(default_factory=lambda: np.zeros((2, _ZONES), np.int64))  # as it is, without the sink
+    sink_rows: int = 0
+    zones: np.ndarray = field(default_factory=lambda: np.zeros(_ZONES, np.int64))
     sums: np.ndarray = field(default_factory=lambda: np.zeros(fp.SIZE))
     sink: float = 0.0
     layers: dict[Layers, np.ndarray] = field(default_factory=dict)  # float64 [L, 20 + rows, sink rows, sink mass]
@@ -199,9 +208,10 @@ class _Request:
 class _Gatherer:
     """Sums per request over batches; the result does not depend on how rows are cut into batches."""
 
-    def __init__(self, seed: int, max_requests: int) -> None:
+    def __init__(self, seed: int, max_requests: int, sink: SinkChoice) -> None:
         self._salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
         self._max = max_requests
+        self._sink = sink
         self._heap: list[tuple[int, str]] = []  # the kept requests, highest random number first
         self.requests: dict[str, _Request] = {}
         self._left_out: set[int] = set()
@@ -214,6 +224,15 @@ class _Gatherer:
         ids = batch.column("request_id").to_pylist()
         self.models.update(batch.column("model").to_pylist())
         prints = fingerprints_of(batch)
+        zones.check(prints)
+        groups = _by_layers(batch, prints)
+        told = np.zeros(len(ids), bool)
+        for group in groups:
+            told[group.where] = group.sink is not None
+        if self._sink.is_out(told):
+            prints = prints.copy()
+            for group in groups:
+                prints[group.where] = group.free()
         codes, _ = zones.classify_many(prints)  # with today's thresholds, not those of when it was stored
         names = {name: place for place, name in enumerate(dict.fromkeys(ids))}
         which = np.fromiter((names[name] for name in ids), np.int64, len(ids))
@@ -223,7 +242,7 @@ class _Gatherer:
                 owner.rows += count
         self._add_sums(owners, which, codes, prints)
         self._add_samples(owners, which, batch, prints)
-        self._add_layers(owners, which, batch, prints)
+        self._add_layers(owners, which, groups)
 
     def _owner(self, name: str) -> _Request | None:
         """The request's summary; None where it is left out."""
@@ -250,7 +269,7 @@ class _Gatherer:
         np.add.at(sums, which, prints)
         for owner, zone, total in zip(owners, counted, sums, strict=True):
             if owner is not None:
-                owner.zones[0] += zone
+                owner.zones += zone
                 owner.sums += total
 
     def _add_samples(
@@ -271,41 +290,29 @@ class _Gatherer:
             owner.sample_keys = together[lowest]
             owner.sample = np.concatenate([owner.sample, prints[best]])[lowest]
 
-    def _add_layers(
-        self, owners: Sequence[_Request | None], which: np.ndarray, batch: pa.RecordBatch, prints: np.ndarray
-    ) -> None:
-        for layers, where, own, sink, positions in _by_layers(batch, prints):
+    def _add_layers(self, owners: Sequence[_Request | None], which: np.ndarray, groups: Sequence[_Group]) -> None:
+        for layers, where, own, sink, _ in groups:
             self.layer_sets[layers] += len(where)
             part = np.zeros((len(owners), len(layers), fp.SIZE + 3))
             values = np.zeros((len(where), len(layers), fp.SIZE + 3))
             values[..., : fp.SIZE] = own
             values[..., fp.SIZE] = 1
+            mass: np.ndarray = np.zeros(len(owners))
             if sink is not None:
                 values[..., fp.SIZE + 1] = 1
                 values[..., fp.SIZE + 2] = sink
-                self._add_free(owners, which[where], own, sink, positions)
+                mass = np.bincount(which[where], sink.mean(axis=1, dtype=np.float64), minlength=len(owners))
             np.add.at(part, which[where], values)
+            counts: list[int] = np.bincount(which[where], minlength=len(owners)).tolist()
             for place in np.unique(which[where]).tolist():
                 owner = owners[place]
-                if owner is not None and layers:
+                if owner is None:
+                    continue
+                if sink is not None:
+                    owner.sink_rows += counts[place]
+                    owner.sink += float(mass[place])
+                if layers:
                     owner.layers[layers] = owner.layers.get(layers, 0) + part[place]
-
-    def _add_free(
-        self,
-        owners: Sequence[_Request | None],
-        which: np.ndarray,
-        own: np.ndarray,
-        sink: np.ndarray,
-        positions: np.ndarray,
-    ) -> None:
-        codes, _ = zones.classify_many(without_sink(own, sink, positions))
-        counted = np.bincount(which * _ZONES + codes, minlength=len(owners) * _ZONES).reshape(-1, _ZONES)
-        mass = np.bincount(which, sink.mean(axis=1, dtype=np.float64), minlength=len(owners))
-        for owner, zone, total in zip(owners, counted, mass.tolist(), strict=True):
-            if owner is not None:
-                owner.zones[1] += zone
-                owner.free_rows += int(zone.sum())
-                owner.sink += total
 
     def side(self, source: Source, name: str) -> Side:
         """Everything as arrays."""
@@ -326,11 +333,11 @@ class _Gatherer:
             layer_sets=dict(self.layer_sets.most_common()),
             requests=tuple(ids),
             left_out=len(self._left_out),
+            without_sink=bool(self._sink.out),
             rows=np.array([request.rows for request in found], np.int64),
-            zones=np.stack([request.zones[0] for request in found]),
+            zones=np.stack([request.zones for request in found]),
             sums=np.stack([request.sums for request in found]),
-            free_rows=np.array([request.free_rows for request in found], np.int64),
-            free_zones=np.stack([request.zones[1] for request in found]),
+            sink_rows=np.array([request.sink_rows for request in found], np.int64),
             sink=np.array([request.sink for request in found]),
             layers=layers,
             layer_rows=counts[..., 0],
@@ -342,40 +349,53 @@ class _Gatherer:
         )
 
 
-def _by_layers(
-    batch: pa.RecordBatch, prints: np.ndarray
-) -> Iterator[tuple[Layers, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]]:
-    """The rows of each set of layers and spans: layers, rows [n], fingerprints [n, L, 20], sink [n, L], positions."""
-    rows = zip(batch.column("record").to_pylist(), batch.column("layer").to_pylist(), strict=True)
-    groups: dict[tuple[Layers, bool], list[tuple[int, TokenRecord | None]]] = {}
-    for i, (data, layer) in enumerate(rows):
-        record = None if data is None else TokenRecord.from_bytes(data)
-        layers: Layers = record.layers if record is not None else () if layer is None else (layer,)
-        knows = record is not None and SINK_SPAN in record.span_names
-        groups.setdefault((layers, knows), []).append((i, record))
+class _Group(NamedTuple):
+    """The rows of a batch with the same layers that all tell, or do not tell, their attention on position 0."""
+
+    layers: Layers
+    where: np.ndarray  # int64 [n] in the batch
+    own: np.ndarray  # float32 [n, L, 20] fingerprints; `free` takes the sink out
+    sink: np.ndarray | None  # float32 [n, L]
+    positions: np.ndarray  # int64 [n]
+
+    def free(self) -> np.ndarray:
+        """Take position 0 out of ``own``; the means over the layers, float32 [n, 20]. Raises RecordError."""
+        if self.sink is None:
+            raise ValueError("rows that do not tell their attention on position 0")
+        self.own[:], sound = sink_mass.without_sink(self.own, self.sink, self.positions)
+        if not sound.all():
+            at = int(sound.argmin())
+            raise RecordError(
+                f"the row at position {self.positions[at]} is damaged: its attention on position 0, "
+                f"{self.sink[at].max():.6g}, is more than its fingerprint has there; remove it"
+            )
+        mean: np.ndarray = self.own.mean(axis=1, dtype=np.float64).astype(np.float32)
+        return mean
+
+
+def _by_layers(batch: pa.RecordBatch, prints: np.ndarray) -> list[_Group]:
+    """The rows of each set of layers; of a row that tells no layer L is 0."""
+    rows = zip(*(batch.column(name).to_pylist() for name in ("record", "layer", "sink_mass")), strict=True)
+    groups: dict[tuple[Layers, bool], list[tuple[int, np.ndarray, np.ndarray | None]]] = {}
+    for i, (data, layer, mass) in enumerate(rows):
+        layers: Layers = () if layer is None else (layer,)
+        own, sink = np.zeros((0, fp.SIZE), np.float32), None
+        if data is not None:
+            record = TokenRecord.from_bytes(data)
+            layers, own = record.layers, record.fingerprints
+            if record.sink_mass is not None or SINK_SPAN in record.span_names:
+                sink = sink_mass_of(record, SINK_SPAN)
+        elif layer is not None:
+            own = prints[i][None]
+            sink = None if mass is None else np.array([mass], np.float32)
+        groups.setdefault((layers, sink is not None), []).append((i, own, sink))
     positions = batch.column("query_position").to_numpy()
+    found = []
     for (layers, knows), members in groups.items():
-        where = np.array([i for i, _ in members])
-        own = np.zeros((len(where), 0, fp.SIZE), np.float32)
-        if layers:
-            own = np.stack([prints[i][None] if record is None else record.fingerprints for i, record in members])
-        sink = None
-        if knows:
-            spans = [record for _, record in members if record is not None]
-            sink = np.stack([record.span_mass[:, record.span_names.index(SINK_SPAN)] for record in spans])
-        yield layers, where, own, sink, positions[where]
-
-
-def without_sink(own: np.ndarray, sink: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Fingerprints float32 [n, 20] without the key at position 0: layers freed of it, then averaged."""
-    at = np.broadcast_to(positions[:, None], sink.shape)
-    # at position 0 there is no other key, and a layer whose window hides position 0 stays as it is
-    hit = (at > 0) & (sink > 0)
-    freed = own.astype(np.float32)
-    if hit.any():
-        freed[hit] = zones.without_key(own[hit], sink[hit], at[hit], at[hit] + 1)
-    mean: np.ndarray = freed.mean(axis=1, dtype=np.float64).astype(np.float32)
-    return mean
+        where = np.array([i for i, _, _ in members])
+        masses = np.stack([mass for _, _, mass in members if mass is not None]) if knows else None
+        found.append(_Group(layers, where, np.stack([own for _, own, _ in members]), masses, positions[where]))
+    return found
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

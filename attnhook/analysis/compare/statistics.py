@@ -34,27 +34,27 @@ Progress = Callable[[str, int, int], None]
 def compare(a: Side, b: Side, settings: Settings | None = None, *, progress: Progress = lambda *_: None) -> Comparison:
     """Compare two sides.
 
-    The same sides and settings give the same result. ``progress`` is called with the name of a step and how many
+    Both are compared as they were read: without the attention sink, or with it. The same sides and settings give the
+    same result. ``progress`` is called with the name of a step and how many
     steps are done, of how many.
 
-    Raises OptionError where there are too few requests, or no pairs for a paired design, and RecordError where all
-    fingerprints are the same.
+    Raises OptionError where there are too few requests, no pairs for a paired design, or one side is without the sink
+    and the other is not, and RecordError where all fingerprints are the same.
     """
     settings = settings or Settings()
     whole = a, b
     for name, side in (("A", a), ("B", b)):
         _enough(name, side, len(side.requests), "requests")
+    _refuse_other_sink(a, b)
     a, b, paired = _matched(a, b, settings.design)
     known = a.knows_sink and b.knows_sink
-    steps = ["zone shares", "zone shares without the sink", "means", "layers", "histograms", "energy distance", "packs"]
+    steps = ["zone shares", "means", "layers", "histograms", "energy distance", "packs"]
 
     def begin(step: str) -> None:
         progress(step, steps.index(step), len(steps))
 
     begin("zone shares")
-    zones = _zone_rows(a.zones, a.rows, b.zones, b.rows, settings, paired, 1)
-    begin("zone shares without the sink")
-    free = _zone_rows(a.free_zones, a.free_rows, b.free_zones, b.free_rows, settings, paired, 2) if known else []
+    zones = _zone_rows(a, b, settings, paired)
     begin("means")
     means = _means(a, b, settings, paired, known)
     begin("layers")
@@ -73,7 +73,7 @@ def compare(a: Side, b: Side, settings: Settings | None = None, *, progress: Pro
         paired=paired,
         without_partner=(len(whole[0].requests) - len(a.requests), len(whole[1].requests) - len(b.requests)),
         zones=zones,
-        free_zones=free,
+        without_sink=a.without_sink,
         sink=means.pop("sink", None),
         means=means,
         histograms=(_histogram(a), _histogram(b)),
@@ -93,6 +93,17 @@ def _enough(name: str, side: Side, count: int, what: str) -> None:
             name.lower(),
             f"side {name} ({side.source.url}) has {count} {what}; intervals over fewer than {MIN_REQUESTS} mean "
             f"nothing: store more{filters and f', or widen {filters}'}",
+        )
+
+
+def _refuse_other_sink(a: Side, b: Side) -> None:
+    if a.without_sink != b.without_sink:
+        (free, first), (other, second) = sorted((("A", a), ("B", b)), key=lambda one: not one[1].without_sink)
+        raise OptionError(
+            "with_sink",
+            f"side {free} ({first.source.url}) is without the attention sink, side {other} ({second.source.url}) does "
+            "not tell its attention on position 0 (it is of attnhook before 0.2): capture it anew, or leave the sink "
+            "in both with --with-sink",
         )
 
 
@@ -122,15 +133,14 @@ def _rng(settings: Settings, step: int) -> np.random.Generator:
     return np.random.default_rng([settings.seed, step])
 
 
-def _zone_rows(
-    a: np.ndarray, rows_a: np.ndarray, b: np.ndarray, rows_b: np.ndarray, settings: Settings, paired: bool, step: int
-) -> list[ZoneRow]:
-    tables = [np.column_stack([rows, counts]).astype(np.float64) for rows, counts in ((rows_a, a), (rows_b, b))]
+def _zone_rows(a: Side, b: Side, settings: Settings, paired: bool) -> list[ZoneRow]:
+    step = 1
+    tables = [np.column_stack([side.rows, side.zones]).astype(np.float64) for side in (a, b)]
     estimates = _ratios(tables[0], tables[1], settings, paired, step)
     pooled = np.concatenate(tables)
     observed = np.abs(_ratio(tables[0].sum(axis=0)) - _ratio(tables[1].sum(axis=0)))
     dealt = []
-    for in_a in labels(_rng(settings, 10 + step), len(a), len(b), permutations=settings.permutations, paired=paired):
+    for in_a in labels(_rng(settings, 10 + step), *map(len, tables), permutations=settings.permutations, paired=paired):
         sums = in_a @ pooled
         dealt.append(np.abs(_ratio(sums) - _ratio(pooled.sum(axis=0) - sums)))
     null = np.concatenate(dealt)
@@ -300,10 +310,11 @@ def _notes(whole: Sequence[Side], a: Side, b: Side, known: bool, energy: Energy)
             f"A's layers are {list(a.layers)}, B's {list(b.layers)}: a record is the mean over its layers, so zone "
             "shares and distances compare these layers, not whole models."
         )
-    if not known:
+    if not a.without_sink:
+        why = "was asked to stay (--with-sink)" if known else "is not told by these stores (of attnhook before 0.2)"
         notes.append(
-            "The attention sink is not taken out: not every row has the span sink (`attnhook probe` captures it). "
-            "long_range and the distances may say no more than how much attention lies on position 0."
+            f"The attention sink is not taken out: it {why}. long_range and the distances may say no more than how "
+            "much attention lies on position 0."
         )
     if energy.constant:
         notes.append(f"Constant in all rows, so left out of the energy distance: {', '.join(energy.constant)}.")

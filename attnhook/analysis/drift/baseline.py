@@ -81,6 +81,7 @@ class Baseline:
     alarm: float
     autocorrelation: float  # the largest between neighbouring requests, over the components
     layers: tuple[int, ...] = ()  # that its rows are means over; empty: several sets, or not told
+    without_sink: bool = False  # its rows are taken without the attention sink, position 0
 
     def statistic(self, means: np.ndarray, window: int) -> np.ndarray:
         """Squared Mahalanobis distance, [...], of means [..., 20] over ``window`` requests each."""
@@ -95,11 +96,13 @@ def fit(
     model: str = "",
     rows: str = "all",
     layers: tuple[int, ...] = (),
+    without_sink: bool = False,
     settings: DriftSettings | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Baseline:
     """Fit a baseline to the means of requests' fingerprints, float [R, 20], in the order in which they came.
 
+    ``model``, ``rows``, ``layers`` and ``without_sink`` note what the fingerprints are of.
     Numbers that are constant take no part in the statistic. Thresholds hold the stated rate including the error of
     the baseline itself: each simulated run draws a baseline of its own and then ``horizon`` requests, both from the
     given ones (docs/drift.md).
@@ -159,6 +162,7 @@ def fit(
         alarm=max(alarm, warning),
         autocorrelation=float(neighbours[np.abs(neighbours).argmax()]),
         layers=layers,
+        without_sink=without_sink,
     )
 
 
@@ -195,6 +199,7 @@ def save(baseline: Baseline, path: Path) -> None:
         "requests": baseline.requests,
         "autocorrelation": baseline.autocorrelation,
         "layers": list(baseline.layers),
+        "without_sink": baseline.without_sink,
         "arrays": {name: {"shape": array.shape, "sha256": _digest(array)} for name, array in arrays.items()},
     }
     text = json.dumps(manifest, indent=1).encode()
@@ -265,6 +270,7 @@ def load(path: Path) -> Baseline:
             alarm=alarm,
             autocorrelation=float(manifest["autocorrelation"]),
             layers=tuple(int(layer) for layer in manifest.get("layers", ())),  # files before 0.1.0 have none
+            without_sink=bool(manifest.get("without_sink", False)),  # nor those before 0.2
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error

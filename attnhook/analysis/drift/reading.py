@@ -8,6 +8,8 @@ from datetime import datetime
 
 import numpy as np
 
+from attnhook.analysis import sink
+from attnhook.analysis.sink import SinkChoice
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record.arrow import fingerprints_of, layer_sets
@@ -26,13 +28,15 @@ def means(
     rows: str = "all",
     models: Counter[str] | None = None,
     layers: Counter[tuple[int, ...]] | None = None,
+    choice: SinkChoice | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
     """Mean of the fingerprints of each request, float64 [20], in the order of their last rows.
 
     A request of which no row came while 10,000 others did counts as finished. ``models`` and ``layers``, where given,
-    count the rows of each model and of each set of captured layers. Raises RecordError where a fingerprint is not
-    finite or the store is damaged.
+    count the rows of each model and of each set of captured layers. ``choice`` decides whether rows are taken without
+    the attention sink; without one they are taken as they are. Raises RecordError where a fingerprint is not finite or
+    the store is damaged, OptionError where only some rows tell the sink.
     """
     import pyarrow as pa
 
@@ -46,8 +50,11 @@ def means(
         columns: tuple[str, ...] = ("request_id", "decode_step", "model", "fingerprint")
         if layers is not None:
             columns += ("layer", "record")
+        if choice is not None:
+            columns = tuple(dict.fromkeys((*columns, *sink.COLUMNS)))
         for batch in store.fingerprints(**filters, columns=columns):  # type: ignore[arg-type]
-            numbers = fingerprints_of(batch).astype(np.float64)
+            free = choice is not None and choice.is_out(sink.told(batch))
+            numbers = (sink.free_fingerprints(batch) if free else fingerprints_of(batch)).astype(np.float64)
             if not np.isfinite(numbers).all():
                 row = int(np.argwhere(~np.isfinite(numbers))[0][0])
                 raise RecordError(f"{url}, row {seen + row}: its fingerprint holds NaN or infinity; remove the record")

@@ -120,6 +120,7 @@ def _stages(job: stages.Job, checkpoint: Checkpoint, progress: Progress) -> dict
         "settings": stages.described(job.settings),
         "rows": read["rows"],
         "models": read["models"],
+        "without_sink": read["without_sink"],
         "strata": len(read["strata"]),
         "sample": len(job.arrays("sample.npz")["index"]),
         "columns": {"constant": _constant(job), "components": len(job.arrays("components.npz")["share"])},

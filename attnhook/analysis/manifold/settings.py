@@ -18,7 +18,8 @@ class Settings:
     seed: int = 0
     model: str | None = None  # only this model's records
     layers: tuple[int, ...] | str | None = None  # None: a record's mean over its layers; "all", or these layers
-    without_sink: str | None = None  # name of the span (0, 1), whose key is taken out of every fingerprint
+    with_sink: bool = False  # leave the attention sink, position 0, in every fingerprint
+    without_sink: str | None = None  # of a store before 0.2: name of the span (0, 1) that tells the sink's mass
     allow_mixed: bool = False  # records of several models, or means over different layers, on one map
     variance: float = 0.95  # share of the variance that the kept components explain
     neighbours: int = 15  # of a point on the map
@@ -42,6 +43,10 @@ class Settings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise OptionError(name, f"{name}={value!r} must be from {low:g} to {high:g}")
+        if self.with_sink and self.without_sink is not None:
+            raise OptionError(
+                "with_sink", f"with_sink and without_sink={self.without_sink!r} contradict each other: give one of them"
+            )
         if isinstance(self.layers, tuple) and (not self.layers or min(self.layers) < 0):
             raise OptionError("layers", f"layers={list(self.layers)}: name stored layers, such as 0,14,29, or all")
 

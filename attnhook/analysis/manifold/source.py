@@ -15,17 +15,19 @@ import numpy as np
 
 from attnhook.analysis import probes
 from attnhook.analysis.manifold.settings import MINIMUM, Settings
+from attnhook.analysis.sink import SinkChoice, free_fingerprints, told
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record.arrow import NAMES, fingerprints_of, fixed_list, layer_sets, show_layer_sets
 from attnhook.record.columns import to_records
-from attnhook.record.zones import ZONE_NAMES, classify_many, without_key
+from attnhook.record.sink_mass import without_sink
+from attnhook.record.token_record import TokenRecord
+from attnhook.record.without_sink import sink_mass_of
+from attnhook.record.zones import ZONE_NAMES, classify_many
 from attnhook.store import open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from attnhook.record.token_record import TokenRecord
 
 ROWS = 65536  # of a row group: what is in memory at a time
 _KEYS = ("request_id", "choice", "query_position", "model")
@@ -68,13 +70,15 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
     with open_store(url) as store:
         total = store.count(model=settings.model)
         done = 0
-        whole = settings.layers is not None or settings.without_sink is not None
-        columns = NAMES if whole else (*_KEYS, "fingerprint", "layer", "record")
+        sink = SinkChoice(url, with_sink=settings.with_sink)
+        spans = settings.without_sink is not None  # which tell the sink's mass
+        whole = settings.layers is not None or spans
+        columns = NAMES if whole else (*_KEYS, "fingerprint", "layer", "record", "sink_mass")
         sets: Counter[tuple[int, ...]] = Counter()
         with pq.ParquetWriter(target, _schema()) as writer:
             for batch in store.fingerprints(model=settings.model, columns=columns):
                 done += batch.num_rows
-                taken = _rows(batch, settings, strata)
+                taken = _rows(batch, settings, strata, free=spans or sink.is_out(told(batch)))
                 for name, count in zip(*np.unique(taken.column("model").to_pylist(), return_counts=True), strict=True):
                     counts[str(name)] = counts.get(str(name), 0) + int(count)
                 if len(counts) > 1 and not settings.allow_mixed:
@@ -97,7 +101,8 @@ def copy(url: str, target: Path, settings: Settings, progress: Progress) -> dict
             "store", f"{url} has {rows} fingerprints{chosen}; a map needs {MINIMUM} or more: store more records"
         )
     names = [list(key) for key in strata.numbers]
-    return {"rows": rows, "models": dict(sorted(counts.items())), "strata": names}
+    models = dict(sorted(counts.items()))
+    return {"rows": rows, "models": models, "strata": names, "without_sink": spans or bool(sink.out)}
 
 
 def _refuse_other_layers(url: str, batch: pa.RecordBatch, sets: Counter[tuple[int, ...]]) -> None:
@@ -158,15 +163,15 @@ def allocate(sizes: np.ndarray, total: int) -> np.ndarray:
     return wanted
 
 
-def _rows(batch: pa.RecordBatch, settings: Settings, strata: _Strata) -> pa.RecordBatch:
-    """A store's batch in the columns of the copy, checked."""
+def _rows(batch: pa.RecordBatch, settings: Settings, strata: _Strata, *, free: bool) -> pa.RecordBatch:
+    """A store's batch in the columns of the copy, checked; ``free``: without the attention sink."""
     import pyarrow as pa
 
     if settings.layers is None and settings.without_sink is None:
         keys = [batch.column(name) for name in _KEYS]
-        prints, layers = fingerprints_of(batch), [-1] * batch.num_rows
+        prints, layers = free_fingerprints(batch) if free else fingerprints_of(batch), [-1] * batch.num_rows
     else:
-        own, layers, prints = _of_layers(list(to_records(batch)), settings)
+        own, layers, prints = _of_layers(list(to_records(batch)), settings, free=free)
         keys = [batch.column(name).take(pa.array(own, pa.int64())) for name in _KEYS]
     ids, models = keys[0].to_pylist(), keys[3].to_pylist()
     zones = _checked(prints, ids, keys)
@@ -183,14 +188,16 @@ def _rows(batch: pa.RecordBatch, settings: Settings, strata: _Strata) -> pa.Reco
     return pa.RecordBatch.from_arrays(arrays, schema=_schema())
 
 
-def _of_layers(records: list[TokenRecord], settings: Settings) -> tuple[list[int], list[int], np.ndarray]:
+def _of_layers(
+    records: list[TokenRecord], settings: Settings, *, free: bool
+) -> tuple[list[int], list[int], np.ndarray]:
     """Number of the record, layer (-1: the mean) and fingerprint of each row that whole records give."""
     counts = np.array([len(record.layers) for record in records], np.int64)
     if not counts.sum():
         return [], [], np.zeros((0, fp.SIZE), np.float32)
     prints = np.concatenate([record.fingerprints for record in records])
-    if settings.without_sink is not None:
-        prints = _without_sink(records, prints, np.repeat([r.query_position for r in records], counts), settings)
+    if free:
+        prints = _without_sink(records, settings)
     if settings.layers is None:
         starts = np.cumsum(counts) - counts
         means = np.add.reduceat(prints.astype(np.float64), starts) / counts[:, None]
@@ -201,24 +208,24 @@ def _of_layers(records: list[TokenRecord], settings: Settings) -> tuple[list[int
     return own[kept].tolist(), layers[kept].tolist(), np.asarray(prints[kept], np.float32)
 
 
-def _without_sink(
-    records: list[TokenRecord], prints: np.ndarray, positions: np.ndarray, settings: Settings
-) -> np.ndarray:
-    """Each layer's fingerprint as if position 0 were not there; a layer whose window hides it stays as it is."""
-    name = settings.without_sink
+def _without_sink(records: list[TokenRecord], settings: Settings) -> np.ndarray:
+    """Each layer's fingerprint as if position 0 were not there, float32 [rows of all records, 20]."""
+    found = []
     for record in records:
-        if name not in record.span_names:
+        try:
+            mass = sink_mass_of(record, settings.without_sink)
+        except KeyError as error:
             raise OptionError(
                 "without_sink",
-                f"record {record.request_id!r} has no span {name!r}: capture with spans={{{name!r}: (0, 1)}}, as "
-                "attnhook probe does, or do not ask for --without-sink",
-            )
-    scores = np.concatenate([record.span_mass[:, record.span_names.index(str(name))] for record in records])
-    there = (positions > 0) & (scores > 0)
-    out = prints.copy()
-    p = positions[there]
-    out[there] = without_key(prints[there], scores[there], p, p + 1)
-    return out
+                f"record {record.request_id!r} has no span {settings.without_sink!r}: capture with spans="
+                f"{{{settings.without_sink!r}: (0, 1)}}, as attnhook probe does, or do not ask for --without-sink",
+            ) from error
+        at = np.array([record.query_position])
+        prints, sound = without_sink(record.fingerprints[None], mass[None], at)
+        if not sound[0]:
+            raise RecordError(f"record {record.key!r} is damaged: its attention on position 0 does not fit")
+        found.append(prints[0])
+    return np.concatenate(found)
 
 
 def _checked(prints: np.ndarray, ids: list[str], keys: list[Any]) -> np.ndarray:

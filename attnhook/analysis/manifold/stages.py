@@ -201,8 +201,9 @@ def draw(job: Job) -> list[Path]:
     xy = np.stack([points.column(name).to_numpy() for name in ("x", "y")], axis=1)
     labels, zones = own.column("cluster").to_numpy(), own.column("zone").indices.to_numpy()
     number = len(clusters["clusters"])
-    models = ", ".join(job.json("read.json")["models"])
-    title = f"{models}: {clusters['rows']:,} fingerprints"
+    read = job.json("read.json")
+    sink = "without" if read["without_sink"] else "with"
+    title = f"{', '.join(read['models'])}: {clusters['rows']:,} fingerprints {sink} the attention sink"
     figures = job.json("quality.json")
     noise = figures["noise"]
     text = (

@@ -130,6 +130,7 @@ def from_entry(entry: dict[str, Any], **names: Any) -> TokenRecord:
         fingerprints=np.array([layer["fingerprint"] for layer in entry["layers"].values()], np.float32),
         decode_step=entry["decode_step"],
         span_mass=np.zeros((len(layers), 0), np.float32),
+        sink_mass=np.array([layer["sink_mass"] for layer in entry["layers"].values()], np.float32),
     )
 
 
