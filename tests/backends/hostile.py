@@ -37,7 +37,8 @@ ENVIRONMENT = {
 #: What only a record that tells positions has.
 _TELLING = (b"token_positions", b"attention_scores", b"top_hubs", b"hub_scores", b"topk_mass", b"query_token")
 _ENTRY = {
-    "schema_version", "mode", "decode_step", "query_position", "think_phase", "fingerprint", "manifold", "spans",
+    "schema_version", "mode", "decode_step", "query_position", "think_phase", "fingerprint", "sink_mass", "manifold",
+    "spans",
 }  # fmt: skip
 _PACKED = [
     *(pack_options(RequestOptions(layers="all", prompt=True), reply=reply) for reply in (True, False)),

@@ -49,8 +49,9 @@ def compare_with_others(engine: str, server: Server, replies: Path) -> None:
 
 def _same_entry(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one.keys() == two.keys()
-    for name in one.keys() - {"layers", "fingerprint", "spans"}:
+    for name in one.keys() - {"layers", "fingerprint", "spans", "sink_mass"}:
         assert one[name] == two[name]
+    assert one["sink_mass"] == pytest.approx(two["sink_mass"], abs=FEATURE)
     assert one["fingerprint"] == pytest.approx(two["fingerprint"], abs=FEATURE)
     assert one["spans"].keys() == two["spans"].keys()
     assert list(one["spans"].values()) == pytest.approx(list(two["spans"].values()), abs=FEATURE)
@@ -59,6 +60,7 @@ def _same_entry(one: dict[str, Any], two: dict[str, Any]) -> None:
         other = two["layers"][number]
         assert mine.keys() == other.keys()
         assert mine["attention_scores"] == pytest.approx(other["attention_scores"], abs=PROBABILITY)
+        assert mine["sink_mass"] == pytest.approx(other["sink_mass"], abs=FEATURE)
         assert mine["fingerprint"] == pytest.approx(other["fingerprint"], abs=FEATURE)
         scores = dict(zip(other["token_positions"], other["attention_scores"], strict=True))
         for position, score in zip(mine["token_positions"], mine["attention_scores"], strict=True):

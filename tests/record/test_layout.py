@@ -256,10 +256,13 @@ def _is_good(row: bytes) -> bool:
         found = TokenRecord.from_bytes(row)
     except RecordError:
         return False
-    numbers = (found.attention_scores, found.fingerprints, found.span_mass)
-    with np.errstate(invalid="ignore"):  # infinities of both signs have no mean
-        means = found.fingerprint[None]
-    return all(np.isfinite(array).all() for array in numbers) and bool(are_fingerprints(means).all())
+    numbers = (found.attention_scores, found.fingerprints, found.span_mass, found.sink_mass)
+    if not all(np.isfinite(array).all() for array in numbers if array is not None):
+        return False
+    try:
+        return bool(are_fingerprints(np.stack([found.fingerprint, found.free_fingerprint])).all())
+    except RecordError:  # a sink mass that its fingerprint does not have
+        return False
 
 
 @pytest.mark.slow
