@@ -52,7 +52,8 @@ def without_sink(
     is, as does a layer whose window hides position 0: its sink mass is 0, as that of a visible position 0 only is where
     its probability is below the smallest float32.
     """
-    at = np.broadcast_to(np.asarray(positions)[:, None], sink_mass.shape)
+    # the last position plus one is none of int32
+    at = np.broadcast_to(np.asarray(positions, np.int64)[:, None], sink_mass.shape)
     there = (at > 0) & (sink_mass != 0)  # NaN too, which is not sound
     freed, sound = np.array(fingerprints, np.float32), np.ones(sink_mass.shape, bool)
     sound[at == 0] = np.isfinite(sink_mass[at == 0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,18 @@ def test_the_zone_is_that_of_the_attention_without_it():
     assert [row.__dict__["zone"] for row in again] == [a_row(900, [0.45, 0.49]).zone, unseen.zone, again[2].zone]
     block, bad = read_rows([row.to_bytes() for row in again])
     assert not bad and [row.zone for row in block.records()] == [row.zone for row in again]
+
+
+def test_the_last_position_that_there_can_be():
+    """Headers hold it in 32 bits, where one more is below 0."""
+    near, bin_ = a_row(900, [0.2, 0.3]), fp.HISTOGRAM.start + fp.BINS - 1
+    prints = near.fingerprints.copy()
+    prints[:, bin_] += near.sink_mass  # where position 0 lies from there
+    prints[:, fp.HISTOGRAM.start + fp.bin_of(900)] -= near.sink_mass
+    row = replace(near, query_position=2**31 - 1, fingerprints=prints)
+    block, bad = read_rows([row.to_bytes()])
+    assert not bad and np.isfinite(row.free_fingerprint).all()
+    np.testing.assert_array_equal(block.free_fingerprints()[0][0], row.free_fingerprint)
 
 
 @pytest.mark.parametrize("sink", [[0.9, 0.1], [float("nan"), 0.1], [-0.1, 0.1]])

@@ -42,7 +42,7 @@ def test_what_is_queued_is_written_and_the_signal_ends_the_process(path, number,
     process = start(
         path,
         f"""
-        delivery = Delivery({{"slow": Lines(PATH, 0.004)}})
+        delivery = Delivery({{"slow": Lines(PATH, 0.002)}})
         other = Delivery({{"fine": Lines(PATH + "2")}})
         for first in range(0, 200, 20):
             delivery.put(records(first, first + 20))
