@@ -23,7 +23,11 @@ __getattr__ = moved.names(__name__, {"shown": "options:quoted"})
 
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 
+#: What can be told of each query head by itself.
+PER_HEAD = ("spans", "fingerprint", "sink", "top", "lse")
+
 TOP_K_MAX = 256
+TOP_K_PER_HEAD_MAX = 16
 KERNELS = ("compiled", "naive", "torch", "triton")
 _AUTO_LAYERS = 4
 _SPANS_MAX = 255
@@ -54,6 +58,8 @@ class RequestOptions:
     max_tokens: int = 4096  # at most this many generated rows
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # half-open position ranges
     mask_prefix: int = 0  # positions below it are never reported
+    per_head: tuple[str, ...] = ()  # of `PER_HEAD`: told of every query head too, in every captured layer
+    top_k_per_head: int = 1  # positions of each head, where "top" is told
     self_check: bool = False  # servers: rebuild the attention output of every captured row and layer
 
     @classmethod
@@ -68,20 +74,31 @@ class RequestOptions:
         Raises OptionError for an unknown or bad field.
         """
         values: dict[str, Any] = {}
+        named: dict[str, str] = {}  # as the last who gave it calls it
         environ = os.environ if environ is None else environ
         for name, spec in _FIELDS.items():
             if spec.env in environ:
-                values[name] = spec.check(spec.env, spec.parse(spec.env, environ[spec.env]))
+                values[name], named[name] = spec.check(spec.env, spec.parse(spec.env, environ[spec.env])), spec.env
         for name, value in (arguments or {}).items():
             if name not in _FIELDS:
                 raise OptionError(name, f"unknown option {quoted(name)}{_hint(name, _FIELDS)}")
-            values[name] = _FIELDS[name].check(name, value)
+            values[name], named[name] = _FIELDS[name].check(name, value), name
         by_json = {spec.json: name for name, spec in _FIELDS.items()}
         for key, value in (request or {}).items():
             if key in by_json:
-                values[by_json[key]] = _FIELDS[by_json[key]].check(key, value)
+                values[by_json[key]], named[by_json[key]] = _FIELDS[by_json[key]].check(key, value), key
             elif key.startswith("attention_"):
                 raise OptionError(key[:80], f"unknown field {quoted(key)}{_hint(key[:80], by_json)}")
+        if values.get("per_head") and values.get("mode") == "fingerprint":
+            if named["per_head"] == _FIELDS["per_head"].env and named["mode"] != _FIELDS["mode"].env:
+                values["per_head"] = ()  # the process's default gives way to who asks for fingerprints
+            else:
+                name, mode = named["per_head"], named["mode"]
+                raise OptionError(
+                    name,
+                    f"{name}={list(values['per_head'])} with {mode}='fingerprint', whose records have nothing of a "
+                    f"layer: ask for {mode}='raw', or drop {name}",
+                )
         return cls(**values)
 
 
@@ -285,6 +302,20 @@ def _check_heads(name: str, value: Any) -> tuple[int, ...] | None:
     return None if value is None else _check_ints(name, value, low=0)
 
 
+def _parse_names(name: str, text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_per_head(name: str, value: Any) -> tuple[str, ...]:
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or any(not isinstance(one, str) or one not in PER_HEAD for one in value)
+    ):
+        raise OptionError(name, f"{name}={quoted(value)} must be a list of {', '.join(PER_HEAD)}")
+    return tuple(one for one in PER_HEAD if one in value)
+
+
 def _check_mode(name: str, value: Any) -> Mode:
     if value not in MODES:
         raise OptionError(name, f"{name}={quoted(value)} must be one of {', '.join(MODES)}")
@@ -357,6 +388,10 @@ _FIELDS: dict[str, _Field] = {
     "max_tokens": _Field("attention_max_tokens", "ATTNHOOK_MAX_TOKENS", _parse_int, _between(1, 10**7)),
     "spans": _Field("attention_spans", "ATTNHOOK_SPANS", _parse_spans, _check_spans),
     "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
+    "per_head": _Field("attention_per_head", "ATTNHOOK_PER_HEAD", _parse_names, _check_per_head),
+    "top_k_per_head": _Field(
+        "attention_top_k_per_head", "ATTNHOOK_TOP_K_PER_HEAD", _parse_int, _between(1, TOP_K_PER_HEAD_MAX)
+    ),
     "self_check": _Field("attention_self_check", "ATTNHOOK_SELF_CHECK", _parse_bool, _check_bool),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -167,6 +167,28 @@ def _compare_features(
     assert sorted(expected) == list(range(20))
     for index, value in expected.items():
         worst.feature = max(worst.feature, float((fingerprints[:, index] - value).abs().max()))
+
+
+def of_head(records: Sequence[TokenRecord], head: int) -> list[TokenRecord]:
+    """Records that tell of one head what these tell of it."""
+    found = []
+    for record in records:
+        told = [getattr(record, f"head_{name}") for name in ("positions", "scores", "fingerprints", "sink_mass")]
+        positions, scores, prints, sink = (array[:, head] for array in told)
+        mass = np.zeros((len(record.layers), 0)) if record.head_span_mass is None else record.head_span_mass[:, head]
+        changes = {"token_positions": positions, "attention_scores": scores, "fingerprints": prints, "sink_mass": sink}
+        found.append(replace(record, span_mass=mass, **changes))
+    return found
+
+
+def check_heads(
+    model: torch.nn.Module, ids: Sequence[int], records: Sequence[TokenRecord], *, top_k: int, heads: Sequence[int]
+) -> None:
+    """Each of these heads of a sequence's records against its own eager attention, within the numerics contract."""
+    attention = eager_attention_of(model, torch.tensor([[*ids]]), selections=[(head,) for head in heads])
+    for head in heads:
+        check(compare(of_head(records, head), attention[(head,)], top_k=top_k))
+    assert all(np.isfinite(record.head_lse).all() for record in records)
 
 
 def check(worst: Worst, *, probability: float = PROBABILITY) -> None:

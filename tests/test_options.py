@@ -40,6 +40,12 @@ SOURCES: dict[str, tuple[tuple[str, Any], Any, tuple[str, str, Any]]] = {
         ("ATTNHOOK_SPANS", '{"c": [0, 40]}', {"c": (0, 40)}),
     ),
     "mask_prefix": (("attention_mask_prefix", 0), 2**31 - 1, ("ATTNHOOK_MASK_PREFIX", "40", 40)),
+    "per_head": (
+        ("attention_per_head", ["top"]),
+        ["spans", "lse"],
+        ("ATTNHOOK_PER_HEAD", "top, sink", ("sink", "top")),
+    ),
+    "top_k_per_head": (("attention_top_k_per_head", 1), 16, ("ATTNHOOK_TOP_K_PER_HEAD", "3", 3)),
     "self_check": (("attention_self_check", False), True, ("ATTNHOOK_SELF_CHECK", "1", True)),
 }
 JSON_NAMES = {field: request[0] for field, (request, _, _) in SOURCES.items()}
@@ -54,6 +60,8 @@ DEFAULTS = {
     "max_tokens": 4096,
     "spans": {},
     "mask_prefix": 0,
+    "per_head": (),
+    "top_k_per_head": 1,
     "self_check": False,
 }
 
@@ -156,6 +164,11 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     "stride": ("whole number from 1 to 1000000", [0, -1, 10**6 + 1, True, 1.0, "1", None]),
     "max_tokens": ("whole number from 1 to 10000000", [0, -1, 10**7 + 1, True, 1.0, "1", None]),
     "mask_prefix": (f"whole number from 0 to {2**31 - 1}", [-1, 2**31, True, 0.0, "0", None]),
+    "per_head": (
+        "list of spans, fingerprint, sink, top, lse",
+        ["top", "", 3, True, None, {}, {"top": 1}, [1], [None], ["tops"], [["top"]], b"top"],
+    ),
+    "top_k_per_head": ("whole number from 1 to 16", [0, -1, 17, True, 1.0, "1", None]),
     "self_check": ("true or false", [0, 1, "true", "", None, [True]]),
 }
 BAD_SPANS: list[tuple[Any, str, str]] = [
@@ -296,7 +309,7 @@ def test_a_bad_queue_size_is_refused_by_name(value):
     ("sources", "field", "hint"),
     [
         ({"arguments": {"topk": 3}}, "topk", "did you mean 'top_k'"),
-        ({"arguments": {"xyz": 3}}, "xyz", "known: heads, layers, mask_prefix, max_tokens, mode, prompt"),
+        ({"arguments": {"xyz": 3}}, "xyz", "known: heads, layers, mask_prefix, max_tokens, mode, per_head, prompt"),
         ({"request": {"attention_layer": "all"}}, "attention_layer", "did you mean 'attention_layers'"),
         ({"request": {"attention_xyz_zyx": 1}}, "attention_xyz_zyx", ""),
     ],

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The tests on four workers, since many wait: three begin with the engines, one with what computes (tests/conftest.py).
-# tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the long ones too, on
-# three workers.
+# tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the long ones too, on three workers.
 #
 # Most of these tests time real servers and processes, and the machine is shared. So where one to five tests fail, each
 # is run once more with the machine to itself. What fails again fails the run. What passes then fails it too, since a

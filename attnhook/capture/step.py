@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnhook.capture.rows import Row
 from attnhook.capture.session import spent
+from attnhook.errors import UnsupportedError
 from attnhook.options import RequestOptions
 from attnhook.record import fingerprint
 from attnhook.record.packing import pack_rows
@@ -57,6 +58,7 @@ class StepCapture:
         self._results: TopK | Arrays | None = None  # [T, L, ...] of all wanted layers, in one piece
         self._lent = False  # the results are the kernel's own arrays, which its next call fills anew
         self._done: set[int] = set()
+        self._heads: dict[int, int] = {}  # query heads of layers whose heads are asked for
         # by the identity of the shift, which is kept with it
         self._shared: dict[int, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
 
@@ -97,6 +99,13 @@ class StepCapture:
 
         from attnhook.kernels.topk import TopKStep
 
+        if self.options.per_head:
+            self._heads.update({layer: one.q.shape[1] for layer, one in zip(layers, rows, strict=True)})
+            if len(set(self._heads.values())) > 1:
+                raise UnsupportedError(
+                    f"per_head of layers with different numbers of query heads, {self._heads} by layer: a record has "
+                    "the same of each; choose layers that are alike, or capture without per_head"
+                )
         # layers with different windows, or on other devices, come with a shift of their own
         known = self._shared.get(id(shift))
         if known is None:
@@ -110,8 +119,9 @@ class StepCapture:
             return
         for layer, result in zip(layers, step(rows), strict=True):
             if offset is not None:
-                positions = torch.where(result.positions >= 0, result.positions - offset, -1)
-                result = result._replace(positions=positions)
+                moved = (result.positions, offset), (result.head_positions, offset[:, None])
+                positions, of_heads = (torch.where(found >= 0, found - by, -1) for found, by in moved)
+                result = result._replace(positions=positions, head_positions=of_heads)
             self._keep(layer, result)
 
     def _keep(self, layer: int, result: TopK) -> None:
@@ -136,7 +146,7 @@ class StepCapture:
         """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
         import torch
 
-        from attnhook.kernels.topk import Selection, TopKStep
+        from attnhook.kernels.topk import PerHead, Selection, TopKStep
 
         if shift is None and self.kernel is not None:
             return None, self.kernel, None
@@ -158,6 +168,14 @@ class StepCapture:
             behind = torch.zeros(layer.keys.page_table.shape[0], dtype=torch.int32, device=device)
         bounds = torch.tensor([*options.spans.values(), _SINK], dtype=torch.int64, device=device)
         arguments["spans"] = bounds[None] + behind[:, None, None]
+        told = options.per_head
+        if told:
+            arguments["per_head"] = PerHead(
+                options.top_k_per_head if "top" in told else 0,
+                fingerprint="fingerprint" in told,
+                spans="spans" in told or "sink" in told,  # the sink's span is the last
+                lse="lse" in told,
+            )
         if options.mask_prefix or self._hidden:
             arguments["first_reported"] = behind + options.mask_prefix
         offset = None
@@ -171,7 +189,10 @@ class StepCapture:
         from attnhook.kernels.topk.split import SplitStep
 
         width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
-        return shift, SplitStep(source, Selection(**arguments), total=ranks.total, heads=heads, width=width), offset
+        split = SplitStep(
+            source, Selection(**arguments), total=ranks.total, heads=heads, width=width, place=(ranks.rank, ranks.size)
+        )
+        return shift, split, offset
 
     def records(self, dropped: Callable[[str, int, str], None]) -> list[TokenRecord]:
         """The finished records; rows with a NaN or an infinity are dropped and reported instead."""
@@ -199,7 +220,8 @@ class StepCapture:
         if self._lent:
             positions, scores, span_mass = (x.copy() for x in (found.positions, found.scores, found.span_mass))
             sink = None if found.sink_mass is None else found.sink_mass.copy()
-            found = found._replace(positions=positions, scores=scores, span_mass=span_mass, sink_mass=sink)
+            heads = {name: array.copy() for name, array in found.heads.items()}
+            found = found._replace(positions=positions, scores=scores, span_mass=span_mass, sink_mass=sink, heads=heads)
         return [
             TokenRecord(
                 request_id=row.request_id,
@@ -215,6 +237,7 @@ class StepCapture:
                 span_names=found.span_names,
                 span_mass=found.span_mass[t],
                 sink_mass=None if found.sink_mass is None else found.sink_mass[t],
+                **{name: array[t] for name, array in found.heads.items()},
             )
             for t, row in enumerate(self.rows)
             if found.finite is None or found.finite[t]
@@ -232,6 +255,7 @@ class StepCapture:
             found.fingerprints,
             found.span_mass,
             found.sink_mass,
+            found.heads,
             mode=self.options.mode,
             model=self.model,
             span_names=found.span_names,
@@ -253,15 +277,23 @@ class StepCapture:
             whole = whole if isinstance(whole, np.ndarray) else whole.cpu().numpy()
             return np.ascontiguousarray(whole if places is None else whole[:, places], dtype)
 
-        if self._lent and places is None:
-            positions, scores, histogram, entropy, span_mass = results
-        else:
-            positions = array(results.positions, "int32")
-            scores, histogram, entropy, span_mass = (array(x) for x in results[1:])
+        positions, scores, histogram, entropy, span_mass, *_ = results
+        if not self._lent or places is not None:
+            positions = array(positions, "int32")
+            scores, histogram, entropy, span_mass = (array(x) for x in (scores, histogram, entropy, span_mass))
         fingerprints = fingerprint.assemble(histogram, entropy)
+        heads = {}
+        if self.options.per_head:
+            integers = ("head_positions",)
+            found = {name: x for name, x in results._asdict().items() if name.startswith("head_")}
+            heads = self._told(
+                {name: array(x, "int32" if name in integers else "float32") for name, x in found.items()}
+            )
         finite = None
-        if not math.isfinite(float(fingerprints.sum())):  # as a rule all numbers are
+        if not math.isfinite(float(fingerprints.sum() + sum(x.sum() for x in heads.values()))):  # as a rule all are
             finite = (np.isfinite(entropy) & np.isfinite(histogram).all(-1)).all(-1)
+            for numbers in heads.values():
+                finite &= np.isfinite(numbers).reshape(len(numbers), -1).all(-1)
             if not finite.all():
                 dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
         if self.options.mode == "fingerprint":
@@ -276,7 +308,23 @@ class StepCapture:
             span_mass[..., :-1],
             # keys before position 0 are visible too, so that nothing can be told of the row without the sink
             None if self._hidden else span_mass[..., -1],
+            heads,
         )
+
+    def _told(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The fields of `RowData` per head that the options want, [T, L, H, ...], from those of `TopK`."""
+        told, heads = self.options.per_head, dict[str, Any]()
+        if "top" in told:
+            heads["head_positions"], heads["head_scores"] = found["head_positions"], found["head_scores"]
+        if "fingerprint" in told:
+            heads["head_fingerprints"] = fingerprint.assemble(found["head_histogram"], found["head_entropy"])
+        if "spans" in told and self.options.spans:
+            heads["head_span_mass"] = found["head_span_mass"][..., :-1]
+        if "sink" in told and not self._hidden:
+            heads["head_sink_mass"] = found["head_span_mass"][..., -1]
+        if "lse" in told:
+            heads["head_lse"] = found["head_lse"]
+        return heads
 
 
 class _Finished(NamedTuple):
@@ -290,3 +338,4 @@ class _Finished(NamedTuple):
     span_names: tuple[str, ...]
     span_mass: np.ndarray
     sink_mass: np.ndarray | None
+    heads: dict[str, np.ndarray]  # by the field of `RowData`, [T, L, H, ...]

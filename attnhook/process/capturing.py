@@ -60,7 +60,8 @@ def capture(
     **options
         ``top_k`` (1..256, default 32), ``layers`` (``"last"``, ``"auto"``, ``"all"`` or ints), ``heads``
         (ints), ``mode``, ``prompt`` (bool), ``stride``, ``max_tokens``, ``spans`` ({name: (start, end)}),
-        ``mask_prefix``; unset ones come from ``ATTNHOOK_*`` or the defaults.
+        ``mask_prefix``, ``per_head`` (some of ``"spans"``, ``"fingerprint"``, ``"sink"``, ``"top"``, ``"lse"``: told of
+        every query head too), ``top_k_per_head`` (1..16); unset ones come from ``ATTNHOOK_*`` or the defaults.
 
     Yields
     ------

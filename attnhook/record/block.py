@@ -13,11 +13,12 @@ from attnhook.record import fingerprint as fp
 from attnhook.record.arrow import NAMES
 from attnhook.record.columns import Columns, fits_columns
 from attnhook.record.layout import (
-    HEADER,
+    LONG_HEADER,
     MAGIC,
     NAME_SEPARATOR,
     ROW_VERSIONS,
     SECTIONS,
+    STRUCT,
     Header,
     Place,
     RowLayout,
@@ -51,7 +52,7 @@ class RowBlock:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self._starts = np.cumsum(lengths) - lengths
         self.nbytes = len(self._data) + _ROW_MEMORY * len(rows)
-        self._header = Header.read_many(self._gather(self._starts, HEADER, 1)[:, 0])
+        self._header = Header.read_many(self._gather(self._starts, LONG_HEADER, 1)[:, 0])
         ids_at, models_at, self._names_at, self._bodies = (self._starts + bound for bound in self._header.bounds)
         self._unreadable: list[int] = []  # rows whose id or model is no UTF-8
         self.ids: list[str] = self._texts(ids_at, models_at)
@@ -305,12 +306,12 @@ def joined(parts: Sequence[Columns]) -> Columns:
 
 def _whole(rows: Sequence[bytes], bad: Counter[str]) -> Sequence[bytes]:
     """The rows of a known version that are as long as their headers announce."""
-    size = HEADER.itemsize
-    table = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), HEADER)
+    size = LONG_HEADER.itemsize
+    table = np.frombuffer(b"".join([row[:size].ljust(size, b"\0") for row in rows]), LONG_HEADER)
     header = Header.read_many(table)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ours = header.magic == MAGIC
-    other = ours & (lengths >= size) & ~np.isin(header.version, ROW_VERSIONS)
+    other = ours & (lengths >= STRUCT.size) & ~np.isin(header.version, ROW_VERSIONS)
     announced = header.bounds[-1] + sections_size(header.shape)
     fine = ours & ~other & (announced == lengths) & header.is_sound
     if fine.all():

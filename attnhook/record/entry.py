@@ -9,6 +9,7 @@ import numpy as np
 
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
+from attnhook.record.entry_heads import read_heads, write_heads
 from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, UNKNOWN, VERSIONS, RowData, is_token
 
 # the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
@@ -66,6 +67,8 @@ def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
         layer["sink_mass"] = round(float(row.sink_mass[i]), _DECIMALS)
     if row.span_names:
         layer["spans"] = dict(zip(row.span_names, _rounded(row.span_mass[i]), strict=True))
+    if heads := write_heads(row, i):
+        layer["heads"] = heads
     if row.token_ids is not None:
         layer["token_ids"] = row.token_ids[i, :kept].tolist()
     return layer
@@ -91,6 +94,7 @@ def read_entry(entry: object) -> dict[str, Any]:
         fields |= _fingerprints_and_spans(values, entry.get("spans", {}))
         if "sink_mass" in entry:  # not in those of attnhook before 0.2
             fields["sink_mass"] = _finite(np.array([float(each["sink_mass"]) for each in values], np.float32))
+        fields |= read_heads(values, fields["span_names"])
         if version == TOKENS_VERSION:
             fields |= _tokens(values, entry["query_token"], fields["token_positions"].shape[1])
     except KeyError as error:

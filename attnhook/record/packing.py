@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from attnhook.errors import RecordError
 from attnhook.record.layout import (
     FIELD_AT,
+    HEAD_KINDS,
     MAGIC,
     NAME_SEPARATOR,
     ROW_VERSIONS,
@@ -21,6 +23,7 @@ from attnhook.record.layout import (
     STRUCT,
     Header,
     RowLayout,
+    heads_of,
     version_of,
 )
 from attnhook.record.row import (
@@ -37,7 +40,10 @@ from attnhook.record.row import (
 _FEW = 4  # rows
 _REMEDY = "shorten or mend its names"
 #: Versions with token ids, each as a byte, and the same without.
-_WITHOUT_TOKENS = {bytes((version_of(True, sink),)): bytes((version_of(False, sink),)) for sink in (False, True)}
+_WITHOUT_TOKENS = {
+    bytes((version_of(True, *others),)): bytes((version_of(False, *others),))
+    for others in product((False, True), repeat=2)
+}
 _VERSION_AT, _PHASE_AT = FIELD_AT["version"], FIELD_AT["phase"]  # each a byte
 _OF_ROWS = ("choice", "id_size", "step", "position")  # fields in which the rows of a step differ
 _CHOICE, _ID_SIZE, _STEP, _POSITION = map(Header._fields.index, _OF_ROWS)
@@ -48,11 +54,12 @@ def pack(row: RowData) -> bytes:
     """The binary row of a record; see `TokenRecord.to_bytes`."""
     ids = row.token_ids
     shape, mode, phase, model = row.token_positions.shape, row.mode, row.think_phase, row.model
-    version = version_of(ids is not None, row.sink_mass is not None)
+    heads = heads_of(row)
+    version = version_of(ids is not None, row.sink_mass is not None, heads[2] > 0)
     try:
-        front = _front(row.layers, row.span_names, shape, version, mode, phase, model)
+        front = _front(row.layers, row.span_names, shape, version, mode, phase, model, heads)
     except TypeError:  # lists have no hash
-        front = _front(tuple(row.layers), tuple(row.span_names), shape, version, mode, phase, model)
+        front = _front(tuple(row.layers), tuple(row.span_names), shape, version, mode, phase, model, heads)
     parts = front.head(row)
     if ids is not None:
         _check_tokens(row, ids)
@@ -63,8 +70,8 @@ def pack(row: RowData) -> bytes:
             # an astype that changes nothing costs more than all the rest, and a row is on a hot path
             part = (value if value.dtype is dtype else value.astype(dtype)).tobytes()
         if len(part) != size:
-            arrays = row.token_positions, row.attention_scores, row.fingerprints, row.span_mass, row.sink_mass
-            shapes = [array.shape for array in arrays if array is not None]
+            arrays = [getattr(row, place.name) for place in front.layout.places.values() if place.shape]
+            shapes = [array.shape for array in arrays if isinstance(array, np.ndarray)]
             raise _misfit(row, f"its arrays disagree, {[(len(row.layers),), *shapes]}")
         parts.append(part)
     return b"".join(parts)
@@ -78,6 +85,7 @@ def pack_rows(
     fingerprints: np.ndarray,
     span_mass: np.ndarray,
     sink_mass: np.ndarray | None = None,
+    heads: Mapping[str, np.ndarray] = MappingProxyType({}),
     *,
     mode: Mode,
     model: str,
@@ -87,8 +95,8 @@ def pack_rows(
     """The binary rows of T records with the same layers, k and spans, much faster than one by one.
 
     ``positions`` [T, L, k], ``scores`` [T, L, k], ``fingerprints`` [T, L, 20], ``span_mass`` [T, L, n] and
-    ``sink_mass`` [T, L] are those of the records. Raises RecordError where a name or a number does not fit its field,
-    or no layer was captured.
+    ``sink_mass`` [T, L] are those of the records, ``heads`` their fields of that name, [T, L, H, ...]. Raises
+    RecordError where a name or a number does not fit its field, or no layer was captured.
     """
     given = {
         "token_positions": positions,
@@ -98,13 +106,19 @@ def pack_rows(
     }
     if sink_mass is not None:
         given["sink_mass"] = sink_mass
+    given |= heads
     count = len(positions)
-    version = version_of(False, sink_mass is not None)
-    front = _front(tuple(layers), tuple(span_names), positions.shape[1:], version, mode, think_phase, model)
-    heads = [b"".join(front.head(row)) for row in rows]
+    kinds = sum(1 << bit for bit, name in enumerate(HEAD_KINDS) if name in heads)
+    number = next((array.shape[2] for array in heads.values()), 0)
+    each = heads["head_positions"].shape[3] if "head_positions" in heads else 0
+    version = version_of(False, sink_mass is not None, kinds > 0)
+    front = _front(
+        tuple(layers), tuple(span_names), positions.shape[1:], version, mode, think_phase, model, (number, each, kinds)
+    )
+    fronts = [b"".join(front.head(row)) for row in rows]
     places = front.layout.places
     fits = all(array.shape == (count, *places[name].shape) for name, array in given.items())
-    if not fits or len(heads) != count:
+    if not fits or len(fronts) != count:
         shapes = [(len(rows),), (len(layers),), *(array.shape for array in given.values())]
         raise _misfit(rows[0], f"its arrays disagree, {shapes}")
     arrays = [
@@ -115,13 +129,13 @@ def pack_rows(
     if count <= _FEW:  # then calls for all rows cost more than calls for each
         return [
             b"".join((head, *(front.layers if array is None else array[t].tobytes() for _, array in arrays)))
-            for t, head in enumerate(heads)
+            for t, head in enumerate(fronts)
         ]
     table = np.empty((count, front.layout.size - front.ahead), np.uint8)
     for place, array in arrays:
         own = np.frombuffer(front.layers, np.uint8) if array is None else array.reshape(count, -1).view(np.uint8)
         table[:, place.at - front.ahead : place.at - front.ahead + place.size] = own
-    return [head + values.tobytes() for head, values in zip(heads, table, strict=True)]
+    return [head + values.tobytes() for head, values in zip(fronts, table, strict=True)]
 
 
 def unpack(data: bytes) -> dict[str, Any]:
@@ -207,7 +221,8 @@ class _Front:
             (layers if place.name == "layers" else None, not place.shape, place.dtype, place.size)
             for place in self.places
         ]
-        self._fields, self._texts, self._problem = [*header], texts, problem
+        self._struct, count = header.struct
+        self._fields, self._texts, self._problem = [*header][:count], texts, problem
 
     def head(self, row: RowName | RowData) -> list[bytes]:
         """The header of a row and the rest of its head, in pieces. Raises RecordError where one does not fit."""
@@ -220,7 +235,7 @@ class _Front:
             fields[_ID_SIZE] = len(request_id)
             fields[_STEP] = -1 if row.decode_step is None else row.decode_step
             fields[_POSITION] = row.query_position
-            return [STRUCT.pack(*fields), request_id, self._texts]
+            return [self._struct.pack(*fields), request_id, self._texts]
         except (struct.error, UnicodeEncodeError) as error:
             raise _misfit(row, f"{error}; {_REMEDY}") from error
 
@@ -234,6 +249,7 @@ def _front(
     mode: Mode,
     phase: ThinkPhase,
     model: str,
+    heads: tuple[int, int, int],
 ) -> _Front:
     """What such rows share; what is wrong with it is told when a row, which has a key to name, is to be packed."""
     count, k = shape if len(shape) == 2 else (len(layers), 0)
@@ -260,6 +276,9 @@ def _front(
         k=k,
         model_size=len(texts[0]),
         names_size=len(texts[1]),
+        heads=heads[0],
+        head_k=heads[1],
+        head_kinds=heads[2],
         **dict.fromkeys(_OF_ROWS, 0),
     )
     return _Front(header, b"".join(texts), numbers, problem)

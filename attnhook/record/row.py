@@ -58,6 +58,13 @@ class RowData:
     #: float32 [L]: attention on position 0, the attention sink, which is part of the fingerprints; 0 where the row does
     #: not see it, None where it was not kept (rows of attnhook before 0.2).
     sink_mass: np.ndarray | None = None
+    # of each query head by itself; H all query heads of a layer, None where it was not asked for
+    head_positions: np.ndarray | None = None  # int32 [L, H, k_h]; -1 behind the last reportable key
+    head_scores: np.ndarray | None = None  # float32 [L, H, k_h], descending; true probabilities
+    head_fingerprints: np.ndarray | None = None  # float32 [L, H, 20]
+    head_span_mass: np.ndarray | None = None  # float32 [L, H, n]
+    head_sink_mass: np.ndarray | None = None  # float32 [L, H]; attention on position 0
+    head_lse: np.ndarray | None = None  # float32 [L, H]; natural log of the softmax's denominator
 
     @property
     def key(self) -> tuple[str, int, int]:

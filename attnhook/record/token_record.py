@@ -75,17 +75,13 @@ def join_layers(parts: Sequence[TokenRecord]) -> TokenRecord:
     """The record of one row from parts that have different layers of it; without token ids where a part has none."""
     layers = [layer for part in parts for layer in part.layers]
     order = np.argsort(layers)
-    ids = all(part.token_ids is not None for part in parts)
-    sink = all(part.sink_mass is not None for part in parts)
-    has = {"": True, "tokens": ids, "sink": sink}
-    joined: dict[str, Any] = {
-        section.name: np.concatenate([getattr(part, section.name) for part in parts])[order]
-        for section in SECTIONS
-        if "layers" in section.axes and section.name != "layers" and has[section.when]
-    }
-    first = parts[0] if ids else without_tokens(parts[0])
-    if not sink:
-        joined["sink_mass"] = None
+    joined: dict[str, Any] = {}
+    for section in SECTIONS:
+        if "layers" in section.axes and section.name != "layers":
+            arrays = [getattr(part, section.name) for part in parts]
+            there = all(array is not None for array in arrays)  # what a part does not have, the whole has not either
+            joined[section.name] = np.concatenate(arrays)[order] if there else None
+    first = parts[0] if joined["token_ids"] is not None else without_tokens(parts[0])
     return replace(first, layers=tuple(layers[i] for i in order), **joined)
 
 

@@ -18,6 +18,7 @@ _NUMBER = 10
 _POSITION = 7
 _ENTRY = 184
 _LAYER = 114
+_HEADS = 120
 
 
 def generated_rows(options: RequestOptions, new: int) -> int:
@@ -25,10 +26,27 @@ def generated_rows(options: RequestOptions, new: int) -> int:
     return min(-(-new // options.stride), options.max_tokens)
 
 
-def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
+def head_bytes(options: RequestOptions, heads: int) -> int:
+    """JSON bytes of the numbers per head of one row and layer."""
+    told = options.per_head
+    if not told:
+        return 0
+    spans = sum(len(json.dumps(name)) + 4 for name in options.spans)
+    each = (
+        (_POSITION + _NUMBER + 4) * options.top_k_per_head * ("top" in told)
+        + (SIZE * _NUMBER + 3) * ("fingerprint" in told)
+        + _NUMBER * len(options.spans) * ("spans" in told)
+        + (_NUMBER + 1) * ("sink" in told)
+        + (_NUMBER + 2) * ("lse" in told)
+    )
+    return _HEADS + spans * ("spans" in told) + heads * each
+
+
+def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int, heads: int = 0) -> int:
     """The most JSON bytes of attention that one answer to a prompt of ``prompt`` tokens may hold, to about a quarter.
 
-    ``layers`` are those that the options name in this model, ``new`` the most tokens of the answer.
+    ``layers`` are those that the options name in this model, ``new`` the most tokens of the answer, ``heads`` the query
+    heads of a layer.
     """
     before = max(prompt - 1, 0) if options.prompt else 0
     rows = generated_rows(options, new)
@@ -36,7 +54,8 @@ def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int) -> 
     entry = _ENTRY + SIZE * _NUMBER + spans
     if options.mode == "fingerprint":
         return (rows + before) * entry
-    entry += layers * (_LAYER + (SIZE if options.mode == "raw" else BINS + 4) * _NUMBER + spans)
+    own = (SIZE if options.mode == "raw" else BINS + 4) * _NUMBER + spans + head_bytes(options, heads)
+    entry += layers * (_LAYER + own)
     full = max(before - options.top_k, 0)  # prompt rows with more keys than are kept
     kept = rows * min(options.top_k, prompt + new)
     kept += full * options.top_k + (before - full) * (before - full + 1) // 2
@@ -47,10 +66,12 @@ def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int) -> 
 REPEATED = 16
 
 
-def check_repeating(options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int) -> None:
+def check_repeating(
+    options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int, heads: int = 0
+) -> None:
     """Raise OptionError where a stream whose every event holds all rows so far comes to too many bytes altogether."""
-    last = reply_bytes(options, layers, prompt, new)
-    first = reply_bytes(options, layers, prompt, min(new, 1))  # the rows of the prompt, which each event repeats
+    last = reply_bytes(options, layers, prompt, new, heads)
+    first = reply_bytes(options, layers, prompt, min(new, 1), heads)  # the rows of the prompt, which each event repeats
     size = choices * (first * new + (last - first) * (new - 1) // 2)
     if size > REPEATED * limit:
         raise OptionError(
@@ -68,32 +89,53 @@ def count_layers(options: RequestOptions, layers: Sequence[int] | None, config: 
     return len(resolve_layers(options.layers, known))
 
 
+def count_heads(heads: int | None, config: Any) -> int:
+    """Query heads of a layer, as far as a front end can tell: ``heads``, or by a model's ``config``."""
+    return heads or getattr(config, "num_attention_heads", None) or 128
+
+
 def measure(
-    policy: Policy, place: Place, options: RequestOptions, layers: int, prompt: int, new: int, choices: int
+    policy: Policy,
+    place: Place,
+    options: RequestOptions,
+    layers: int,
+    prompt: int,
+    new: int,
+    choices: int,
+    heads: int = 0,
 ) -> None:
     """Refuse a prompt of a request that tells more than a server allows, or comes to more bytes; else take the room.
 
     Raises OptionError, and Refusal where there is no room now.
     """
     policy.check_spans(options, prompt + new)
-    size = check_reply(options, layers, prompt, new, choices, policy.max_bytes, already=place.bytes)
+    size = check_reply(options, layers, prompt, new, choices, policy.max_bytes, already=place.bytes, heads=heads)
     place.reserve(size, policy.max_bytes_in_flight)
 
 
 def check_reply(
-    options: RequestOptions, layers: int, prompt: int, new: int, choices: int, limit: int, *, already: int = 0
+    options: RequestOptions,
+    layers: int,
+    prompt: int,
+    new: int,
+    choices: int,
+    limit: int,
+    *,
+    already: int = 0,
+    heads: int = 0,
 ) -> int:
     """`reply_bytes` of all choices of a prompt.
 
     Raises OptionError where they pass ``limit`` together with what other prompts of the request come to
     (``already``), with the numbers and the remedy.
     """
-    size = reply_bytes(options, layers, prompt, new) * choices
+    size = reply_bytes(options, layers, prompt, new, heads) * choices
     if already + size > limit:
         rows = generated_rows(options, new) * choices
         asked = f"{rows} generated rows" + (f" and {choices * (prompt - 1)} of the prompt" if options.prompt else "")
         more = f", and {already} of the request's other prompts" if already else ""
         remedies = [f"a smaller max_tokens (now {new})", "fewer attention_layers", "a smaller top_k_attention"]
+        remedies += ["less of attention_per_head"] * bool(options.per_head)
         remedies += ["no attention_prompt"] * options.prompt + ["fewer or shorter attention_spans"] * bool(
             options.spans
         )

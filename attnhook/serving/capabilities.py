@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnhook import __version__
-from attnhook.options import TOP_K_MAX, RequestOptions
+from attnhook.options import PER_HEAD, TOP_K_MAX, TOP_K_PER_HEAD_MAX, RequestOptions
 from attnhook.record.fingerprint import BIN_STARTS, NAMES
 from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
 from attnhook.record.row import MODES, SCHEMA_VERSION
@@ -52,6 +52,8 @@ def capabilities(
         "dtype": dtype,
         "device": device,
         "top_k": {"default": defaults.top_k, "max": TOP_K_MAX},
+        "per_head": [] if policy.fingerprint_only else list(PER_HEAD),
+        "top_k_per_head": {"default": defaults.top_k_per_head, "max": TOP_K_PER_HEAD_MAX},
         "default_layers": defaults.layers if isinstance(defaults.layers, str) else list(defaults.layers),
         "limits": policy.capabilities(),
     }

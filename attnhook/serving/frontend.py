@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attnhook.errors import OptionError
 from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_repeating, count_layers, measure
+from attnhook.serving.budget import check_repeating, count_heads, count_layers, measure
 from attnhook.serving.capabilities import attention_layers, capabilities
 from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.policy import Policy
@@ -167,10 +167,10 @@ class FrontEnd:
         if place is None:
             return
         model = self.model()
-        layers = count_layers(options, model.layers, model.config)
+        layers, heads = count_layers(options, model.layers, model.config), count_heads(model.heads, model.config)
         if repeats:
-            check_repeating(options, layers, prompt, new, choices, self.policy.max_bytes)
-        measure(self.policy, place, options, layers, prompt, new, choices)
+            check_repeating(options, layers, prompt, new, choices, self.policy.max_bytes, heads)
+        measure(self.policy, place, options, layers, prompt, new, choices, heads)
 
     async def capabilities(self) -> dict[str, Any]:
         """What ``GET /v1/attention/capabilities`` answers."""

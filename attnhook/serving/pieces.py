@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
 
 import msgspec.json
+import numpy as np
 
 from attnhook.record.token_record import TokenRecord, fill_zones
 
@@ -90,7 +91,8 @@ def _parts(records: Sequence[TokenRecord]) -> list[Sequence[TokenRecord]]:
     if not records:
         return []
     one = records[0]
-    count = max(1, _PIECE // (one.token_positions.size * 2 + one.fingerprints.size + one.span_mass.size + 1))
+    numbers = [value for value in vars(one).values() if isinstance(value, np.ndarray)]
+    count = max(1, _PIECE // (sum(array.size for array in numbers) + 1))
     return [records[at : at + count] for at in range(0, len(records), count)]
 
 

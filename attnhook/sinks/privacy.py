@@ -83,6 +83,7 @@ class Rules:
                 "attention_scores": np.zeros((layers, 0), np.float32),
                 "span_names": (),
                 "span_mass": np.zeros((layers, 0), np.float32),
+                **dict.fromkeys(("head_positions", "head_scores", "head_span_mass", "head_lse")),
             }
             record = without_tokens(record)
         return replace(record, **changes)

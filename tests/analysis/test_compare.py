@@ -329,7 +329,7 @@ def test_damaged_and_newer_stores_are_refused(tmp_path):
         data = bytearray(database.execute("SELECT record FROM records WHERE id = 3").fetchone()[0])
         data[2] = 9  # the version byte
         database.execute("UPDATE records SET record = ? WHERE id = 3", (bytes(data),))
-    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1 to 4: upgrade"):
+    with pytest.raises(RecordError, match=r"side B .*schema version 9; this attnhook reads 1 to 8: upgrade"):
         read(Source(f"sqlite:{tmp_path}/b.db"), name="B")
 
     path = tmp_path / "c.jsonl"

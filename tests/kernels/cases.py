@@ -75,12 +75,20 @@ def run(kernel: str, case: Case) -> TopK:
     return TopK(*(x.cpu() for x in out))
 
 
-def forced_plan(way: str, q: torch.Tensor, keys: PagedKeys, window: int | torch.Tensor, *, lse: bool = False) -> Any:
+def forced_plan(
+    way: str,
+    q: torch.Tensor,
+    keys: PagedKeys,
+    window: int | torch.Tensor,
+    *,
+    lse: bool = False,
+    per_head: bool = False,
+) -> Any:
     """What `make_plan` might have chosen for other shapes; two kv heads at a time where there are more."""
     width = triton_plan.scratch_keys(keys.max_keys, window)
     if way == "recompute":
-        return triton_plan.recompute(q, keys, width, lse=lse)
-    plan = triton_plan.one_pass(q, keys, width, share=100.0)
+        return triton_plan.recompute(q, keys, width, lse=lse, per_head=per_head)
+    plan = triton_plan.one_pass(q, keys, width, share=100.0, per_head=per_head)
     assert way == "one pass" and plan is not None and not lse
     return plan._replace(kv_heads=min(plan.kv_heads, 2))
 
@@ -233,6 +241,17 @@ def assert_matches(kernel: str, case: Case, tolerance: float = TOLERANCE) -> Top
     got = run(kernel, case)
     assert_equals_oracle(got, oracle(case), case.options["top_k"], tolerance)
     return got
+
+
+def heads_as_rows(result: TopK) -> TopK:
+    """What is told of each head, as if a head of a row were a row."""
+    return result._replace(
+        positions=result.head_positions.flatten(0, 1),
+        scores=result.head_scores.flatten(0, 1),
+        histogram=result.head_histogram.flatten(0, 1),
+        entropy=result.head_entropy.flatten(0, 1),
+        span_mass=result.head_span_mass.flatten(0, 1),
+    )
 
 
 def assert_equals_oracle(got: TopK, full: TopK, top_k: int, tolerance: float) -> None:

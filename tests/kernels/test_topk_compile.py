@@ -23,8 +23,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from attnhook.kernels.topk.torch.reduce import empty_result
 from attnhook.kernels.topk.triton import kernel
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, PerHead, Selection, Softmax
 
 backend, arch, warp_size = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
@@ -58,7 +59,10 @@ for name in NAMES:
     setattr(kernel, name + "_kernel", Compile(getattr(kernel, name + "_kernel")))
 
 
-def call(heads, kv_heads, dim, dtype, k_type, page=16, pages=64, k_scale=None, full=False, window=-1, rows=2, lse=None):
+def call(
+    heads, kv_heads, dim, dtype, k_type, page=16, pages=64, k_scale=None, full=False, window=-1, rows=2, lse=None,
+    per_head=PerHead(),
+):
     cache = torch.zeros(4, page, kv_heads, dim).to(k_type)
     table = torch.zeros(2, pages, dtype=torch.int32)
     keys = PagedKeys(cache, table, page, cache.stride(), kv_heads, k_scale)
@@ -67,7 +71,7 @@ def call(heads, kv_heads, dim, dtype, k_type, page=16, pages=64, k_scale=None, f
         sinks = torch.zeros(heads, dtype=torch.bfloat16)
         softmax = softmax._replace(sinks=sinks, alibi_slopes=torch.zeros(heads), softcap=30.0)
         spans, first_reported = torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-        selection = Selection(4, torch.ones(2, heads, dtype=torch.bool), spans, first_reported)
+        selection = Selection(4, torch.ones(2, heads, dtype=torch.bool), spans, first_reported, per_head)
     index = torch.zeros(rows, dtype=torch.int64 if full else torch.int32)
     q = torch.zeros(rows, heads, dim, dtype=dtype)
     kernel.topk_attention(LayerRows(q, keys, index, softmax), index, selection)
@@ -82,8 +86,9 @@ if backend == "cuda":
     call(16, 1, 576, torch.bfloat16, torch.bfloat16, page=64, rows=40, lse=True)
 call(16, 4, 128, torch.bfloat16, fp8, k_scale=torch.ones(4), full=True, window=torch.ones(2, dtype=torch.int32))
 call(32, 8, 128, torch.bfloat16, torch.bfloat16, rows=300, full=True)  # tiles of prompt rows
-floats = [torch.zeros(3, n) for n in (40, 16, 0)]
-out = TopK(torch.zeros(3, 40, dtype=torch.int32), *floats[:2], torch.zeros(3), floats[2])
+call(32, 8, 128, torch.bfloat16, torch.bfloat16, full=True, per_head=PerHead(2, True, True, True))
+call(32, 8, 128, torch.bfloat16, torch.bfloat16, rows=300, full=True, per_head=PerHead(2, True, True, True))
+out = empty_result((3, 0), Selection(40), torch.device("cpu"))
 place = torch.zeros(3, dtype=torch.int64)
 kernel.reduce_rows(torch.zeros(3, 1000), place, place, Selection(40), out)
 print("compiled")

@@ -33,7 +33,7 @@ def log_sum_exp(case: Case) -> torch.Tensor:
     rows = []
     for t, (request, p) in enumerate(zip(case.row_request.tolist(), case.row_position.tolist(), strict=True)):
         first = first_visible(p, int(window[t]) if isinstance(window, torch.Tensor) else window)
-        z = naive.head_probabilities(case.q[t], case.keys, request, p, first, logits).log()
+        z = naive.head_probabilities(case.q[t], case.keys, request, p, first, logits)[0].log()
         if sinks is not None:
             z = torch.cat([z, sinks.double()[:, None]], dim=1)
         rows.append(torch.logsumexp(z, dim=1))

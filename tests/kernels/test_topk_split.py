@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from attnhook.kernels.topk import TopK
+from attnhook.kernels.topk import PerHead, TopK
 from attnhook.kernels.topk.split import SplitStep
-from tests.kernels.cases import TOLERANCE, Case, assert_equals_oracle, build, oracle
+from tests.kernels.cases import TOLERANCE, Case, assert_close, assert_equals_oracle, build, heads_as_rows, oracle
 
 ROWS = [(0, 40), (1, 130), (0, 0)]
 PROMPT = [(0, p) for p in range(20, 40)]
 HEADS = {"heads": (12, 6)}
+TOLD = PerHead(3, True, True, True)
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -38,7 +39,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         ("ties", [(0, 60), (0, 61)], {**HEADS, "integers": True, "top_k": 20}),
         ("bfloat16", ROWS, {**HEADS, "dtype": torch.bfloat16}),
     ):
-        yield name, build(rows, seed=len(name), **options)  # type: ignore[arg-type]
+        yield name, build(rows, seed=len(name), per_head=TOLD, **options)  # type: ignore[arg-type]
 
 
 def part(case: Case, rank: int, ranks: int) -> Case:
@@ -71,6 +72,7 @@ def split(case: Case, rank: int, ranks: int, layers: int = 2) -> list[TopK]:
         total=total,
         heads=case.q.shape[1] if whole is None else int(whole.sum()),
         width=int(case.row_position.max()) + 1,
+        place=(rank, ranks),
     )
     return step([own.layer] * layers)
 
@@ -85,12 +87,15 @@ def work(rank: int, ranks: int, kernel: str, meeting: str) -> None:
     for name, case in cases():
         results = split(case, rank, ranks)
         if rank:
-            assert all(bool((x.positions == -1).all()) for x in results), f"{name}: a rank that was to stop went on"
+            empty = [(x.positions == -1).all() and (x.head_positions == -1).all() for x in results]
+            assert all(empty), f"{name}: a rank that was to stop went on"
             continue
-        truth = oracle(case)
+        truth = oracle(case.with_options(per_head=TOLD._replace(top_k=case.keys.max_keys)))
         for result in results:
             try:
                 assert_equals_oracle(result, truth, case.options["top_k"], TOLERANCE)
+                assert_equals_oracle(heads_as_rows(result), heads_as_rows(truth), TOLD.top_k, TOLERANCE)
+                assert_close("log-sum-exp", result.head_lse, truth.head_lse, 1e-5)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
     broken = build(ROWS, seed=3, **HEADS)  # type: ignore[arg-type]

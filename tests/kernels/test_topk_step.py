@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from attnhook.kernels import topk
-from attnhook.kernels.topk import Selection, TopK, TopKStep
+from attnhook.kernels.topk import PerHead, Selection, TopK, TopKStep
 from attnhook.kernels.topk.numba import again
-from tests.kernels.cases import Case, assert_same, build
+from tests.kernels.cases import Case, assert_close, assert_same, build, heads_as_rows
 
 ROWS = [(0, 40), (1, 130), (0, 0)]
 PROMPT = [(0, p) for p in range(20, 40)]
@@ -79,16 +79,21 @@ def test_a_decoding_step_prepares_its_jobs_once(monkeypatch: pytest.MonkeyPatch)
         assert_same(result, alone(case), 1e-7)
 
 
+@pytest.mark.parametrize("per_head", [PerHead(), PerHead(12, True, True, True)], ids=["mean", "heads"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_serves_later_passes_of_the_same_requests(
+    count: int, per_head: PerHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in decoding: other positions, pages and queries; the scratch has to grow on the way."""
     monkeypatch.setenv("ATTNHOOK_KERNEL", "compiled")
     made: list[Any] = []
     whole = again.Again.__init__
     monkeypatch.setattr(again.Again, "__init__", lambda self, *args: (made.append(args), whole(self, *args))[1])
-    step = TopKStep(torch.tensor([0, 1]), Selection(8))
+    spans = torch.tensor([[[0, 1], [20, 60]], [[0, 1], [0, 3]]])
+    step = TopKStep(torch.tensor([0, 1]), Selection(8, spans=spans, per_head=per_head))
     for turn, positions in enumerate([[30, 90], [31, 91], [1500, 2], [1501, 2030]]):
-        first = build([(0, 2040), (1, 2040)], seed=7 + turn)  # as many pages in every pass
+        # as many pages in every pass
+        first = build([(0, 2040), (1, 2040)], seed=7 + turn, spans=spans, per_head=per_head)
         place = torch.tensor(positions)
         layers = [
             replace(first, q=first.q + n, keys=replace(first.keys, cache=first.keys.cache + 0.01 * n))
@@ -103,7 +108,11 @@ def test_a_step_serves_later_passes_of_the_same_requests(count: int, monkeypatch
         got = step.stacked(rows)
         assert lent is None or all(torch.equal(x, y) for x, y in zip(lent, got, strict=True))
         for n, case in enumerate(layers):
-            assert_same(TopK(*(x[:, n] for x in got)), alone(case), 1e-7)
+            found, wanted = TopK(*(x[:, n] for x in got)), alone(case)
+            assert_same(found, wanted, 1e-7)
+            if per_head.scores:
+                assert_same(heads_as_rows(found), heads_as_rows(wanted), 1e-7)
+                assert_close("log-sum-exp", found.head_lse, wanted.head_lse, 1e-5)
     assert sum(shared is step._step for shared, _ in made) == 1
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from attnhook.kernels.topk import LayerRows, Selection, Softmax, TopK, split
+from attnhook.kernels.topk.torch.reduce import empty_result
 from attnhook.kernels.topk.triton import kernel
-from attnhook.kernels.topk.types import PagedKeys
-from attnhook.record.fingerprint import BINS
+from attnhook.kernels.topk.types import PagedKeys, PerHead
 from tests.kernels.cases import (
     TOLERANCE,
     Case,
@@ -185,7 +185,7 @@ def test_launches_depend_on_shapes_alone(
         torch.empty(3, 20, 2, dtype=torch.int64, device=META), torch.empty(3, dtype=torch.int32, device=META),
     )  # fmt: skip
     out = kernel.topk_attention(layer, index, selection)
-    assert [x.device.type for x in out] == ["meta"] * 5
+    assert {x.device.type for x in out} == {"meta"}
     names = [name for name, *_ in recorder.launches]
     if lse:
         assert names == ["direct", "masses", "select"]
@@ -197,6 +197,13 @@ def test_launches_depend_on_shapes_alone(
     long = index.long()
     kernel.reduce_rows(torch.empty(rows, 900, device=META), long, long, Selection(32), out, normalise=True)
     assert [name for name, *_ in recorder.launches][-3:] == ["tiles", "masses", "select"]
+    before = len(recorder.launches)
+    told = kernel.topk_attention(layer, index, selection._replace(per_head=PerHead(4, True, True, True)))
+    assert {x.device.type for x in told} == {"meta"} and told.head_positions.shape == (rows, heads[0], 4)
+    every = [name for name, *_ in recorder.launches[before:]]
+    # what reads keys runs as often as without, and the heads' own numbers come behind it
+    assert [name for name in every if name in {"logits", "average", "norms", "merge", "direct"}] == names[:-2]
+    assert every.count("tiles") == (1 if "direct" in names else names.count("logits"))
 
 
 @pytest.mark.slow
@@ -283,10 +290,7 @@ def test_reduction_of_summed_attention(width: int, normalise: bool) -> None:
     report_from = torch.tensor([0, 9, 0, 0, 90, 3])
     results = []
     for reduce, device in ((split.reduce_rows, "cpu"), (kernel.reduce_rows, DEVICE)):
-        shapes = ((20, torch.int32), (20, torch.float32), (BINS, torch.float32), (0, torch.float32))
-        positions, scores, histogram, entropy = (torch.full((rows, n), -1, dtype=t) for n, t in shapes)
-        out = TopK(positions, scores.zero_(), histogram, entropy.new_empty(rows), torch.empty(rows, 3))
-        out = TopK(*(x.to(device) for x in out))
+        out = empty_result((rows, 0), Selection(20, spans=spans), torch.device(device))
         first_, last_, attention_, spans_, from_ = (
             x.clone().to(device) for x in (first, last, attention, spans, report_from)
         )
@@ -302,11 +306,7 @@ def test_reduction_of_summed_attention(width: int, normalise: bool) -> None:
 def test_reduction_of_more_than_the_registers_hold() -> None:
     attention = torch.rand(1, 1500, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     place = torch.tensor([0], device=DEVICE), torch.tensor([1499], device=DEVICE)
-    out = TopK(
-        torch.zeros(1, 1100, dtype=torch.int32), torch.zeros(1, 1100), torch.zeros(1, BINS), torch.zeros(1),
-        torch.zeros(1, 0),
-    )  # fmt: skip
-    out = TopK(*(x.to(DEVICE) for x in out))
+    out = empty_result((1, 0), Selection(1100), torch.device(DEVICE))
     kernel.reduce_rows(attention.clone(), *place, Selection(1100), out)
     assert_close("scores", out.scores, attention.sort(descending=True).values[:, :1100], 0)
 

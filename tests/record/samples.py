@@ -15,7 +15,8 @@ from attnhook.record.token_record import TokenRecord
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
 FINGERPRINTS = fp.assemble(np.stack([np.arange(16) / 128, np.full(16, 1 / 16)]), np.array([0.125, 1]))
-ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids", "sink_mass")
+OF_HEADS = (*("head_positions", "head_scores", "head_fingerprints", "head_span_mass", "head_sink_mass", "head_lse"),)
+ARRAYS = ("token_positions", "attention_scores", "fingerprints", "span_mass", "token_ids", "sink_mass", *OF_HEADS)
 
 
 def _floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -29,6 +30,20 @@ def _fingerprints(draw: st.DrawFn, layers: int) -> np.ndarray:
 
 
 @st.composite
+def _heads(draw: st.DrawFn, layers: int, spans: int) -> dict:
+    """Some numbers per head, or none."""
+    heads, k = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    shapes: dict[str, tuple[int, ...]] = {"head_fingerprints": (fp.SIZE,), "head_sink_mass": (), "head_lse": ()}
+    if spans:
+        shapes["head_span_mass"] = (spans,)
+    found = {name: draw(_floats(layers, heads, *shapes[name])) for name in draw(st.sets(st.sampled_from([*shapes])))}
+    if draw(st.booleans()):
+        found["head_scores"] = draw(_floats(layers, heads, k))
+        found["head_positions"] = draw(hnp.arrays(np.int32, (layers, heads, k), elements=st.integers(-1, 2**31 - 1)))
+    return found
+
+
+@st.composite
 def token_records(draw: st.DrawFn) -> TokenRecord:
     layers = draw(st.integers(1, 4))
     k = draw(st.integers(0, 6))
@@ -38,6 +53,7 @@ def token_records(draw: st.DrawFn) -> TokenRecord:
     position, prints = draw(st.integers(0, 2**31 - 1)), draw(_fingerprints(layers))
     part = draw(st.none() | _floats(layers))  # that the sink has of its bin
     return TokenRecord(
+        **draw(_heads(layers, len(spans))),
         request_id=draw(NAMES),
         query_position=position,
         layers=tuple(sorted(draw(st.sets(st.integers(0, 2**15 - 1), min_size=layers, max_size=layers)))),
@@ -89,6 +105,7 @@ def packed(records):
         last.layers,
         *(np.stack([getattr(last, name) for _ in records]) for name in ARRAYS[:4]),
         None if last.sink_mass is None else np.stack([last.sink_mass for _ in records]),
+        {n: np.stack([getattr(last, n) for _ in records]) for n in OF_HEADS if getattr(last, n) is not None},
         mode=last.mode,
         think_phase=last.think_phase,
         model=last.model,

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from attnhook.errors import RecordError
 from attnhook.record.token_record import TokenRecord
-from tests.record.samples import FINGERPRINTS, a_record, assert_same, token_records
+from tests.record.samples import FINGERPRINTS, OF_HEADS, a_record, assert_same, token_records
 
 
 def test_raw_json():
@@ -103,6 +103,7 @@ def test_raw_json_is_read_back(record):
         mode="raw",
         token_positions=np.where(some, np.maximum(record.token_positions, 0), -1).astype(np.int32),
         attention_scores=np.where(some, record.attention_scores, 0).astype(np.float32),
+        head_positions=None if record.head_positions is None else np.maximum(record.head_positions, 0),
     )
     entry = json.loads(json.dumps(record.to_dict()))
     again = TokenRecord.from_dict(entry, request_id=record.request_id, choice=record.choice, model=record.model)
@@ -115,7 +116,56 @@ def test_raw_json_is_read_back(record):
     assert again.spans == pytest.approx(record.spans, rel=0, abs=1e-7)
     np.testing.assert_allclose(again.span_mass, record.span_mass, rtol=0, atol=1e-7)
     assert again.span_mass.shape == record.span_mass.shape
+    for name in OF_HEADS:
+        mine, theirs = getattr(again, name), getattr(record, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-7)
     assert_same(TokenRecord.from_bytes(again.to_bytes()), again)  # its arrays agree
+
+
+def of_heads(**changes: object) -> dict:
+    """An entry with numbers of two heads in each of its two layers."""
+    numbers: dict = {
+        "head_positions": np.array([[[35, -1], [35, 3]], [[0, 1], [2, 3]]], np.int32),
+        "head_scores": np.array([[[0.9, 0], [0.5, 0.25]], [[0.5, 0.25], [0.75, 0]]], np.float32),
+        "head_span_mass": np.array([[[0.5, 0.25], [0.125, 1]], [[0, 0.5], [0.75, 0]]], np.float32),
+        "head_lse": np.array([[1.5, -2], [0, 30.25]], np.float32),
+    }
+    entry = a_record(**numbers).to_dict()
+    entry["layers"]["29"]["heads"] |= changes
+    return entry
+
+
+def test_heads_in_json():
+    layer = of_heads()["layers"]["3"]["heads"]
+    assert layer == {
+        "token_positions": [[35], [35, 3]],  # what does not exist is left out
+        "attention_scores": [[0.9], [0.5, 0.25]],
+        "spans": {"doc1": [0.5, 0.125], "prompt": [0.25, 1.0]},
+        "lse": [1.5, -2.0],
+    }
+    assert "heads" not in a_record().to_dict()["layers"]["3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": 1}, "heads tell different things"),
+        ({"lse": [1.0]}, "a layer lacks|inhomogeneous|different numbers"),
+        ({"lse": [1.0, float("nan")]}, "not finite"),
+        ({"spans": {"doc1": [0.1, 0.2]}}, "lacks 'prompt'"),
+        ({"token_positions": [[0, 1], [-2]]}, r"token_positions \[-2\]"),
+        ({"token_positions": [[0, 1], [*range(17)]]}, "up to 16 are read"),
+        ({"attention_scores": [[0.5], [0.1, 0.2]]}, "reshape"),
+        ({"attention_scores": [[0.5, 0.2]]}, "different numbers of heads"),
+        ({"token_positions": [[0], [1], [2]]}, "different numbers of heads"),
+    ],
+)
+def test_damaged_heads_are_refused(changes, message):
+    with pytest.raises(RecordError, match=message):
+        TokenRecord.from_dict(of_heads(**changes))
 
 
 def changed(**changes: object) -> dict:

@@ -19,7 +19,18 @@ from attnhook.errors import RecordError
 from attnhook.record import block, columns, layout, packing
 from attnhook.record import fingerprint as fp
 from attnhook.record.block import read_rows
-from attnhook.record.layout import HEADER, SECTIONS, STRUCT, Header, Section, Shape, layout_of, row_size, sections_size
+from attnhook.record.layout import (
+    HEADER,
+    LONG_HEADER,
+    SECTIONS,
+    STRUCT,
+    Header,
+    Section,
+    Shape,
+    layout_of,
+    row_size,
+    sections_size,
+)
 from attnhook.record.packing import layers_of, row_without_tokens
 from attnhook.record.token_record import TokenRecord, without_tokens
 from attnhook.record.zones import are_fingerprints
@@ -121,19 +132,52 @@ def test_rows_are_what_they_were_to_the_byte(name):
 def test_the_header_is_what_it_was():
     """By offsets that are written out here, for once."""
     row = base64.b85decode(GOLDEN["raw"])
-    assert HEADER.itemsize == 26 and HEADER.names == Header._fields
+    assert HEADER.itemsize == 26 and HEADER.names == Header._fields[:13]
     found = Header.read(row)
-    assert found == (b"AH", 1, 0, 1, 2, 2, 2, 3, 6, 9, 11, 5, 36)
-    assert found == struct.unpack_from("<2sBBBBHHHHHHii", row)
-    assert found == np.frombuffer(row, HEADER, 1)[0].item()
+    assert found == (b"AH", 1, 0, 1, 2, 2, 2, 3, 6, 9, 11, 5, 36, 0, 0, 0)
+    assert found[:13] == struct.unpack_from("<2sBBBBHHHHHHii", row)
+    assert found[:13] == np.frombuffer(row, HEADER, 1)[0].item()
     assert found.bounds == (26, 32, 41, 52)
     assert [row[start:end] for start, end in pairwise(found.bounds)] == [b"cmpl-1", b"org/model", b"doc1\x1fprompt"]
-    assert STRUCT.pack(*found) == row[: HEADER.itemsize]
+    assert STRUCT.pack(*found[:13]) == row[: HEADER.itemsize]
 
 
+def test_the_header_of_numbers_per_head():
+    """By offsets that are written out here, for once."""
+    top = {"head_positions": np.zeros((2, 9, 4), np.int32), "head_scores": np.ones((2, 9, 4), np.float32)}
+    row = a_record(decode_step=5, choice=2, head_lse=np.ones((2, 9), np.float32), **top).to_bytes()
+    assert LONG_HEADER.itemsize == 30 and LONG_HEADER.names == Header._fields
+    found = Header.read(row)
+    assert found == struct.unpack_from("<2sBBBBHHHHHHiiHBB", row)
+    assert found == np.frombuffer(row, LONG_HEADER, 1)[0].item()
+    assert (found.version, found.heads, found.head_k, found.head_kinds) == (5, 9, 4, 0b10001)
+    assert found.bounds == (30, 36, 36, 47) and row[30:36] == b"cmpl-1"
+    with_sink = a_record(sink_mass=np.zeros(2, np.float32), **top).to_bytes()
+    assert Header.read(with_sink)[1] == 7 and Header.read(with_sink).head_kinds == 1
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(26, 0), (28, 0), (29, 0), (29, 32), (29, 0b10000)],
+    ids=["no head", "no positions", "nothing told", "an unknown kind", "positions of nothing"],
+)
+def test_a_header_of_heads_that_nobody_wrote_is_refused_by_all(at, value):
+    top = {"head_positions": np.zeros((2, 1, 1), np.int32), "head_scores": np.ones((2, 1, 1), np.float32)}
+    row = bytearray(a_record(**top).to_bytes())
+    row[at] = value
+    header = Header.read(bytes(row))
+    row = row[: header.bounds[-1]].ljust(header.bounds[-1] + header.layout.size, b"\0")  # as long as it announces
+    with pytest.raises(RecordError, match="damaged record"):
+        TokenRecord.from_bytes(bytes(row))
+    found, bad = read_rows([bytes(row), a_record().to_bytes()])
+    assert (len(found), bad) == (1, {"damaged_record": 1})
+
+
+FLAGS = [st.integers(0, 1)] * 5
 SHAPES = st.builds(
     Shape,
     st.integers(1, 2**16 - 1), st.integers(0, 2**16 - 1), st.integers(0, 255), st.integers(0, 1), st.integers(0, 1),
+    st.integers(0, 200), st.integers(0, 255), *FLAGS,
 )  # fmt: skip
 
 
@@ -142,8 +186,9 @@ def test_sizes_of_one_row_and_of_many_are_the_same(shapes, text):
     many = Shape(*np.array(shapes, np.int64).T)
     sizes = [layout_of(shape).size for shape in shapes]
     assert sections_size(many).tolist() == sizes == [sections_size(shape) for shape in shapes]
-    layers, k, spans, tokens, sink = many
-    assert row_size(layers, k, spans, text, tokens, sink).tolist() == [HEADER.itemsize + text + size for size in sizes]
+    without = many._replace(**dict.fromkeys(Shape._fields[5:], np.zeros_like(many.k)))
+    expected = [HEADER.itemsize + text + layout_of(Shape(*shape[:5])).size for shape in shapes]
+    assert row_size(*without[:3], text, *without[3:5]).tolist() == expected
     for shape, size in zip(shapes, sizes, strict=True):
         end = 0
         for place in layout_of(shape).places.values():
@@ -156,7 +201,7 @@ def test_sizes_of_one_row_and_of_many_are_the_same(shapes, text):
 def _agree(records: list[TokenRecord]) -> None:
     """Whatever reads or writes the rows of these records says the same of them."""
     rows = [record.to_bytes() for record in records]
-    many = Header.read_many(np.frombuffer(b"".join(row[: HEADER.itemsize] for row in rows), HEADER))
+    many = Header.read_many(np.frombuffer(b"".join(row[: LONG_HEADER.itemsize] for row in rows), LONG_HEADER))
     assert (many.bounds[-1] + sections_size(many.shape)).tolist() == list(map(len, rows))
     block, bad = read_rows(rows)
     assert not bad
@@ -256,7 +301,7 @@ def _is_good(row: bytes) -> bool:
         found = TokenRecord.from_bytes(row)
     except RecordError:
         return False
-    numbers = (found.attention_scores, found.fingerprints, found.span_mass, found.sink_mass)
+    numbers = [value for value in vars(found).values() if isinstance(value, np.ndarray)]
     if not all(np.isfinite(array).all() for array in numbers if array is not None):
         return False
     try:

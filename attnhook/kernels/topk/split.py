@@ -6,13 +6,14 @@ before either: a top k of one rank's heads says nothing about the model's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from attnhook.kernels.topk.dispatch import implementation
 from attnhook.kernels.topk.torch.reduce import empty_result, select
-from attnhook.kernels.topk.types import LayerRows, Selection, TopK
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _SCRATCH_ELEMENTS = 1 << 22  # attention of the rows that are added up together: 16 MiB, unless one row needs more
@@ -30,6 +31,8 @@ class SplitStep:
         Selected query heads of all ranks together.
     width
         More than the largest position of a row.
+    place
+        This rank and how many there are: its query heads are those of that place, in order.
 
     ``selection`` is the same for all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
     none. Ranks that do not go on get empty results. A rank on which something goes wrong adds NaN, so that no rank
@@ -44,15 +47,19 @@ class SplitStep:
         total: Callable[[torch.Tensor], bool],
         heads: int,
         width: int,
+        place: tuple[int, int] = (0, 1),
     ) -> None:
         self._request, self._total, self._heads, self._width = row_request, total, heads, width
+        self._rank, self._ranks = place
         self._selection, mask = selection, selection.head_mask
         self._selected = None if mask is None else int(mask.sum())
 
     def __call__(self, layers: Sequence[LayerRows]) -> list[TopK]:
         """One result per layer."""
         rows, count = len(self._request), len(layers)
-        found = [empty_result(rows, self._selection, layers[0].q.device) for _ in layers]
+        found = [
+            empty_result((rows, layer.q.shape[1] * self._ranks), self._selection, layer.q.device) for layer in layers
+        ]
         step = max(1, _SCRATCH_ELEMENTS // (count * self._width))
         failure: Exception | None = None
         for start in range(0, rows, step):
@@ -67,9 +74,38 @@ class SplitStep:
                 continue
             for layer, a, out in zip(layers, attention, found, strict=True):
                 self._reduce(layer, a, part, TopK(*(x[part] for x in out)))
+        if self._selection.per_head != NO_HEADS and rows:
+            failure = self._gather_heads(layers, found) or failure
         if failure is not None:
             raise failure
         return found
+
+    def _gather_heads(self, layers: Sequence[LayerRows], found: list[TopK]) -> Exception | None:
+        """Fill in what each rank tells of its own heads; what went wrong on this one, which adds NaN then."""
+        names = [name for name, x in found[0]._asdict().items() if name.startswith("head_") and x.numel()]
+        shapes = [(name, found[0]._asdict()[name].shape[2:]) for name in names]
+        rows, own = layers[0].q.shape[:2]
+        size = sum(math.prod(shape) for _, shape in shapes)
+        # positions are whole numbers below 2**24, which float32 has
+        whole = torch.zeros((len(layers), rows, own * self._ranks, size), device=layers[0].q.device)
+        mine, failure = whole[:, :, own * self._rank : own * (self._rank + 1)], None
+        try:
+            kernel = implementation(whole.device.type)
+            selection = self._selection._replace(head_mask=None, top_k=1)
+            for n, layer in enumerate(layers):
+                got = kernel.topk_attention(layer, self._request, selection)._asdict()
+                mine[n] = torch.cat([got[name].reshape(rows, own, -1).float() for name in names], dim=-1)
+        except Exception as error:  # raised by who called; the other ranks wait for this one's part
+            failure = error
+            mine.fill_(torch.nan)
+        if self._total(whole):
+            for out, numbers in zip(found, whole, strict=True):
+                at = 0
+                for name, shape in shapes:
+                    end = at + math.prod(shape)
+                    out._asdict()[name].copy_(numbers[..., at:end].reshape(rows, -1, *shape))
+                    at = end
+        return failure
 
     def _sum(self, layer: LayerRows, part: slice) -> torch.Tensor:
         """This rank's share [R, width] of the mean over all ranks' heads."""

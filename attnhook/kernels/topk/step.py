@@ -8,7 +8,17 @@ from typing import Any
 import torch
 
 from attnhook.kernels.topk.dispatch import implementation
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, Selection, Softmax, TopK, check_inputs
+from attnhook.kernels.topk.types import (
+    NO_HEADS,
+    Arrays,
+    LayerRows,
+    PagedKeys,
+    PerHead,
+    Selection,
+    Softmax,
+    TopK,
+    check_inputs,
+)
 
 
 def topk_attention(
@@ -27,6 +37,7 @@ def topk_attention(
     spans: torch.Tensor | None = None,
     first_reported: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    per_head: PerHead = NO_HEADS,
 ) -> TopK:
     """Head-averaged attention of each query row over its visible keys, reduced to what a record keeps.
 
@@ -71,6 +82,9 @@ def topk_attention(
         then ``exp(z_h(s) - lse_h)``, as true as the engine's number is; it saves the Triton kernel all scratch
         for logits and a pass. The torch and the compiled path, which have the logits at hand, find the
         normaliser themselves and only look at the shape. FlashInfer's is a base-2 logarithm: times ln 2.
+    per_head : PerHead
+        What is wanted of every query head by itself, of ``p_h`` in place of the mean, whatever ``head_mask`` says:
+        the ``top_k`` largest, the fingerprint (histogram and entropy), the mass of ``spans``, the log-sum-exp.
 
     Returns
     -------
@@ -78,6 +92,7 @@ def topk_attention(
         ``positions`` and ``scores`` are sorted by descending score, ties to the lower position; rows
         with fewer than ``top_k`` reportable keys end in position -1, score 0. A NaN or infinity in a
         row's q or visible keys makes that row's entropy NaN: the caller must drop it.
+        ``head_...`` are [T, Hq, ...] where ``per_head`` asks for them, else [T, 0, ...].
 
     Raises
     ------
@@ -85,7 +100,7 @@ def topk_attention(
         Shapes, dtypes or devices do not fit together.
     """
     layer = LayerRows(q, keys, row_position, Softmax(scale, softcap, window, sinks, alibi_slopes, lse))
-    selection = Selection(top_k, head_mask, spans, first_reported)
+    selection = Selection(top_k, head_mask, spans, first_reported, per_head)
     check_inputs(layer, row_request, selection)
     result: TopK = implementation(q.device.type).topk_attention(layer, row_request, selection)
     return result

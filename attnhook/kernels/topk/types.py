@@ -9,6 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from attnhook.record.fingerprint import BINS
+
+#: Fields of `TopK` that are int32; the others are float32.
+INTEGERS = ("positions", "head_positions")
+
 
 class TopK(NamedTuple):
     """Result of `topk_attention` for T rows."""
@@ -18,6 +23,13 @@ class TopK(NamedTuple):
     histogram: torch.Tensor  # float32 [T, 16]; fingerprint.BIN_STARTS gives the bins
     entropy: torch.Tensor  # float32 [T]; normalised to [0, 1]
     span_mass: torch.Tensor  # float32 [T, n]
+    # of each query head by itself, selected or not: H is Hq where `PerHead` asks for them, else 0
+    head_positions: torch.Tensor  # int32 [T, H, k_h]
+    head_scores: torch.Tensor  # float32 [T, H, k_h]
+    head_histogram: torch.Tensor  # float32 [T, H, 16]
+    head_entropy: torch.Tensor  # float32 [T, H]
+    head_span_mass: torch.Tensor  # float32 [T, H, n]
+    head_lse: torch.Tensor  # float32 [T, H]; natural logarithm of the softmax's denominator, the learned sink included
 
 
 class Arrays(NamedTuple):
@@ -28,6 +40,12 @@ class Arrays(NamedTuple):
     histogram: np.ndarray
     entropy: np.ndarray
     span_mass: np.ndarray
+    head_positions: np.ndarray
+    head_scores: np.ndarray
+    head_histogram: np.ndarray
+    head_entropy: np.ndarray
+    head_span_mass: np.ndarray
+    head_lse: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,22 +131,57 @@ class LayerRows(NamedTuple):
     softmax: Softmax
 
 
+class PerHead(NamedTuple):
+    """What is wanted of each query head beside the mean over the selected ones; see `topk_attention`."""
+
+    top_k: int = 0
+    fingerprint: bool = False  # histogram and entropy
+    spans: bool = False
+    lse: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether the heads' probabilities are needed, and not their normalisers alone."""
+        return bool(self.top_k or self.fingerprint or self.spans)
+
+
+NO_HEADS = PerHead()
+
+
 class Selection(NamedTuple):
     """What is wanted of each row, the same in all layers; see `topk_attention` for shapes and meaning.
 
-    A result that is not always wanted (per head, per key, the log-sum-exp) belongs here as a field that asks for it,
-    and in `TopK` as one that answers.
+    A result that is not always wanted belongs here as a field that asks for it, and in `TopK` as one that answers.
     """
 
     top_k: int
     head_mask: torch.Tensor | None = None
     spans: torch.Tensor | None = None
     first_reported: torch.Tensor | None = None
+    per_head: PerHead = NO_HEADS
 
     @property
     def span_count(self) -> int:
         """Ranges per request whose mass is wanted."""
         return 0 if self.spans is None else self.spans.shape[1]
+
+    def shapes(self, heads: int) -> dict[str, tuple[int, ...]]:
+        """What a row has in each field of `TopK`, for so many query heads."""
+        asked, n = self.per_head, self.span_count
+        top, prints, spans, lse = (heads * bool(x) for x in (asked.top_k, asked.fingerprint, asked.spans, asked.lse))
+        return {
+            "positions": (self.top_k,),
+            "scores": (self.top_k,),
+            "histogram": (BINS,),
+            "entropy": (),
+            "span_mass": (n,),
+            "head_positions": (top, asked.top_k),
+            "head_scores": (top, asked.top_k),
+            "head_histogram": (prints, BINS),
+            "head_entropy": (prints,),
+            "head_span_mass": (spans, n),
+            "head_lse": (lse,),
+        }
 
     def requests(self, row_request: torch.Tensor) -> Selection:
         """What is wanted of rows of these requests, int64 [T], as if each row were a request of its own."""
@@ -152,6 +205,8 @@ def check_inputs(layer: LayerRows, row_request: torch.Tensor, selection: Selecti
         raise ValueError(f"page_table must be [requests, pages], got shape {tuple(keys.page_table.shape)}")
     if keys.num_kv_heads < 1 or heads % keys.num_kv_heads:
         raise ValueError(f"{heads} query heads do not divide into {keys.num_kv_heads} kv heads")
+    if selection.per_head.top_k < 0:
+        raise ValueError(f"per_head.top_k must be at least 0, got {selection.per_head.top_k}")
     if selection.top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {selection.top_k}")
     expected: list[tuple[str, torch.Tensor | None, tuple[tuple[int, ...], ...]]] = [

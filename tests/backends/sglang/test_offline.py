@@ -13,7 +13,7 @@ from attnhook.sinks.jsonl import read_jsonl
 from tests import oracle
 from tests.backends.sglang.engine import check, needs_sglang, offline
 from tests.backends.token_ids import check_line
-from tests.backends.vllm.engine import ALL, from_entry
+from tests.backends.vllm.engine import ALL, OF_HEADS, from_entry
 from tests.helpers import tiny_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
@@ -88,15 +88,21 @@ def test_tensor_parallel_ranks_with_overlap(
         {"input_ids": prompts, "sampling_params": [sampling(6) for _ in prompts]},
         {"input_ids": prompts[0], "sampling_params": sampling(3, attention_self_check=True)},
         {"input_ids": prompts[0], "sampling_params": sampling(3, attention_prompt=False, **fields)},
+        {"input_ids": prompts[1], "sampling_params": sampling(3, **OF_HEADS)},
     ]
     environ = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
-    results, checked, some = offline(tmp_path, smol_path, batches, tp_size=3, environ=environ)
+    results, checked, some, told = offline(tmp_path, smol_path, batches, tp_size=3, environ=environ)
     for ids, result in zip(prompts, results, strict=True):
         print(len(ids), whole(smol, ids, result))
     assert checked["meta_info"]["attention_self_check"]["max_error"] < 1e-4
     entry = some["meta_info"]["attention_tokens"][0]
     assert 0 < entry["spans"]["head"] < 1
     assert all(min(layer["token_positions"]) >= 3 for layer in entry["layers"].values())
+    # what each rank tells of its own heads
+    whole(smol, prompts[1], told)
+    entries = [*told["meta_info"]["prompt_attention_tokens"], *told["meta_info"]["attention_tokens"]]
+    rows = [from_entry(entry) for entry in entries]
+    oracle.check_heads(smol, [*prompts[1], *told["output_ids"]][:-1], rows, top_k=4, heads=range(9))
 
 
 def test_pipeline_stages(tmp_path: Path) -> None:

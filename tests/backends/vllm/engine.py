@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from attnhook import TokenRecord
+from attnhook.record.entry_heads import read_heads
 from tests import oracle
 from tests.backends.forking import Ready
 from tests.backends.servers import Server, free_port, run, running
@@ -23,6 +24,12 @@ from tests.helpers import environment
 #: Found without an import: vLLM brings Triton in, which tests/kernels must import first.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
+#: What is told of every head too.
+OF_HEADS = {
+    "attention_per_head": ["spans", "fingerprint", "sink", "top", "lse"],
+    "attention_top_k_per_head": 4,
+    "attention_spans": {name: list(span) for name, span in oracle.SPANS.items() if span[0] < 100},
+}
 #: Everything on, so that a request shows every layer and row.
 ALL = {"return_attention_tokens": True, "attention_layers": "all", "top_k_attention": 8, "attention_prompt": True}
 
@@ -121,6 +128,12 @@ def from_entry(entry: dict[str, Any], **names: Any) -> TokenRecord:
         rows = [layer[name] + [fill] * (k - len(layer[name])) for layer in entry["layers"].values()]
         return np.array(rows, dtype)
 
+    spans = tuple(entry.get("spans", ()))
+    heads = read_heads([*entry["layers"].values()], spans)
+    for name, fill in (("head_positions", -1), ("head_scores", 0)):
+        if name in heads:
+            short = 16 - heads[name].shape[2]
+            heads[name] = np.pad(heads[name], ((0, 0), (0, 0), (0, short)), constant_values=fill)
     return TokenRecord(
         request_id=names.get("request_id", ""),
         query_position=entry["query_position"],
@@ -129,7 +142,9 @@ def from_entry(entry: dict[str, Any], **names: Any) -> TokenRecord:
         attention_scores=padded("attention_scores", 0, np.float32),
         fingerprints=np.array([layer["fingerprint"] for layer in entry["layers"].values()], np.float32),
         decode_step=entry["decode_step"],
-        span_mass=np.zeros((len(layers), 0), np.float32),
+        span_names=spans,
+        span_mass=np.array([[*layer.get("spans", {}).values()] for layer in entry["layers"].values()], np.float32),
+        **heads,
         sink_mass=np.array([layer["sink_mass"] for layer in entry["layers"].values()], np.float32),
     )
 

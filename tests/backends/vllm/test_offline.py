@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from attnhook.sinks.jsonl import read_jsonl
+from tests import oracle
 from tests.backends.token_ids import check_line
-from tests.backends.vllm.engine import ALL, check, needs_vllm, offline, records
+from tests.backends.vllm.engine import ALL, OF_HEADS, check, needs_vllm, offline, records
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
 
@@ -144,6 +145,7 @@ def test_strides_limits_modes_heads_and_spans(
         {**base, "attention_max_tokens": 2, "attention_layers": [0, -1]},
         {**base, "attention_mode": "fingerprint"},
         {**base, "attention_heads": [1, 5], "attention_spans": {"head": [0, 5]}, "attention_mask_prefix": 3},
+        {**ALL, **OF_HEADS},
     ]
     requests = [{**ask(prompts[0], new=7), "fields": fields} for fields in asked]
     result = offline(tmp_path, smol_path, requests, uninstall=True)
@@ -155,6 +157,11 @@ def test_strides_limits_modes_heads_and_spans(
     first = found[3][0]
     assert first.span_names == ("head",) and 0 < first.spans["head"] < 1
     assert first.token_positions.min() >= 3
+    # every head by itself, as eager attention has it
+    choice = replies[4]["choices"][0]
+    rows = [*records(choice["prompt"]), *records(choice["generated"])]
+    oracle.check_heads(smol, [*prompts[0], *choice["ids"]][:-1], rows, top_k=4, heads=range(9))
+    whole(smol, requests[4], choice)
     assert all(reply["choices"][0]["ids"] == replies[0]["choices"][0]["ids"] for reply in replies)
     # and nothing of ours is left in the engine after uninstall(), which generates on
     assert result["left"] == []
@@ -181,8 +188,6 @@ def test_bfloat16(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path:
     choice = offline(tmp_path, smol_path, [request], dtype="bfloat16")["replies"][0]["choices"][0]
     assert choice["error"] is None
     import torch
-
-    from tests import oracle
 
     rows = [*records(choice["prompt"]), *records(choice["generated"])]
     attention = oracle.eager_attention(smol, torch.tensor([[*request["ids"], *choice["ids"]][:-1]]))

@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.backends.vllm.engine import ALL, Server, check, needs_vllm, serve
+from tests import oracle
+from tests.backends.vllm.engine import ALL, OF_HEADS, Server, check, needs_vllm, serve
 from tests.backends.vllm.test_server import FAULT, chat, entries_of, message, rows
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
@@ -54,6 +55,12 @@ def test_tensor_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> Non
             alone = chat(client, **{**ALL, "attention_heads": [heads[0]]}).choices[0]
             assert (choice.attention_tokens == alone.attention_tokens) == (len(heads) == 1)
             assert not hasattr(choice, "attention_error")
+        # what each rank tells of its own heads
+        reply = chat(client, **{**ALL, **OF_HEADS})
+        (choice,) = reply.choices
+        ids = [*reply.prompt_token_ids, *choice.token_ids][:-1]
+        every = rows([*choice.prompt_attention_tokens, *choice.attention_tokens])
+        oracle.check_heads(smol, ids, every, top_k=4, heads=range(9))
         # what goes wrong in one rank only is told, and no rank falls out of step
         good = chat(client, **ALL).choices[0]
         for fault in (FAULT, FAULT_WHILE_TAKING):

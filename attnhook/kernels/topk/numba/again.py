@@ -66,7 +66,7 @@ class Again:
                 rows=rows, layers=count, heads=call.heads, requests=self._pages.shape[0],
                 columns=self._pages.shape[1], window=-1, table=self._table.ctypes.data,
                 pages=self._pages.ctypes.data, found=self._memory.ctypes.data, found_count=self._memory.size,
-                position_count=self._lent.positions.size,
+                position_count=self._lent.positions.size + self._lent.head_positions.size,
             ),
         )  # fmt: skip
 

@@ -95,6 +95,18 @@ class RowWords(Words):
     histogram: int  # float32 [results, BINS]
     entropy: int  # float32 [results]
     span_mass: int  # float32 [results, span_count]
+    # of each head: 0 or as many as there are
+    head_tops: int
+    head_top_k: int
+    head_positions: int  # int32 [results, head_tops, head_top_k]
+    head_scores: int  # float32 [results, head_tops, head_top_k]
+    head_prints: int
+    head_histogram: int  # float32 [results, head_prints, BINS]
+    head_entropy: int  # float32 [results, head_prints]
+    head_masses: int
+    head_span_mass: int  # float32 [results, head_masses, span_count]
+    head_norms: int
+    head_lse: int  # float32 [results, head_norms]
     dense: int  # float32 [results, dense_width]
     dense_width: int  # 0: what is above is wanted; else the attention itself, and nothing else
     # what a thread works in

@@ -14,8 +14,7 @@ import torch
 
 from attnhook.kernels.topk.numba import loops
 from attnhook.kernels.topk.numba.blocks import POOL, RowWords, W
-from attnhook.kernels.topk.types import Arrays, LayerRows, PagedKeys, Selection, TopK
-from attnhook.record.fingerprint import BINS
+from attnhook.kernels.topk.types import INTEGERS, Arrays, LayerRows, PagedKeys, Selection, TopK
 
 _SERIAL = 1 << 15  # logits that are not worth waking threads for
 _MADV_PAGEOUT = 21  # linux/mman.h; takes nothing away that cannot be read again
@@ -105,10 +104,11 @@ class Shared:
     """What all layers of a step have in common; no argument may change while it lasts."""
 
     def __init__(self, row_request: torch.Tensor, selection: Selection) -> None:
-        top_k, head_mask, spans, first_reported = selection
+        top_k, head_mask, spans, first_reported, per_head = selection
         self.request = as_numpy(row_request, np.int64)
-        self.top_k = top_k
-        self.lanes = max(128, 1 << (4 * top_k - 1).bit_length())
+        self.selection = selection
+        self.top_k = max(top_k, per_head.top_k)  # the most that are selected at once
+        self.lanes = max(128, 1 << (4 * self.top_k - 1).bit_length())
         self.spans = None if spans is None else as_numpy(spans, np.int64)
         self.report_from = None if first_reported is None else as_numpy(first_reported, np.int64)
         self.masks = None if head_mask is None else as_numpy(head_mask, np.uint8)
@@ -122,6 +122,7 @@ class Call:
     def __init__(self, shared: Shared, layers: Sequence[LayerRows]) -> None:
         self.rows, self.heads, _ = layers[0].q.shape
         self.layers, self.top_k, self.lanes, self.dense = layers, shared.top_k, shared.lanes, shared.dense
+        self.selection = shared.selection
         self.requests = requests = layers[0].keys.page_table.shape[0]
         masks, spans, report_from = _neutral(requests, self.heads)
         self.spans = spans if shared.spans is None else shared.spans
@@ -144,18 +145,20 @@ class Call:
         """Results ``[T * L, ...]``, a row's layers one after the other, before anything is computed."""
         _, found = self.arrays()
         found.positions.fill(-1)
+        found.head_positions.fill(-1)
         count = self.rows * len(self.layers)
         return TopK(*(torch.from_numpy(x.reshape(count, *x.shape[2:])) for x in found))
 
     def arrays(self) -> tuple[np.ndarray, Arrays]:
-        """One piece of memory, zeroed, and in it numpy arrays ``[T, L, ...]`` for results."""
-        each = (self.top_k,), (self.top_k,), (BINS,), (), (self.spans.shape[1],)
-        shapes = [(self.rows, len(self.layers), *own) for own in each]
-        sizes = [math.prod(shape) for shape in shapes]
+        """One piece of memory, zeroed, and in it numpy arrays ``[T, L, ...]`` for results, integers first."""
+        shapes = {name: (self.rows, len(self.layers), *own) for name, own in self.selection.shapes(self.heads).items()}
+        order = sorted(shapes, key=lambda name: name not in INTEGERS)
+        sizes = [math.prod(shapes[name]) for name in order]
         memory = np.zeros(sum(sizes), np.float32)
-        parts = np.split(memory, np.cumsum(sizes)[:-1])
-        parts[0] = parts[0].view(np.int32)
-        return memory, Arrays(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+        parts = dict(zip(order, np.split(memory, np.cumsum(sizes)[:-1]), strict=True))
+        for name in INTEGERS:
+            parts[name] = parts[name].view(np.int32)
+        return memory, Arrays(**{name: parts[name].reshape(shape) for name, shape in shapes.items()})
 
     def words(self, table: np.ndarray) -> RowWords:
         """The words of `loops.row_job` for a table's rows; logits, results and scratch are to come."""
@@ -165,7 +168,7 @@ class Call:
             table=table.ctypes.data,
             sinks=self.sinks.ctypes.data, sink_heads=self.sinks.shape[1],
             slopes=self.slopes.ctypes.data, slope_heads=self.slopes.shape[1], softcaps=self.softcaps.ctypes.data,
-            top_k=self.top_k, masks=self.masks.ctypes.data, report_from=self.report_from.ctypes.data,
+            top_k=self.selection.top_k, masks=self.masks.ctypes.data, report_from=self.report_from.ctypes.data,
             spans=self.spans.ctypes.data, span_count=self.spans.shape[1],
             results=self.rows * len(self.layers), lanes=self.lanes,
             dense=0 if dense is None else dense.data_ptr(), dense_width=0 if dense is None else dense.shape[1],
@@ -189,6 +192,12 @@ def point_at_results(words: RowWords, results: Arrays) -> None:
     words.positions, words.scores = results.positions.ctypes.data, results.scores.ctypes.data
     words.histogram, words.entropy = results.histogram.ctypes.data, results.entropy.ctypes.data
     words.span_mass = results.span_mass.ctypes.data
+    *_, words.head_tops, words.head_top_k = results.head_positions.shape
+    words.head_prints, words.head_norms = results.head_entropy.shape[-1], results.head_lse.shape[-1]
+    words.head_masses = results.head_span_mass.shape[-2]
+    words.head_positions, words.head_scores = results.head_positions.ctypes.data, results.head_scores.ctypes.data
+    words.head_histogram, words.head_entropy = results.head_histogram.ctypes.data, results.head_entropy.ctypes.data
+    words.head_span_mass, words.head_lse = results.head_span_mass.ctypes.data, results.head_lse.ctypes.data
 
 
 def width_for(keys: int) -> int:

@@ -14,16 +14,16 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from attnhook.kernels.topk.numba.blocks import NEXT_THREAD, NEXT_UNIT, ROW, RowWords, signature
-from attnhook.kernels.topk.numba.elementary import EXACT, SUMS, exp, extremes, log, ordered, tanh
+from attnhook.kernels.topk.numba.elementary import EXACT, extremes, ordered, tanh
+from attnhook.kernels.topk.numba.heads import reduce_head
 from attnhook.kernels.topk.numba.intrinsics import bits_float, fetch_add, pointer
 from attnhook.kernels.topk.numba.selection import select
-from attnhook.record.fingerprint import BIN_STARTS, BINS
+from attnhook.kernels.topk.numba.sums import bin_sums, entropy_of, exponentials, span_sums
+from attnhook.record.fingerprint import BINS
 
 f32, i32 = np.float32, np.int32
 
-_CHUNK = 1024  # floats added up in float32 before float64 takes over
 _INFINITY = i32(0x7F800000)
-_STARTS = np.array(BIN_STARTS, dtype=np.int64)
 
 
 @njit(fastmath=EXACT)
@@ -38,17 +38,6 @@ def _cap(z, softcap):
         z[j] = softcap * tanh(z[j] / softcap)
 
 
-@njit(fastmath=SUMS)
-def _exponentials(z, most):
-    """z becomes e**(z - most); returns the sum."""
-    total = f32(0.0)
-    for j in range(len(z)):
-        e = exp(z[j] - most)
-        z[j] = e
-        total += e
-    return total
-
-
 @njit(fastmath=EXACT)
 def _set_scaled(a, e, weight):
     for j in range(len(a)):
@@ -61,48 +50,20 @@ def _add_scaled(a, e, weight):
         a[j] += e[j] * weight
 
 
-@njit(fastmath=SUMS)
-def _part_sum(a):
-    total = f32(0.0)
-    for j in range(len(a)):
-        total += a[j]
-    return total
-
-
-@njit(fastmath=SUMS)
-def _part_entropy(a):
-    total = f32(0.0)
-    for j in range(len(a)):
-        total += a[j] * log(max(a[j], f32(1.17549435e-38)))
-    return -total
-
-
-@njit
-def _sum(a):
-    total = 0.0
-    for start in range(0, len(a), _CHUNK):
-        total += _part_sum(a[start : start + _CHUNK])
-    return total
-
-
-@njit
-def _entropy(a):
-    total = 0.0
-    for start in range(0, len(a), _CHUNK):
-        total += _part_entropy(a[start : start + _CHUNK])
-    return total
-
-
 @njit(error_model="numpy")
-def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a):
-    """a becomes the mean attention of one row's selected heads; False where a logit is not finite."""
+def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a, every, place, results, lse, best):
+    """a becomes the mean attention of one row's selected heads; False where a logit is not finite.
+
+    ``every``: each head's own results are wanted too; see `reduce_head`.
+    """
     n = len(a)
+    bounds, position, start = place
     selected = 0
     for h in range(heads):
         selected += mask[h]
     first = True
     for h in range(heads):
-        if not mask[h]:
+        if not (mask[h] or every):
             continue
         here = offset + h * stride
         row = z[here : here + n]
@@ -117,11 +78,16 @@ def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a):
             most = softcap * tanh(most / softcap)
         if len(sinks):
             most = max(most, sinks[h])
-        total = 0.0
-        for start in range(0, n, _CHUNK):
-            total += _exponentials(row[start : start + _CHUNK], most)
+        total = exponentials(row, most)
         if len(sinks):
             total += math.exp(sinks[h] - most)
+        if every:
+            if h < len(lse):
+                lse[h] = most + math.log(total)
+            own = bits[here : here + n]
+            reduce_head(h, row, own, 1.0 / total, len(sinks) > 0, bounds, position, start, results, best)
+            if not mask[h]:
+                continue
         weight = f32(1.0 / (total * selected))
         if first:
             _set_scaled(a, row, weight)
@@ -145,6 +111,14 @@ def row_job(argument):
     histogram = carray(pointer(w.histogram), (w.results, BINS), np.float32)
     entropy = carray(pointer(w.entropy), w.results, np.float32)
     span_mass = carray(pointer(w.span_mass), (w.results, spans), np.float32)
+    tops, prints, masses, norms = w.head_tops, w.head_prints, w.head_masses, w.head_norms
+    every = tops + prints + masses + norms > 0
+    head_positions = carray(pointer(w.head_positions), (w.results, tops, w.head_top_k), np.int32)
+    head_scores = carray(pointer(w.head_scores), (w.results, tops, w.head_top_k), np.float32)
+    head_histogram = carray(pointer(w.head_histogram), (w.results, prints, BINS), np.float32)
+    head_entropy = carray(pointer(w.head_entropy), (w.results, prints), np.float32)
+    head_span_mass = carray(pointer(w.head_span_mass), (w.results, masses, spans), np.float32)
+    head_lse = carray(pointer(w.head_lse), (w.results, norms), np.float32)
     bounds = carray(pointer(w.spans), (w.requests, spans, 2), np.int64)
     masks = carray(pointer(w.masks), (w.requests, heads), np.uint8)
     report_from = carray(pointer(w.report_from), w.requests, np.int64)
@@ -153,9 +127,10 @@ def row_job(argument):
     softcaps = carray(pointer(w.softcaps), w.layers, np.float32)
     width, mine = w.scratch_keys, w.scratch + fetch_add(counter + NEXT_THREAD) * w.scratch_bytes
     scratch = carray(pointer(mine), width, np.float32)
-    kept = carray(pointer(mine), width + 2 * top_k + lane_count, np.int32)
-    values, where = kept[width : width + top_k], kept[width + top_k : width + 2 * top_k]
-    lanes = kept[width + 2 * top_k :]
+    most = max(top_k, w.head_top_k)
+    kept = carray(pointer(mine), width + 2 * most + lane_count, np.int32)
+    values, where = kept[width : width + most], kept[width + most : width + 2 * most]
+    lanes = kept[width + 2 * most :]
     found = carray(pointer(mine + 4 * len(kept)), 2 * lane_count, np.int64)
     dense_width = w.dense_width
     dense = carray(pointer(w.dense), (w.results, dense_width), np.float32)
@@ -166,9 +141,13 @@ def row_job(argument):
         row = table[unit]
         n, first, request, layer, t = row.keys, row.first, row.request, row.layer, row.result
         a = scratch[:n]
+        start = min(max(report_from[request] - first, 0), n)
         if not _average(
-            z, bits, row.offset, row.stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a
-        ):
+            z, bits, row.offset, row.stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a,
+            every, (bounds[request], first, start),
+            (head_positions[t], head_scores[t], head_histogram[t], head_entropy[t], head_span_mass[t]), head_lse[t],
+            (values, where, lanes, found),
+        ):  # fmt: skip
             dense[t, :] = np.nan
             entropy[t] = np.nan
             histogram[t, :] = np.nan
@@ -177,24 +156,13 @@ def row_job(argument):
         if dense_width:
             dense[t, first : first + n] = a
             continue
-        mass = 0.0
-        for b in range(BINS):
-            if _STARTS[b] >= n:
-                break
-            end = n if b == BINS - 1 else min(_STARTS[b + 1], n)
-            part = _sum(a[n - end : n - _STARTS[b]])
-            histogram[t, b] = part
-            mass += part
-        for s in range(spans):
-            low, high = max(bounds[request, s, 0] - first, 0), min(bounds[request, s, 1] - first, n)
-            if low < high:
-                span_mass[t, s] = _sum(a[low:high])
+        mass = bin_sums(a, 1.0, histogram[t])
+        span_sums(a, 1.0, bounds[request], first, span_mass[t])
         if n > 1:
-            total = _entropy(a)
+            total = entropy_of(a)
             if len(sinks[layer]):  # H(a / S) = H(a) / S + ln S; a sink that takes everything leaves 0
                 total = total / mass + math.log(mass) if mass > 0 else 0.0
             entropy[t] = total / math.log(n)
-        start = min(max(report_from[request] - first, 0), n)
         size = select(kept[:n], start, top_k, values, where, lanes, found)
         for j in range(size):
             positions[t, j] = first + where[j]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, Softmax, gather
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, PerHead, Softmax, gather
 
 _SCRATCH_ELEMENTS = 3 << 18  # logits per block of rows: 3 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
@@ -42,9 +42,13 @@ class Block(NamedTuple):
     firsts: list[int]  # lowest key position that each row sees
     attention: torch.Tensor  # [R, lead + keys]; hidden keys hold 0
     lead: int
+    heads: torch.Tensor  # [Hq, R, keys]: each head's own
+    lse: torch.Tensor | None  # [Hq, R], where it is wanted
 
 
-def blocks(layer: LayerRows, row_request: torch.Tensor, head_mask: torch.Tensor | None = None) -> Iterator[Block]:
+def blocks(
+    layer: LayerRows, row_request: torch.Tensor, head_mask: torch.Tensor | None = None, per_head: PerHead = NO_HEADS
+) -> Iterator[Block]:
     """The attention of a layer's rows, averaged over the selected heads; each block is overwritten by the next."""
     q, keys, row_position, softmax = layer
     rows, heads, head_dim = q.shape
@@ -66,11 +70,12 @@ def blocks(layer: LayerRows, row_request: torch.Tensor, head_mask: torch.Tensor 
         while end < stop:
             t, end = end, min(end + block_rows(positions[end] + 1 - firsts[end], heads, _SCRATCH_ELEMENTS), stop)
             first = min(firsts[t:end])
-            attention, lead = _attention(
+            attention, p_h, lse = _attention(
                 scaled[t:end].transpose(0, 1), k[first - low : positions[end - 1] + 1 - low],
-                positions[t], first, firsts[t:end], softmax, mask=mask, suspect=suspect,
+                positions[t], first, firsts[t:end], softmax, mask=mask, suspect=suspect, per_head=per_head,
             )  # fmt: skip
-            yield Block(slice(t, end), request, positions[t], first, firsts[t:end], attention, lead)
+            lead = end - t - 1
+            yield Block(slice(t, end), request, positions[t], first, firsts[t:end], attention, lead, p_h, lse)
 
 
 def queries(q: torch.Tensor, keys: PagedKeys, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -159,10 +164,12 @@ def _attention(
     *,
     mask: torch.Tensor | None,
     suspect: bool,
-) -> tuple[torch.Tensor, int]:
-    """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first..; invisible keys hold 0.
+    per_head: PerHead,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first.., each head's ``[Hq, R, N]``, log-sum-exp.
 
-    ``q`` is scaled, [Hq, R, D]. The R - 1 leading zeros let `reduce_block` read the rows along equal distances.
+    Invisible keys hold 0. ``q`` is scaled, [Hq, R, D]. The R - 1 leading zeros let `reduce_block` read the rows along
+    equal distances.
     """
     heads, rows, _ = q.shape
     count, dtype = k.shape[0], q.dtype
@@ -189,15 +196,17 @@ def _attention(
     p_h = buffer("probabilities", z.numel(), q, dtype).view(z.shape)
     torch.softmax(z, dim=-1, out=p_h)
     p_h = p_h[..., :count]
+    lse = torch.logsumexp(z, dim=-1) if per_head.lse else None
     lead = rows - 1
     attention = buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
     attention[:, :lead] = 0
     torch.mean(p_h if mask is None else p_h[mask], dim=0, out=attention[:, lead:])
     if suspect:
-        broken = ~(finite if mask is None else finite[mask]).all(0)
+        # what is told of each head needs all of them
+        broken = ~(finite if mask is None or per_head != NO_HEADS else finite[mask]).all(0)
         if bool(broken.any()):
             attention[broken, lead:] = math.nan
-    return attention, lead
+    return attention, p_h, lse
 
 
 def _hidden(

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from attnhook.kernels.topk.types import Selection, TopK
+from attnhook.kernels.topk.types import INTEGERS, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 
-def empty_result(rows: int, selection: Selection, device: torch.device, dtype: torch.dtype = torch.float32) -> TopK:
-    """Results of rows before anything is computed: no positions, masses of 0."""
-    top_k = selection.top_k
+def empty_result(
+    shape: Sequence[int], selection: Selection, device: torch.device, dtype: torch.dtype = torch.float32
+) -> TopK:
+    """Results of ``shape``, (rows, query heads), before anything is computed: no positions, masses of 0."""
+    rows, heads = shape
     return TopK(
-        torch.full((rows, top_k), -1, dtype=torch.int32, device=device),
-        torch.zeros((rows, top_k), dtype=dtype, device=device),
-        torch.zeros((rows, BINS), dtype=dtype, device=device),
-        torch.zeros((rows,), dtype=dtype, device=device),
-        torch.zeros((rows, selection.span_count), dtype=dtype, device=device),
+        *(
+            torch.full((rows, *own), -1, dtype=torch.int32, device=device)
+            if name in INTEGERS
+            else torch.zeros((rows, *own), dtype=dtype, device=device)
+            for name, own in selection.shapes(heads).items()
+        )
+    )
+
+
+def of_head(out: TopK, head: int) -> TopK:
+    """Where `reduce_block` puts one head's results; what is not wanted of it goes to memory that nobody reads."""
+    rows = len(out.entropy)
+    top, prints, spans = (x.shape[1] > 0 for x in (out.head_positions, out.head_histogram, out.head_span_mass))
+    return out._replace(
+        positions=out.head_positions[:, head] if top else out.positions[:, :0],
+        scores=out.head_scores[:, head] if top else out.scores[:, :0],
+        histogram=out.head_histogram[:, head] if prints else out.histogram.new_zeros(rows, BINS),
+        entropy=out.head_entropy[:, head] if prints else torch.empty_like(out.entropy),
+        span_mass=out.head_span_mass[:, head] if spans else torch.empty_like(out.span_mass),
     )
 
 
@@ -64,7 +80,8 @@ def reduce_block(
     if 1 in visible:  # 0 by definition; NaN and infinity stay
         single = torch.tensor([n == 1 for n in visible], device=a.device)
         out.entropy.masked_fill_(single & torch.isfinite(out.entropy), 0.0)
-    _select(a, first, position, firsts, report_from, out)
+    if out.scores.shape[1]:
+        _select(a, first, position, firsts, report_from, out)
 
 
 def _select(a: torch.Tensor, first: int, position: int, firsts: list[int], report_from: int, out: TopK) -> None:

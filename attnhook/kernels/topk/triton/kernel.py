@@ -50,7 +50,7 @@ from attnhook.kernels.topk.triton.plan import (
     split_block,
 )
 from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, TopK
+from attnhook.kernels.topk.types import INTEGERS, NO_HEADS, LayerRows, PagedKeys, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _MAX_TOP_K = 1024  # the running top k lives in registers
@@ -72,25 +72,71 @@ class Scratch(NamedTuple):
 def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; every result is float32."""
     q, top_k, first_reported = layer.q, selection.top_k, selection.first_reported
-    rows, span_count = q.shape[0], selection.span_count
-    f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    rows, heads, _ = q.shape
     if top_k > _MAX_TOP_K:
         raise ValueError(f"top_k={top_k} is above the Triton kernel's {_MAX_TOP_K}: use ATTNHOOK_KERNEL=torch")
-    out = TopK(
-        torch.empty((rows, top_k), dtype=torch.int32, device=q.device),
-        torch.empty((rows, top_k), **f32),
-        torch.empty((rows, BINS), **f32),
-        torch.empty((rows,), **f32),
-        torch.empty((rows, span_count), **f32),
-    )
+    out = _empty(rows, selection, heads, q.device)
     if first_reported is not None:
         selection = selection._replace(first_reported=first_reported.contiguous())
-    for chunk in _averages(layer, row_request, selection.head_mask, selection.first_reported):
+    own = None if selection.per_head == NO_HEADS else _Heads(selection, out, normalise=layer.softmax.sinks is not None)
+    for chunk in _averages(layer, row_request, selection.head_mask, selection.first_reported, own):
         _reduce(
             chunk.extent, chunk.scratch, selection, TopK(*(x[chunk.rows] for x in out)), UNIT,
             normalise=layer.softmax.sinks is not None,
         )  # fmt: skip
     return out
+
+
+def _empty(rows: int, selection: Selection, heads: int, device: torch.device) -> TopK:
+    """Results before anything is written to them."""
+    return TopK(
+        *(
+            torch.empty((rows, *own), dtype=torch.int32 if name in INTEGERS else torch.float32, device=device)
+            for name, own in selection.shapes(heads).items()
+        )
+    )
+
+
+class _Heads:
+    """Reduces each head's probabilities by itself: for `_reduce`, a head of a row is a row."""
+
+    def __init__(self, selection: Selection, out: TopK, *, normalise: bool) -> None:
+        self.asked = selection.per_head
+        self._spans = selection.spans if self.asked.spans else None
+        # the selection finds the entropy too
+        self._selection = selection._replace(
+            top_k=max(self.asked.top_k, 1), spans=self._spans, head_mask=None, per_head=NO_HEADS
+        )
+        self._out, self._normalise = out, normalise
+        self.lse = out.head_lse.zero_() if self.asked.lse else None
+
+    def reduce(self, part: slice, extent: tuple[Any, ...], p: torch.Tensor, first_head: int) -> None:
+        """Write the results of rows ``part`` and heads ``first_head``... from p [rows, heads, width]."""
+        count, heads, width = p.shape
+        rows, tiles = count * heads, width // TILE
+        request, position, window_rows, *rest = extent
+        own = (*(None if x is None else _each(x, heads) for x in (request, position, window_rows)), *rest)
+        mass, entropy = (torch.empty((rows, tiles), dtype=torch.float32, device=p.device) for _ in range(2))
+        best = torch.empty((rows, tiles), dtype=torch.int64, device=p.device)
+        scratch = Scratch(p.view(rows, width), mass, entropy, best)
+        tiles_kernel[(rows, width // UNIT)](
+            *own, *scratch, self._selection.first_reported, width, tiles, UNIT=UNIT, TILE=TILE, BLOCK=UNIT
+        )
+        found = _empty(rows, self._selection, 0, p.device)
+        _reduce(own, scratch, self._selection, found, UNIT, normalise=self._normalise)
+        out, place = self._out, (part, slice(first_head, first_head + heads))
+        wanted = [(out.head_positions, found.positions), (out.head_scores, found.scores)] if self.asked.top_k else []
+        if self.asked.fingerprint:
+            wanted += [(out.head_histogram, found.histogram), (out.head_entropy, found.entropy)]
+        if self.asked.spans:
+            wanted.append((out.head_span_mass, found.span_mass))
+        for whole, piece in wanted:
+            whole[place] = piece.view(count, heads, *piece.shape[1:])
+
+
+def _each(x: torch.Tensor, times: int) -> torch.Tensor:
+    """x [n] with each element so many times, in memory of its own and without a look at the device."""
+    return x[:, None].expand(-1, times).contiguous().view(-1)
 
 
 def attention_rows(
@@ -181,8 +227,9 @@ def _averages(
     row_request: torch.Tensor,
     head_mask: torch.Tensor | None,
     first_reported: torch.Tensor | None = None,
+    own: _Heads | None = None,
 ) -> Iterator[_Chunk]:
-    """Compute the rows' attention, of as many at once as the plan allows.
+    """Compute the rows' attention, of as many at once as the plan allows, and what ``own`` wants of each head.
 
     What uses the scratch must be launched before the next chunk is asked for.
     """
@@ -191,7 +238,8 @@ def _averages(
     rows, heads, head_dim = q.shape
     if rows == 0:
         return
-    plan = make_plan(q, keys, window, lse=lse is not None)
+    every = own is not None and own.asked.scores
+    plan = make_plan(q, keys, window, lse=lse is not None, per_head=every)
     group, requests = heads // keys.num_kv_heads, keys.page_table.shape[0]
     shape = launch_shape(group, plan.tile_rows, head_dim, keys.cache.element_size())
     block_s = split_block(plan.splits)
@@ -201,8 +249,14 @@ def _averages(
     k_scale, k_scale_step, scale = _k_scale(keys, scale, q.device)
     selected = None if head_mask is None else head_mask.bool().contiguous().view(torch.uint8)
     selected_step = 0 if head_mask is None or head_mask.dim() == 1 else heads
+    computed = selected if own is None else None  # heads whose logits are computed
     scratch, work = allocate(plan, group, q.device, lse=lse is not None)
+    direct = every and not plan.one_pass
+    own_p = torch.empty((plan.rows, heads, plan.width), dtype=torch.float32, device=q.device) if direct else None
+    head_lse = own.lse if own is not None else None
     constants = {"HEAD_DIM": head_dim, "SOFTCAP": bool(softcap), "DOT_TYPE": dot_type, "UNIT": UNIT, **shape}
+    # where probabilities are kept too, a third block of keys has no room in the shared memory of small GPUs
+    of_direct = {**constants, "num_stages": 2} if direct else constants
 
     with _on_device(q.device):
         for start in range(0, rows, plan.rows):
@@ -215,38 +269,52 @@ def _averages(
             inputs = (
                 q[part], *q.stride(), keys.cache, *keys.strides,
                 keys.page_table, *keys.page_table.stride(), keys.page_size, *extent,
-                scale, k_scale, k_scale_step, alibi_slopes, float(softcap), selected, selected_step, group,
+                scale, k_scale, k_scale_step, alibi_slopes, float(softcap),
             )  # fmt: skip
+            chosen = selected, selected_step, group
+            inputs_of_computed = *inputs, computed, selected_step, group
             if plan.one_pass:
                 for kv_head in range(0, keys.num_kv_heads, plan.kv_heads):
                     kv_heads = min(plan.kv_heads, keys.num_kv_heads - kv_head)
                     logits_kernel[(count, kv_heads, plan.splits)](
-                        *inputs, *work, kv_head, kv_heads * group, plan.width, plan.splits, **constants
+                        *inputs_of_computed, *work, kv_head, kv_heads * group, plan.width, plan.splits, **constants
                     )
                     block_h = padded(kv_heads * group)
                     average_kernel[(count, plan.splits)](
                         *extent, *work, *scratch, sinks, selected, selected_step, first_reported,
-                        kv_head * group, kv_heads * group, heads, plan.width, plan.splits,
+                        None if head_lse is None else head_lse[part],
+                        kv_head * group, kv_heads * group, heads, plan.width, plan.splits, EVERY=own is not None,
                         BLOCK_H=block_h, BLOCK_ALL=padded(heads), BLOCK_S=block_s, UNIT=UNIT, TILE=TILE,
                         num_warps=8 if block_h > 64 else 4,
                     )  # fmt: skip
+                    if every and own is not None:
+                        # the scratch lies as for kv_heads * group heads
+                        size = count * kv_heads * group * plan.width
+                        p = work[0].view(-1)[:size].view(count, kv_heads * group, plan.width)
+                        own.reduce(part, extent, p, kv_head * group)
             else:
                 tiles = math.ceil(count / plan.tile_rows)
                 if lse is None:
                     norms_kernel[(tiles, keys.num_kv_heads, plan.splits)](
-                        *inputs, *work[:2], count, heads, plan.splits, **constants
+                        *inputs_of_computed, *work[:2], count, heads, plan.splits, **constants
                     )
                     merge_kernel[(count,)](
                         *work[:2], sinks, *work[2:], heads, plan.splits, BLOCK_H=padded(heads), BLOCK_S=block_s
                     )
                     norm: tuple[Any, ...] = work[2], heads, 1, work[3]
+                    if head_lse is not None:
+                        head_lse[part] = (work[2] - work[3].log()).view(-1, heads)[:count]
                 else:
                     norm = lse[part], *lse.stride(), None
+                    if head_lse is not None:
+                        head_lse[part] = lse[part]
                 direct_kernel[(tiles, plan.splits)](
-                    *inputs, *norm, *scratch, first_reported,
+                    *inputs, *chosen, *norm, own_p, *scratch, first_reported,
                     count, keys.num_kv_heads, heads, plan.width, plan.splits,
-                    TILE=TILE, BLOCK_ALL=padded(heads), **constants,
+                    TILE=TILE, BLOCK_ALL=padded(heads), **of_direct,
                 )  # fmt: skip
+                if own_p is not None and own is not None:
+                    own.reduce(part, extent, own_p[:count], 0)
             yield _Chunk(part, extent, scratch)
 
 

@@ -83,10 +83,14 @@ def logits_kernel(
 def average_kernel(
     row_request, row_position, window_rows, window, requests, max_keys,
     logits, split_max, split_sum, attention, tile_mass, tile_entropy, tile_best,
-    sinks, selected, selected_step, first_reported, first_head, heads, all_heads, width, splits,
+    sinks, selected, selected_step, first_reported, head_lse, first_head, heads, all_heads, width, splits,
+    EVERY: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_S: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One pass: adds ``heads`` heads' share to the attention of one row and key split, and sums it up by tiles."""
+    """One pass: adds ``heads`` heads' share to the attention of one row and key split, and sums it up by tiles.
+
+    ``EVERY``: all heads' probabilities take the place of their logits, whether they are selected or not.
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, first, base, end, _ = extent(row, row_request, row_position, window_rows, window, requests, max_keys, UNIT)
     keys = split_keys(base, end, splits, UNIT)
@@ -98,10 +102,13 @@ def average_kernel(
     # [H]: each head's maximum and normaliser from its splits [H, S]
     h = tl.arange(0, BLOCK_H)
     live = h < heads
+    averaged = live
     count = 1.0 * all_heads
     if selected is not None:
         chosen = selected + request * selected_step
-        live = live & (tl.load(chosen + first_head + h, mask=live, other=0) != 0)
+        averaged = live & (tl.load(chosen + first_head + h, mask=live, other=0) != 0)
+        if not EVERY:
+            live = averaged
         every = tl.arange(0, BLOCK_ALL)
         count = tl.sum((tl.load(chosen + every, mask=every < all_heads, other=0) != 0).to(tl.float32))
     j = tl.arange(0, BLOCK_S)
@@ -118,6 +125,9 @@ def average_kernel(
     if sinks is not None:
         total += tl.exp(sink - top)
     share = 1 / tl.where(live, total, 1)
+    if head_lse is not None:  # noqa: SIM102 - decided when the kernel is compiled, unlike the next
+        if split == 0:
+            tl.store(head_lse + row * all_heads + first_head + h, top + tl.log(total), mask=live)
 
     report_from = first
     if first_reported is not None:
@@ -127,8 +137,13 @@ def average_kernel(
         s = n + tl.arange(0, UNIT)
         visible = (s >= first) & (s < stop)
         shown = live[:, None] & visible[None, :]
-        z = tl.load(logits + (row * heads + h)[:, None] * width + (s - base)[None, :], mask=shown, other=-float("inf"))
+        z_ptr = logits + (row * heads + h)[:, None] * width + (s - base)[None, :]
+        z = tl.load(z_ptr, mask=shown, other=-float("inf"))
         p_h = tl.where(shown, tl.exp(z - top[:, None]) * share[:, None], 0)
+        if EVERY:
+            tl.store(z_ptr, p_h, mask=shown)
+            if selected is not None:
+                p_h = tl.where(averaged[:, None], p_h, 0)
         # no selected head: 0 / 0, so that the row is seen to be broken
         a = tl.where(visible, tl.sum(p_h, axis=0) / count, 0)
         kept = attention + row * width + (s - base)
@@ -254,17 +269,20 @@ def direct_kernel(
     page_table, table_row, table_column, page_size,
     row_request, row_position, window_rows, window, requests, max_keys,
     scale, k_scale, k_scale_step, alibi_slopes, softcap, selected, selected_step, group,
-    shift, shift_row, shift_head, share, attention, tile_mass, tile_entropy, tile_best, first_reported,
+    shift, shift_row, shift_head, share, probabilities, attention, tile_mass, tile_entropy, tile_best, first_reported,
     rows, kv_heads, heads, width, splits,
     HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, DOT_TYPE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Normaliser known: attention of a tile of rows and one key split, averaged over all heads as it is computed."""
+    """Normaliser known: attention of a tile of rows and one key split, averaged over all heads as it is computed.
+
+    ``probabilities`` [rows, heads, width], where given, gets each head's own, whether it is selected or not.
+    """
     split = tl.program_id(1)
     row, there, lane_row, lane_there, g = _tile_of_rows(tl.program_id(0), rows, LANES, ROWS)
     request, first, base, end, _ = extent(row, row_request, row_position, window_rows, window, requests, max_keys, UNIT)
-    lane_request, lane_first, _, lane_end, _ = extent(
+    lane_request, lane_first, lane_base, lane_end, _ = extent(
         lane_row, row_request, row_position, window_rows, window, requests, max_keys, UNIT
     )
     count = tl.full([ROWS], 0, tl.float32) + heads
@@ -302,9 +320,12 @@ def direct_kernel(
             for kv_head in range(0, kv_heads):
                 head = kv_head * group + g
                 live = lane_there & (g < group) & (lane_request == now)
+                averaged = live
                 if selected is not None:
                     chosen = selected + lane_request * selected_step
-                    live = live & (tl.load(chosen + head, mask=live, other=0) != 0)
+                    averaged = live & (tl.load(chosen + head, mask=live, other=0) != 0)
+                    if probabilities is None:
+                        live = averaged
                 # no keys of a kv head over whose query heads nobody averages
                 wanted = visible & (tl.max(live.to(tl.int32)) > 0)
                 factor = scale
@@ -328,6 +349,10 @@ def direct_kernel(
                     p_h *= tl.load(share + lane_row * heads + head, mask=live, other=0)[:, None]
                 shown = live[:, None] & (s[None, :] >= lane_first[:, None]) & (distance <= 0)
                 p_h = tl.where(shown, p_h, 0)
+                if probabilities is not None:
+                    own = probabilities + (lane_row * heads + head)[:, None] * width
+                    tl.store(own + s[None, :] - lane_base[:, None], p_h, mask=shown)
+                    p_h = tl.where(averaged[:, None], p_h, 0)
                 # [L, N] -> [M, N]
                 a += tl.sum(tl.reshape(p_h, [ROWS, LANES // ROWS, BLOCK_N]), axis=1)
             # no selected head: 0 / 0, so that the row is seen to be broken

@@ -40,15 +40,22 @@ class Plan(NamedTuple):
     width: int  # keys per row that scratch holds
 
 
-def make_plan(q: torch.Tensor, keys: PagedKeys, window: int | torch.Tensor, *, lse: bool = False) -> Plan:
-    """The plan of a call with at least one row; looks at shapes and dtypes only."""
+def make_plan(
+    q: torch.Tensor, keys: PagedKeys, window: int | torch.Tensor, *, lse: bool = False, per_head: bool = False
+) -> Plan:
+    """The plan of a call with at least one row; looks at shapes and dtypes only.
+
+    ``lse``: the caller brings the normaliser. ``per_head``: each head's probabilities are reduced by themselves.
+    """
     width = scratch_keys(keys.max_keys, window)
     decoding = len(q) <= keys.page_table.shape[0]  # as a rule each row has keys of its own
-    plan = one_pass(q, keys, width) if decoding and not lse else None
-    return plan or recompute(q, keys, width, lse=lse)
+    plan = one_pass(q, keys, width, per_head=per_head) if decoding and not lse else None
+    return plan or recompute(q, keys, width, lse=lse, per_head=per_head)
 
 
-def one_pass(q: torch.Tensor, keys: PagedKeys, width: int, share: float = 1 / _KEY_SHARE) -> Plan | None:
+def one_pass(
+    q: torch.Tensor, keys: PagedKeys, width: int, share: float = 1 / _KEY_SHARE, *, per_head: bool = False
+) -> Plan | None:
     """As many kv heads, then rows, at once as keep the scratch at a share of the rows' key bytes.
 
     At least one row and one kv head. None where writing and reading its logits would be more than half the traffic
@@ -61,20 +68,22 @@ def one_pass(q: torch.Tensor, keys: PagedKeys, width: int, share: float = 1 / _K
         return None
     budget = int(kv_heads * key_bytes * width * share)  # of one row
     rest = row_bytes(0, width)
-    at_once = min(max(1, (budget - rest) // (row_bytes(group, width) - rest)), kv_heads)
+    each = row_bytes(group, width) - rest + per_head * group * head_tile_bytes(width)
+    at_once = min(max(1, (budget - rest) // each), kv_heads)
     at_once = math.ceil(kv_heads / math.ceil(kv_heads / at_once))  # in parts of about one size
-    chunk = max(1, min(rows * budget, SCRATCH_BYTES) // row_bytes(at_once * group, width))
+    chunk = max(1, min(rows * budget, SCRATCH_BYTES) // (rest + at_once * each))
     chunk = math.ceil(rows / math.ceil(rows / min(chunk, rows)))
     return Plan(True, chunk, at_once, split_count(chunk * at_once, width), 1, width)
 
 
-def recompute(q: torch.Tensor, keys: PagedKeys, width: int, *, lse: bool = False) -> Plan:
+def recompute(q: torch.Tensor, keys: PagedKeys, width: int, *, lse: bool = False, per_head: bool = False) -> Plan:
     """Tiles of as many rows as a request brings on average, up to `_LANES` query heads."""
     rows, heads, _ = q.shape
     kv_heads, requests = keys.num_kv_heads, keys.page_table.shape[0]
     tile = min(max(1, _LANES // padded(heads // kv_heads)), padded(math.ceil(rows / requests)))
     budget = SCRATCH_BYTES if rows <= requests else _PROMPT_BYTES
-    chunk = min(rows, max(1, budget // direct_row_bytes(heads, width) // tile) * tile)
+    each = direct_row_bytes(heads, width) + per_head * heads * (4 * width + head_tile_bytes(width))
+    chunk = min(rows, max(1, budget // each // tile) * tile)
     splits = split_count(math.ceil(chunk / tile) * (1 if lse else kv_heads), width)
     return Plan(False, chunk, kv_heads, splits, tile, width)
 
@@ -100,6 +109,11 @@ def row_bytes(heads: int, width: int) -> int:
 def direct_row_bytes(heads: int, width: int) -> int:
     """Scratch of one row without logits, at most: the normalisers take the place of the splits."""
     return row_bytes(0, width) + 8 * heads * (1 + min(MAX_SPLITS, width // UNIT))
+
+
+def head_tile_bytes(width: int) -> int:
+    """Scratch of the tiles of one head of one row, whose probabilities are reduced by themselves."""
+    return 16 * (width // TILE)
 
 
 def padded(n: int) -> int:

@@ -1,0 +1,97 @@
+"""The numbers per head in the JSON of a record: ``heads`` of each layer of an entry, lists with one item per head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from attnhook.record import fingerprint as fp
+from attnhook.record.row import RowData
+
+_DECIMALS = 7
+_MAX_NUMBERS = 2**24  # of one record that is read from JSON
+_TOP_K = 16
+
+
+def write_heads(row: RowData, i: int) -> dict[str, Any]:
+    """``heads`` of layer number ``i`` of a record; empty where it has no numbers per head."""
+    found: dict[str, Any] = {}
+    if row.head_positions is not None and row.head_scores is not None:
+        counts = (row.head_positions[i] >= 0).sum(axis=1).tolist()
+        positions, scores = row.head_positions[i].tolist(), _rounded(row.head_scores[i])
+        found["token_positions"] = [own[:n] for own, n in zip(positions, counts, strict=True)]
+        found["attention_scores"] = [own[:n] for own, n in zip(scores, counts, strict=True)]
+    if row.head_fingerprints is not None:
+        found["fingerprint"] = _rounded(row.head_fingerprints[i])
+    if row.head_span_mass is not None:
+        found["spans"] = dict(zip(row.span_names, _rounded(row.head_span_mass[i].T), strict=True))
+    if row.head_sink_mass is not None:
+        found["sink_mass"] = _rounded(row.head_sink_mass[i])
+    if row.head_lse is not None:
+        found["lse"] = _rounded(row.head_lse[i])
+    return found
+
+
+def read_heads(layers: Sequence[Mapping[str, Any]], span_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The fields of `RowData` that the ``heads`` of an entry's layers hold.
+
+    Raises ValueError, TypeError or KeyError where the layers do not hold the same, or a number is none.
+    """
+    each = [values.get("heads", {}) for values in layers]
+    kinds = {frozenset(heads) for heads in each}
+    if len(kinds) > 1:
+        raise ValueError(f"layers whose heads tell different things: {sorted(map(sorted, kinds))}")
+    known = {"token_positions", "attention_scores", "fingerprint", "spans", "sink_mass", "lse"}
+    (names,) = kinds
+    if names - known:
+        raise ValueError(f"heads tell {sorted(names - known)}; known: {sorted(known)}")
+    found: dict[str, np.ndarray] = {}
+    count = len(each)
+    if "token_positions" in names:
+        found |= _top(each)
+    if "fingerprint" in names:
+        found["head_fingerprints"] = _numbers([heads["fingerprint"] for heads in each]).reshape(count, -1, fp.SIZE)
+    if "spans" in names:
+        masses = [[heads["spans"][name] for name in span_names] for heads in each]
+        found["head_span_mass"] = _numbers(masses).reshape(count, len(span_names), -1).transpose(0, 2, 1).copy()
+    for name, field in (("sink_mass", "head_sink_mass"), ("lse", "head_lse")):
+        if name in names:
+            found[field] = _numbers([heads[name] for heads in each]).reshape(count, -1)
+    if len({array.shape[1] for array in found.values()}) > 1:
+        raise ValueError(f"different numbers of heads: { ({name: array.shape[1] for name, array in found.items()}) }")
+    return found
+
+
+def _top(layers: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays [L, H, k], k the most positions of a head."""
+    heads = len(layers[0]["token_positions"])
+    lengths = {len(layer[name]) for layer in layers for name in ("token_positions", "attention_scores")}
+    if lengths != {heads}:
+        raise ValueError(f"different numbers of heads: {sorted(lengths)}")
+    k = max(1, *(len(own) for layer in layers for own in layer["token_positions"]))  # of masked keys none is told
+    if k > _TOP_K or len(layers) * heads * k > _MAX_NUMBERS:
+        raise ValueError(f"{len(layers)} layers of {heads} heads of up to {k} positions; up to {_TOP_K} are read")
+    positions = np.full((len(layers), heads, k), -1, np.int32)
+    scores = np.zeros((len(layers), heads, k), np.float32)
+    for i, layer in enumerate(layers):
+        for h, own in enumerate(layer["token_positions"]):
+            if not all(isinstance(p, int) and not isinstance(p, bool) and 0 <= p < 2**31 for p in own):
+                raise ValueError(f"token_positions {own}")
+            positions[i, h, : len(own)] = own
+            scores[i, h, : len(own)] = _numbers(layer["attention_scores"][h]).reshape(len(own))
+    return {"head_positions": positions, "head_scores": scores}
+
+
+def _numbers(values: Any) -> np.ndarray:
+    numbers = np.array(values, np.float32)
+    if numbers.size > _MAX_NUMBERS:
+        raise ValueError(f"{numbers.size} numbers per head; {_MAX_NUMBERS} are read")
+    if not np.isfinite(numbers).all():
+        raise ValueError("a number that is not finite")
+    return numbers
+
+
+def _rounded(array: np.ndarray) -> Any:
+    return np.round(array.astype(np.float64), _DECIMALS).tolist()
