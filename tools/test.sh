@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests on four workers, since many wait: three begin with the engines, one with what computes (tests/conftest.py).
-# tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the long ones too, on three workers.
+# The tests on three workers, since many wait; tools/test.sh BIN, where BIN is the venv's bin folder. TEST_ALL=1: the
+# long ones too.
 #
 # Most of these tests time real servers and processes, and the machine is shared. So where one to five tests fail, each
 # is run once more with the machine to itself. What fails again fails the run. What passes then fails it too, since a
@@ -15,14 +15,13 @@ failed=.pytest_cache/v/cache/lastfailed
 rm -f "$failed"
 left_out=$(mktemp)
 trap 'rm -f "$left_out"' EXIT
-chosen=() workers=4
+chosen=()
 if [ "${TEST_ALL:-}" = 1 ]; then
-  # each engine starts an interpreter of its own (tests/backends/forking.py), which is too much for more workers
-  export FRESH_ENGINES=1 workers=3
+  export FRESH_ENGINES=1 # each engine starts an interpreter of its own: tests/backends/forking.py
 else
   chosen=(-m "not long")
 fi
-FULL_RUN=$left_out "$bin/pytest" "${chosen[@]}" -n "$workers" --dist loadfile --no-loadscope-reorder --durations 40
+FULL_RUN=$left_out "$bin/pytest" "${chosen[@]}" -n 3 --dist loadfile --no-loadscope-reorder --durations 40
 code=$?
 [ $code -eq 1 ] && [ -f "$failed" ] || exit $code
 mapfile -t tests < <("$bin/python" -c "import json, sys; print(*json.load(open(sys.argv[1])), sep='\n')" "$failed")

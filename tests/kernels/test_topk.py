@@ -18,7 +18,7 @@ from attnhook.kernels.topk.numba import kernel as compiled
 from attnhook.kernels.topk.torch import attention as torch_attention
 from attnhook.kernels.topk.triton import kernel as triton_kernel
 from attnhook.kernels.topk.triton import plan as triton_plan
-from attnhook.kernels.topk.types import PagedKeys, TopK
+from attnhook.kernels.topk.types import PagedKeys, PerHead, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 from tests.kernels.cases import (
     LAYOUTS,
@@ -323,7 +323,11 @@ def test_poison_in_a_single_key(kernel: str) -> None:
 def test_no_rows(kernel: str) -> None:
     case = build([(0, 3)], spans=torch.tensor([[[0, 2], [2, 4]]]), top_k=5)
     got = run(kernel, replace(case, q=case.q[:0], row_request=case.row_request[:0], row_position=case.row_position[:0]))
-    assert [tuple(x.shape) for x in got] == [(0, 5), (0, 5), (0, BINS), (0,), (0, 2)]
+    assert [tuple(x.shape) for x in got[:5]] == [(0, 5), (0, 5), (0, BINS), (0,), (0, 2)]
+    assert all(x.numel() == 0 for x in got)
+    asked = replace(case, q=case.q[:0], row_request=case.row_request[:0], row_position=case.row_position[:0])
+    told = run(kernel, asked.with_options(per_head=PerHead(3, True, True, True)))
+    assert told.head_positions.shape == (0, 4, 3) and told.head_span_mass.shape == (0, 4, 2)
 
 
 @pytest.mark.slow

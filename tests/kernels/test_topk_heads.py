@@ -23,7 +23,7 @@ from tests.kernels.test_topk import CASES, FEATURES, PROMPT, SCATTERED, WAYS
 
 ALL = PerHead(top_k=3, fingerprint=True, spans=True, lse=True)
 # the interpreter computes with numpy, which warns where the kernels mean to overflow or to keep a NaN
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 
 AWKWARD = (
     "one key", "two keys", "k above the keys", "unit and tile boundaries", "gqa 9:3", "mqa", "mla 576", "window 1",

@@ -14,6 +14,7 @@ from tests import oracle
 from tests.backends.transformers.test_families import FAMILIES, NEW, TINY, build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_head_equals_eager(family: str) -> None:
     make, implementation, windows = FAMILIES[family]
