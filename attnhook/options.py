@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from attnhook.errors import OptionError
-from attnhook.record.row import MODES, Mode
+from attnhook.record.row import MODES, TOP_K_PER_HEAD_MAX, Mode
 from attnhook.system import moved, switch
 from attnhook.system.addresses import masked
 
@@ -27,7 +27,6 @@ LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
 PER_HEAD = ("spans", "fingerprint", "sink", "top", "lse")
 
 TOP_K_MAX = 256
-TOP_K_PER_HEAD_MAX = 16
 KERNELS = ("compiled", "naive", "torch", "triton")
 _AUTO_LAYERS = 4
 _SPANS_MAX = 255

@@ -284,10 +284,11 @@ class StepCapture:
         fingerprints = fingerprint.assemble(histogram, entropy)
         heads = {}
         if self.options.per_head:
-            integers = ("head_positions",)
+            from attnhook.kernels.topk.types import INTEGERS
+
             found = {name: x for name, x in results._asdict().items() if name.startswith("head_")}
             heads = self._told(
-                {name: array(x, "int32" if name in integers else "float32") for name, x in found.items()}
+                {name: array(x, "int32" if name in INTEGERS else "float32") for name, x in found.items()}
             )
         finite = None
         if not math.isfinite(float(fingerprints.sum() + sum(x.sum() for x in heads.values()))):  # as a rule all are

@@ -116,12 +116,7 @@ def discover(
         _note(store, found.manifest)
     _show(found.manifest, Console())
     if not (found.manifest["without_sink"] or with_sink):
-        Console(stderr=True).print(
-            f"the attention sink is part of this map: {store} does not tell the rows' attention on position 0 "
-            "(attnhook before 0.2, or JSON lines of several layers that are not in mode 'raw'); see docs/discovery.md",
-            style="yellow",
-            soft_wrap=True,
-        )
+        cli_stores.tell_sink_is_in("map", store)
     Console().print(f"wrote {out}", soft_wrap=True, markup=False, highlight=False)
 
 

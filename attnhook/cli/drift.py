@@ -99,12 +99,7 @@ def fit(
         f"{settings.horizon} requests without drift raise an alarm"
     )
     if not (sink.out or with_sink):
-        Console(stderr=True).print(
-            f"the attention sink is part of this baseline: {url} does not tell the rows' attention on position 0 "
-            "(attnhook before 0.2, or JSON lines of several layers that are not in mode 'raw')",
-            style="yellow",
-            soft_wrap=True,
-        )
+        cli_stores.tell_sink_is_in("baseline", url)
     if block == 1 and abs(baseline.autocorrelation) > max(_ALIKE, 4 / np.sqrt(baseline.requests)):
         Console(stderr=True).print(
             f"neighbouring requests are alike (correlation {baseline.autocorrelation:.2f}): the rate does not hold; "

@@ -6,6 +6,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from rich.console import Console
+
 from attnhook.errors import AttnhookError, OptionError, PluginError
 from attnhook.sinks.opening import open_sink
 
@@ -120,6 +122,16 @@ def _same_but_for(error: AttnhookError, trial: str, shown: str) -> list[str]:
     """The arguments that make an error anew, about the path that a person knows."""
     message = str(error).replace(trial, shown)
     return [error.field, message] if isinstance(error, OptionError) else [message]
+
+
+def tell_sink_is_in(what: str, url: str) -> None:
+    """Tell on stderr that the attention sink could not be left out of what was made of a store."""
+    Console(stderr=True).print(
+        f"the attention sink is part of this {what}: {url} does not tell the rows' attention on position 0 (attnhook "
+        "before 0.2, or JSON lines of several layers that are not in mode 'raw'); see docs/discovery.md",
+        style="yellow",
+        soft_wrap=True,
+    )
 
 
 def local_path(url: str) -> Path | None:

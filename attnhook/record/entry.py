@@ -10,11 +10,8 @@ import numpy as np
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record.entry_heads import read_heads, write_heads
+from attnhook.record.numbers import DECIMALS, finite, is_count, positions_and_scores, rounded
 from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, UNKNOWN, VERSIONS, RowData, is_token
-
-# the JSON carries probabilities to 7 decimals: half the bytes; 5e-8 is far below the numerics contract
-_DECIMALS = 7
-_MAX_ENTRIES = 2**22  # positions of one record that is read from JSON
 
 
 def write_entry(row: RowData, zone: str) -> dict[str, Any]:
@@ -29,12 +26,12 @@ def write_entry(row: RowData, zone: str) -> dict[str, Any]:
     if row.mode != "fingerprint":
         mass = row.topk_mass
         entry["layers"] = {str(layer): _layer(row, i, mass) for i, layer in enumerate(row.layers)}
-    entry["fingerprint"] = _rounded(row.fingerprint)
+    entry["fingerprint"] = rounded(row.fingerprint)
     if row.sink_mass is not None:
-        entry["sink_mass"] = round(float(row.sink_mass.mean(dtype=np.float64)), _DECIMALS)
+        entry["sink_mass"] = round(float(row.sink_mass.mean(dtype=np.float64)), DECIMALS)
     entry["manifold"] = zone
     if row.span_names:
-        entry["spans"] = {name: round(mass, _DECIMALS) for name, mass in row.spans.items()}
+        entry["spans"] = {name: round(mass, DECIMALS) for name, mass in row.spans.items()}
     if row.token_ids is not None:
         entry["query_token"] = row.query_token
     return entry
@@ -43,30 +40,30 @@ def write_entry(row: RowData, zone: str) -> dict[str, Any]:
 def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
     kept = int((row.token_positions[i] >= 0).sum())
     positions = row.token_positions[i, :kept].tolist()
-    scores = _rounded(row.attention_scores[i, :kept])
+    scores = rounded(row.attention_scores[i, :kept])
     numbers = row.fingerprints[i]
     layer: dict[str, Any]
     if row.mode == "raw":
         layer = {
             "token_positions": positions,
             "attention_scores": scores,
-            "topk_mass": round(float(topk_mass[i]), _DECIMALS),
-            "fingerprint": _rounded(numbers),
+            "topk_mass": round(float(topk_mass[i]), DECIMALS),
+            "fingerprint": rounded(numbers),
         }
     else:
         layer = {
             "top_hubs": positions,
             "hub_scores": scores,
-            "dist_hist": _rounded(numbers[fp.HISTOGRAM]),
-            "entropy": round(float(numbers[fp.ENTROPY]), _DECIMALS),
-            "local_mass": round(float(numbers[fp.LOCAL]), _DECIMALS),
-            "mid_mass": round(float(numbers[fp.MID]), _DECIMALS),
-            "long_mass": round(float(numbers[fp.LONG]), _DECIMALS),
+            "dist_hist": rounded(numbers[fp.HISTOGRAM]),
+            "entropy": round(float(numbers[fp.ENTROPY]), DECIMALS),
+            "local_mass": round(float(numbers[fp.LOCAL]), DECIMALS),
+            "mid_mass": round(float(numbers[fp.MID]), DECIMALS),
+            "long_mass": round(float(numbers[fp.LONG]), DECIMALS),
         }
     if row.sink_mass is not None:
-        layer["sink_mass"] = round(float(row.sink_mass[i]), _DECIMALS)
+        layer["sink_mass"] = round(float(row.sink_mass[i]), DECIMALS)
     if row.span_names:
-        layer["spans"] = dict(zip(row.span_names, _rounded(row.span_mass[i]), strict=True))
+        layer["spans"] = dict(zip(row.span_names, rounded(row.span_mass[i]), strict=True))
     if heads := write_heads(row, i):
         layer["heads"] = heads
     if row.token_ids is not None:
@@ -81,7 +78,7 @@ def read_entry(entry: object) -> dict[str, Any]:
     """
     entry, version = _whole(entry)
     step, position, phase = entry["decode_step"], entry["query_position"], entry["think_phase"]
-    if not _is_count(position) or not (step is None or _is_count(step)) or phase not in PHASES:
+    if not is_count(position) or not (step is None or is_count(step)) or phase not in PHASES:
         raise RecordError(
             f"damaged entry: query_position {position!r}, decode_step {step!r}, think_phase {phase!r}; expected "
             f"whole numbers from 0 up (decode_step may be null) and one of {', '.join(PHASES)}"
@@ -90,10 +87,12 @@ def read_entry(entry: object) -> dict[str, Any]:
     try:
         layers = sorted((int(layer), values) for layer, values in entry["layers"].items())
         values = [each for _, each in layers]
-        fields |= _positions_and_scores(values)
+        fields["token_positions"], fields["attention_scores"] = positions_and_scores(
+            [each["token_positions"] for each in values], [each["attention_scores"] for each in values], "layers"
+        )
         fields |= _fingerprints_and_spans(values, entry.get("spans", {}))
         if "sink_mass" in entry:  # not in those of attnhook before 0.2
-            fields["sink_mass"] = _finite(np.array([float(each["sink_mass"]) for each in values], np.float32))
+            fields["sink_mass"] = finite(np.array([float(each["sink_mass"]) for each in values], np.float32))
         fields |= read_heads(values, fields["span_names"])
         if version == TOKENS_VERSION:
             fields |= _tokens(values, entry["query_token"], fields["token_positions"].shape[1])
@@ -126,22 +125,6 @@ def _whole(entry: object) -> tuple[Mapping[str, Any], int]:
     return entry, version
 
 
-def _positions_and_scores(layers: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays [L, k], k the most positions of a layer."""
-    k = max(len(values["token_positions"]) for values in layers)
-    if len(layers) * k > _MAX_ENTRIES:  # one long layer among many short ones would take all memory
-        raise ValueError(f"{len(layers)} layers of up to {k} positions; {_MAX_ENTRIES} in all are read")
-    positions = np.full((len(layers), k), -1, np.int32)
-    scores = np.zeros((len(layers), k), np.float32)
-    for i, values in enumerate(layers):
-        count = len(values["token_positions"])
-        if not all(map(_is_count, values["token_positions"])):
-            raise ValueError(f"token_positions {values['token_positions']}")
-        positions[i, :count] = values["token_positions"]
-        scores[i, :count] = np.array(values["attention_scores"], np.float32).reshape(count)
-    return {"token_positions": positions, "attention_scores": _finite(scores)}
-
-
 def _fingerprints_and_spans(layers: list[Mapping[str, Any]], spans: object) -> dict[str, Any]:
     """Arrays [L, 20] and [L, n], and the names of the n spans."""
     numbers = [np.array(values["fingerprint"], np.float32).reshape(fp.SIZE) for values in layers]
@@ -149,9 +132,9 @@ def _fingerprints_and_spans(layers: list[Mapping[str, Any]], spans: object) -> d
         raise ValueError(f"spans {spans!r}")
     mass = np.array([[values["spans"][name] for name in spans] for values in layers], np.float32)
     return {
-        "fingerprints": _finite(np.stack(numbers)),
+        "fingerprints": finite(np.stack(numbers)),
         "span_names": tuple(spans),
-        "span_mass": _finite(mass.reshape(len(layers), len(spans))),
+        "span_mass": finite(mass.reshape(len(layers), len(spans))),
     }
 
 
@@ -166,17 +149,3 @@ def _tokens(layers: list[Mapping[str, Any]], query: object, k: int) -> dict[str,
             raise ValueError(f"query_token {query!r}, token_ids {own}")
         ids[i, :count] = own
     return {"query_token": query, "token_ids": ids}
-
-
-def _finite(numbers: np.ndarray) -> np.ndarray:
-    if not np.isfinite(numbers).all():
-        raise ValueError("a number that is not finite")
-    return numbers
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _rounded(array: np.ndarray) -> list[float]:
-    return np.round(array.astype(np.float64), _DECIMALS).tolist()  # type: ignore[no-any-return]

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.row import RowData
+from attnhook.record.numbers import finite, positions_and_scores, rounded
+from attnhook.record.row import TOP_K_PER_HEAD_MAX, RowData
 
-_DECIMALS = 7
 _MAX_NUMBERS = 2**24  # of one record that is read from JSON
-_TOP_K = 16
 
 
 def write_heads(row: RowData, i: int) -> dict[str, Any]:
@@ -20,17 +19,17 @@ def write_heads(row: RowData, i: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if row.head_positions is not None and row.head_scores is not None:
         counts = (row.head_positions[i] >= 0).sum(axis=1).tolist()
-        positions, scores = row.head_positions[i].tolist(), _rounded(row.head_scores[i])
+        positions, scores = row.head_positions[i].tolist(), rounded(row.head_scores[i])
         found["token_positions"] = [own[:n] for own, n in zip(positions, counts, strict=True)]
         found["attention_scores"] = [own[:n] for own, n in zip(scores, counts, strict=True)]
     if row.head_fingerprints is not None:
-        found["fingerprint"] = _rounded(row.head_fingerprints[i])
+        found["fingerprint"] = rounded(row.head_fingerprints[i])
     if row.head_span_mass is not None:
-        found["spans"] = dict(zip(row.span_names, _rounded(row.head_span_mass[i].T), strict=True))
+        found["spans"] = dict(zip(row.span_names, rounded(row.head_span_mass[i].T), strict=True))
     if row.head_sink_mass is not None:
-        found["sink_mass"] = _rounded(row.head_sink_mass[i])
+        found["sink_mass"] = rounded(row.head_sink_mass[i])
     if row.head_lse is not None:
-        found["lse"] = _rounded(row.head_lse[i])
+        found["lse"] = rounded(row.head_lse[i])
     return found
 
 
@@ -70,28 +69,17 @@ def _top(layers: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     lengths = {len(layer[name]) for layer in layers for name in ("token_positions", "attention_scores")}
     if lengths != {heads}:
         raise ValueError(f"different numbers of heads: {sorted(lengths)}")
-    k = max(1, *(len(own) for layer in layers for own in layer["token_positions"]))  # of masked keys none is told
-    if k > _TOP_K or len(layers) * heads * k > _MAX_NUMBERS:
-        raise ValueError(f"{len(layers)} layers of {heads} heads of up to {k} positions; up to {_TOP_K} are read")
-    positions = np.full((len(layers), heads, k), -1, np.int32)
-    scores = np.zeros((len(layers), heads, k), np.float32)
-    for i, layer in enumerate(layers):
-        for h, own in enumerate(layer["token_positions"]):
-            if not all(isinstance(p, int) and not isinstance(p, bool) and 0 <= p < 2**31 for p in own):
-                raise ValueError(f"token_positions {own}")
-            positions[i, h, : len(own)] = own
-            scores[i, h, : len(own)] = _numbers(layer["attention_scores"][h]).reshape(len(own))
-    return {"head_positions": positions, "head_scores": scores}
+    where, scores = (
+        [own for layer in layers for own in layer[name]] for name in ("token_positions", "attention_scores")
+    )
+    # where all keys are masked none is told
+    found = positions_and_scores(where, scores, "heads", least=1, most=TOP_K_PER_HEAD_MAX)
+    head_positions, head_scores = (array.reshape(len(layers), heads, -1) for array in found)
+    return {"head_positions": head_positions, "head_scores": head_scores}
 
 
 def _numbers(values: Any) -> np.ndarray:
     numbers = np.array(values, np.float32)
     if numbers.size > _MAX_NUMBERS:
         raise ValueError(f"{numbers.size} numbers per head; {_MAX_NUMBERS} are read")
-    if not np.isfinite(numbers).all():
-        raise ValueError("a number that is not finite")
-    return numbers
-
-
-def _rounded(array: np.ndarray) -> Any:
-    return np.round(array.astype(np.float64), _DECIMALS).tolist()
+    return finite(numbers)

@@ -19,6 +19,7 @@ PHASES: tuple[ThinkPhase, ...] = get_args(ThinkPhase)
 SCHEMA_VERSION = 1  # of entries without token ids; a binary row's version tells more, see `attnhook.record.layout`
 TOKENS_VERSION = 2  # of those with them
 VERSIONS = (SCHEMA_VERSION, TOKENS_VERSION)
+TOP_K_PER_HEAD_MAX = 16  # positions that are told of each head
 UNKNOWN = -1  # in the place of a token id that is masked or not known
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from attnhook import __version__
-from attnhook.options import PER_HEAD, TOP_K_MAX, TOP_K_PER_HEAD_MAX, RequestOptions
+from attnhook.options import PER_HEAD, TOP_K_MAX, RequestOptions
 from attnhook.record.fingerprint import BIN_STARTS, NAMES
 from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
-from attnhook.record.row import MODES, SCHEMA_VERSION
+from attnhook.record.row import MODES, SCHEMA_VERSION, TOP_K_PER_HEAD_MAX
 from attnhook.serving.policy import Policy
 
 

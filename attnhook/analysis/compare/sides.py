@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from attnhook.analysis.sink import SinkChoice
+from attnhook.analysis.sink import COLUMNS, SinkChoice
 from attnhook.errors import OptionError, RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record import sink_mass, zones
@@ -137,10 +137,7 @@ def read(
         raise OptionError("rows", f"rows={rows!r} must be one of {', '.join(ROWS)}")
     found = _Gatherer(seed, max_requests, SinkChoice(f"side {name} ({source.url})", with_sink=with_sink))
     filters = {"model": source.model, "since": source.since, "until": source.until}
-    columns = (
-        *("request_id", "choice", "query_position", "decode_step", "model", "layer", "fingerprint", "record"),
-        "sink_mass",
-    )
+    columns = ("request_id", "choice", "decode_step", "model", *COLUMNS)
     seen = 0
     with open_store(source.url) as store:
         total = store.count(**filters)  # type: ignore[arg-type]
@@ -224,12 +221,12 @@ class _Gatherer:
         ids = batch.column("request_id").to_pylist()
         self.models.update(batch.column("model").to_pylist())
         prints = fingerprints_of(batch)
-        zones.check(prints)
         groups = _by_layers(batch, prints)
         told = np.zeros(len(ids), bool)
         for group in groups:
             told[group.where] = group.sink is not None
         if self._sink.is_out(told):
+            zones.check(prints)  # what is in the column is damage too
             prints = prints.copy()
             for group in groups:
                 prints[group.where] = group.free()

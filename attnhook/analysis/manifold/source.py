@@ -197,7 +197,7 @@ def _of_layers(
         return [], [], np.zeros((0, fp.SIZE), np.float32)
     prints = np.concatenate([record.fingerprints for record in records])
     if free:
-        prints = _without_sink(records, settings)
+        prints = _without_sink(records, prints, settings)
     if settings.layers is None:
         starts = np.cumsum(counts) - counts
         means = np.add.reduceat(prints.astype(np.float64), starts) / counts[:, None]
@@ -208,24 +208,25 @@ def _of_layers(
     return own[kept].tolist(), layers[kept].tolist(), np.asarray(prints[kept], np.float32)
 
 
-def _without_sink(records: list[TokenRecord], settings: Settings) -> np.ndarray:
-    """Each layer's fingerprint as if position 0 were not there, float32 [rows of all records, 20]."""
-    found = []
+def _without_sink(records: list[TokenRecord], prints: np.ndarray, settings: Settings) -> np.ndarray:
+    """The fingerprints of all layers of the records, float32 [n, 20], as if position 0 were not there."""
+    masses = []
     for record in records:
         try:
-            mass = sink_mass_of(record, settings.without_sink)
+            masses.append(sink_mass_of(record, settings.without_sink))
         except KeyError as error:
             raise OptionError(
                 "without_sink",
                 f"record {record.request_id!r} has no span {settings.without_sink!r}: capture with spans="
                 f"{{{settings.without_sink!r}: (0, 1)}}, as attnhook probe does, or do not ask for --without-sink",
             ) from error
-        at = np.array([record.query_position])
-        prints, sound = without_sink(record.fingerprints[None], mass[None], at)
-        if not sound[0]:
-            raise RecordError(f"record {record.key!r} is damaged: its attention on position 0 does not fit")
-        found.append(prints[0])
-    return np.concatenate(found)
+    own = np.repeat(np.arange(len(records)), list(map(len, masses)))
+    positions = np.array([record.query_position for record in records], np.int64)[own]
+    freed, sound = without_sink(prints[:, None], np.concatenate(masses)[:, None], positions)
+    if not sound.all():
+        record = records[own[sound.argmin()]]
+        raise RecordError(f"record {record.key!r} is damaged: its attention on position 0 does not fit")
+    return freed[:, 0]
 
 
 def _checked(prints: np.ndarray, ids: list[str], keys: list[Any]) -> np.ndarray:

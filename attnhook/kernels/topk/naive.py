@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from attnhook.kernels.topk.types import INTEGERS, LayerRows, PagedKeys, Selection, Softmax, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
 from attnhook.record.fingerprint import BIN_STARTS
 
 
@@ -18,12 +18,7 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     q, _, row_position, softmax = layer
     rows, heads, _ = q.shape
     asked, mask = selection.per_head, selection.head_mask
-    out = TopK(
-        *(
-            torch.zeros((rows, *shape), dtype=torch.int32 if name in INTEGERS else torch.float64, device=q.device)
-            for name, shape in selection.shapes(heads).items()
-        )
-    )
+    out = selection.results(rows, heads, torch.zeros, dtype=torch.float64, device=q.device)
     for t in range(rows):
         request, p = int(row_request[t]), int(row_position[t])
         own = selection.requests(row_request[t : t + 1].long())

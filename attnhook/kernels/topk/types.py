@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -182,6 +183,17 @@ class Selection(NamedTuple):
             "head_span_mass": (spans, n),
             "head_lse": (lse,),
         }
+
+    def results(self, rows: int, heads: int, make: Callable[..., torch.Tensor], **how: Any) -> TopK:
+        """Results of so many rows and query heads that ``make``, such as `torch.zeros`, makes of a shape.
+
+        ``how``: device, and the dtype of what is no position (default: float32).
+        """
+        dtype = how.pop("dtype", torch.float32)
+        shapes = self.shapes(heads).items()
+        return TopK(
+            *(make((rows, *own), dtype=torch.int32 if name in INTEGERS else dtype, **how) for name, own in shapes)
+        )
 
     def requests(self, row_request: torch.Tensor) -> Selection:
         """What is wanted of rows of these requests, int64 [T], as if each row were a request of its own."""

@@ -13,7 +13,7 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     """See `attnhook.kernels.topk.topk_attention`."""
     q, spans, first_reported = layer.q, selection.spans, selection.first_reported
     asked = selection.per_head
-    out = empty_result(q.shape[:2], selection, q.device, result_type(q))
+    out = empty_result((q.shape[0], q.shape[1]), selection, q.device, result_type(q))
     span_list = None if spans is None else spans.tolist()
     report_from = None if first_reported is None else first_reported.tolist()
     for block in blocks(layer, row_request, selection.head_mask, asked):

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from attnhook.kernels.topk.types import INTEGERS, Selection, TopK
+from attnhook.kernels.topk.types import Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 
 def empty_result(
-    shape: Sequence[int], selection: Selection, device: torch.device, dtype: torch.dtype = torch.float32
+    shape: tuple[int, int], selection: Selection, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> TopK:
     """Results of ``shape``, (rows, query heads), before anything is computed: no positions, masses of 0."""
-    rows, heads = shape
-    return TopK(
-        *(
-            torch.full((rows, *own), -1, dtype=torch.int32, device=device)
-            if name in INTEGERS
-            else torch.zeros((rows, *own), dtype=dtype, device=device)
-            for name, own in selection.shapes(heads).items()
-        )
-    )
+    out = selection.results(*shape, torch.zeros, dtype=dtype, device=device)
+    out.positions.fill_(-1)
+    out.head_positions.fill_(-1)
+    return out
 
 
 def of_head(out: TopK, head: int) -> TopK:

@@ -50,7 +50,7 @@ from attnhook.kernels.topk.triton.plan import (
     split_block,
 )
 from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
-from attnhook.kernels.topk.types import INTEGERS, NO_HEADS, LayerRows, PagedKeys, Selection, TopK
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _MAX_TOP_K = 1024  # the running top k lives in registers
@@ -75,7 +75,7 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     rows, heads, _ = q.shape
     if top_k > _MAX_TOP_K:
         raise ValueError(f"top_k={top_k} is above the Triton kernel's {_MAX_TOP_K}: use ATTNHOOK_KERNEL=torch")
-    out = _empty(rows, selection, heads, q.device)
+    out = selection.results(rows, heads, torch.empty, device=q.device)
     if first_reported is not None:
         selection = selection._replace(first_reported=first_reported.contiguous())
     own = None if selection.per_head == NO_HEADS else _Heads(selection, out, normalise=layer.softmax.sinks is not None)
@@ -87,43 +87,24 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     return out
 
 
-def _empty(rows: int, selection: Selection, heads: int, device: torch.device) -> TopK:
-    """Results before anything is written to them."""
-    return TopK(
-        *(
-            torch.empty((rows, *own), dtype=torch.int32 if name in INTEGERS else torch.float32, device=device)
-            for name, own in selection.shapes(heads).items()
-        )
-    )
-
-
 class _Heads:
     """Reduces each head's probabilities by itself: for `_reduce`, a head of a row is a row."""
 
     def __init__(self, selection: Selection, out: TopK, *, normalise: bool) -> None:
         self.asked = selection.per_head
-        self._spans = selection.spans if self.asked.spans else None
+        spans = selection.spans if self.asked.spans else None
         # the selection finds the entropy too
-        self._selection = selection._replace(
-            top_k=max(self.asked.top_k, 1), spans=self._spans, head_mask=None, per_head=NO_HEADS
-        )
+        self._selection = Selection(max(self.asked.top_k, 1), None, spans, selection.first_reported)
         self._out, self._normalise = out, normalise
         self.lse = out.head_lse.zero_() if self.asked.lse else None
 
     def reduce(self, part: slice, extent: tuple[Any, ...], p: torch.Tensor, first_head: int) -> None:
         """Write the results of rows ``part`` and heads ``first_head``... from p [rows, heads, width]."""
         count, heads, width = p.shape
-        rows, tiles = count * heads, width // TILE
         request, position, window_rows, *rest = extent
         own = (*(None if x is None else _each(x, heads) for x in (request, position, window_rows)), *rest)
-        mass, entropy = (torch.empty((rows, tiles), dtype=torch.float32, device=p.device) for _ in range(2))
-        best = torch.empty((rows, tiles), dtype=torch.int64, device=p.device)
-        scratch = Scratch(p.view(rows, width), mass, entropy, best)
-        tiles_kernel[(rows, width // UNIT)](
-            *own, *scratch, self._selection.first_reported, width, tiles, UNIT=UNIT, TILE=TILE, BLOCK=UNIT
-        )
-        found = _empty(rows, self._selection, 0, p.device)
-        _reduce(own, scratch, self._selection, found, UNIT, normalise=self._normalise)
+        found = self._selection.results(count * heads, 0, torch.empty, device=p.device)
+        _reduce_dense(own, p.view(-1, width), self._selection, found, UNIT, normalise=self._normalise)
         out, place = self._out, (part, slice(first_head, first_head + heads))
         wanted = [(out.head_positions, found.positions), (out.head_scores, found.scores)] if self.asked.top_k else []
         if self.asked.fingerprint:
@@ -174,20 +155,32 @@ def reduce_rows(
         return split.reduce_rows(attention, first, last, selection, out, normalise=normalise)
     if rows == 0:
         return
-    tiles = math.ceil(width / TILE)
-    mass, entropy = (torch.empty((rows, tiles), dtype=torch.float32, device=attention.device) for _ in range(2))
-    best = torch.empty((rows, tiles), dtype=torch.int64, device=attention.device)
-    scratch = Scratch(attention.contiguous(), mass, entropy, best)
     # each row is a request of its own
     request = torch.arange(rows, dtype=torch.int32, device=attention.device)
     extent = request, last.contiguous(), (last - first + 1).contiguous(), -1, rows, width
     if selection.first_reported is not None:
         selection = selection._replace(first_reported=selection.first_reported.contiguous())
     with _on_device(attention.device):
-        tiles_kernel[(rows, math.ceil(width / UNIT))](
-            *extent, *scratch, selection.first_reported, width, tiles, UNIT=_WHOLE, TILE=TILE, BLOCK=UNIT
-        )
-        _reduce(extent, scratch, selection, out, _WHOLE, normalise=normalise)
+        _reduce_dense(extent, attention.contiguous(), selection, out, _WHOLE, normalise=normalise)
+
+
+def _reduce_dense(
+    extent: tuple[Any, ...], attention: torch.Tensor, selection: Selection, out: TopK, unit: int, *, normalise: bool
+) -> None:
+    """`_reduce` of attention [rows, keys] whose tiles are not known yet."""
+    rows, width = attention.shape
+    tiles = math.ceil(width / TILE)
+    scratch = Scratch(attention, *_tiles(rows, tiles, attention.device))
+    tiles_kernel[(rows, math.ceil(width / UNIT))](
+        *extent, *scratch, selection.first_reported, width, tiles, UNIT=unit, TILE=TILE, BLOCK=UNIT
+    )
+    _reduce(extent, scratch, selection, out, unit, normalise=normalise)
+
+
+def _tiles(rows: int, tiles: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the mass, entropy and best key of each tile."""
+    mass, entropy = (torch.empty((rows, tiles), dtype=torch.float32, device=device) for _ in range(2))
+    return mass, entropy, torch.empty((rows, tiles), dtype=torch.int64, device=device)
 
 
 def _reduce(
@@ -331,9 +324,7 @@ def allocate(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     rows, width = plan.rows, plan.width
-    tiles = width // TILE
-    best = torch.empty((rows, tiles), dtype=torch.int64, device=device)
-    scratch = Scratch(floats(rows, width), floats(rows, tiles), floats(rows, tiles), best)
+    scratch = Scratch(floats(rows, width), *_tiles(rows, width // TILE, device))
     if lse:
         return scratch, ()
     heads = plan.kv_heads * group
