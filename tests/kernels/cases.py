@@ -18,7 +18,7 @@ import torch
 from attnhook.kernels.topk import naive
 from attnhook.kernels.topk.dispatch import kernel as kernel_module
 from attnhook.kernels.topk.triton import plan as triton_plan
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, Selection, Softmax, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, PerKey, Selection, Softmax, TopK
 
 #: The contract is 1e-5 (DESIGN section 3). The kernels do better on these sizes, and a closer bound
 #: notices one lost key among hundreds.
@@ -43,7 +43,7 @@ class Case:
     @property
     def layer(self) -> LayerRows:
         own = {name: self.options[name] for name in Softmax._fields if name in self.options}
-        return LayerRows(self.q, self.keys, self.row_position, Softmax(**own))
+        return LayerRows(self.q, self.keys, self.row_position, Softmax(**own), self.options.get("key_mass"))
 
     @property
     def selection(self) -> Selection:
@@ -63,6 +63,7 @@ def run(kernel: str, case: Case) -> TopK:
     """
     name, _, way = kernel.partition(", ")
     module = kernel_module(name)
+    mass = case.options.get("key_mass")
     if name == "triton" and torch.cuda.is_available():
         case = to_device(case, "cuda")
     forced: AbstractContextManager[Any] = nullcontext()
@@ -72,6 +73,8 @@ def run(kernel: str, case: Case) -> TopK:
         forced = mock.patch("attnhook.kernels.topk.triton.kernel.make_plan", partial(forced_plan, way))
     with forced:
         out = module.topk_attention(*case.arguments)
+    if mass is not None:
+        mass.copy_(case.options["key_mass"])
     return TopK(*(x.cpu() for x in out))
 
 
@@ -95,6 +98,8 @@ def forced_plan(
 
 def to_device(case: Case, device: str) -> Case:
     def move(x: Any) -> Any:
+        if isinstance(x, PerKey):
+            return x._replace(slot=x.slot.to(device))
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
     # the whole storage moves, so that strides and offset keep their meaning

@@ -9,7 +9,18 @@ Triton on GPUs, loops compiled by numba on CPUs, vectorised torch elsewhere and 
 # Here the names torch, numba and triton are the folders, as soon as one is imported: this module must not import the
 # libraries. Elsewhere imports are absolute, so that they are the libraries.
 from attnhook.kernels.topk.step import TopKStep, topk_attention
-from attnhook.kernels.topk.types import LayerRows, PagedKeys, PerHead, Selection, Softmax, TopK
+from attnhook.kernels.topk.types import LayerRows, PagedKeys, PerHead, PerKey, Selection, Softmax, TopK
 from attnhook.options import KERNELS
 
-__all__ = ["KERNELS", "LayerRows", "PagedKeys", "PerHead", "Selection", "Softmax", "TopK", "TopKStep", "topk_attention"]
+__all__ = [
+    "KERNELS",
+    "LayerRows",
+    "PagedKeys",
+    "PerHead",
+    "PerKey",
+    "Selection",
+    "Softmax",
+    "TopK",
+    "TopKStep",
+    "topk_attention",
+]

@@ -15,7 +15,7 @@ from attnhook.record.fingerprint import BIN_STARTS
 
 def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> TopK:
     """See `attnhook.kernels.topk.topk_attention`; what is float32 there comes back in float64."""
-    q, _, row_position, softmax = layer
+    q, _, row_position, softmax, key_mass = layer
     rows, heads, _ = q.shape
     asked, mask = selection.per_head, selection.head_mask
     out = selection.results(rows, heads, torch.zeros, dtype=torch.float64, device=q.device)
@@ -29,6 +29,9 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
         out.positions[t], out.scores[t] = best(a, first, own, selection.top_k)
         out.histogram[t], out.entropy[t] = histogram(a, p - first), entropy(a, normalise=sink)
         out.span_mass[t] = masses(a, first, own)
+        if key_mass is not None and selection.per_key is not None:
+            groups = p_h.view(layer.keys.num_kv_heads, -1, len(a)).mean(1) if selection.per_key.kv_heads else a[None]
+            key_mass[int(selection.per_key.slot[t]), :, first : p + 1] += groups
         for h in range(heads):
             if asked.top_k:
                 out.head_positions[t, h], out.head_scores[t, h] = best(p_h[h], first, own, asked.top_k)

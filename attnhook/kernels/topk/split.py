@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attnhook.kernels.topk.dispatch import implementation
+from attnhook.kernels.topk.torch.kernel import add_rows
 from attnhook.kernels.topk.torch.reduce import empty_result, select
 from attnhook.kernels.topk.types import NO_HEADS, LayerRows, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
@@ -34,7 +35,8 @@ class SplitStep:
     place
         This rank and how many there are: its query heads are those of that place, in order.
 
-    ``selection`` is the same for all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
+    Of sums by key there are those of the mean over all heads, on the rank that goes on. ``selection`` is the same for
+    all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
     none. Ranks that do not go on get empty results. A rank on which something goes wrong adds NaN, so that no rank
     takes the sum for whole, and raises when all is added up.
     """
@@ -73,6 +75,8 @@ class SplitStep:
             if not self._total(attention):
                 continue
             for layer, a, out in zip(layers, attention, found, strict=True):
+                if self._selection.per_key is not None and layer.key_mass is not None:
+                    add_rows(a[None], self._selection.per_key.slot[part], layer.key_mass)
                 self._reduce(layer, a, part, TopK(*(x[part] for x in out)))
         if self._selection.per_head != NO_HEADS and rows:
             failure = self._gather_heads(layers, found) or failure
@@ -91,9 +95,9 @@ class SplitStep:
         mine, failure = whole[:, :, own * self._rank : own * (self._rank + 1)], None
         try:
             kernel = implementation(whole.device.type)
-            selection = self._selection._replace(head_mask=None, top_k=1)
+            selection = self._selection._replace(head_mask=None, top_k=1, per_key=None)
             for n, layer in enumerate(layers):
-                got = kernel.topk_attention(layer, self._request, selection)._asdict()
+                got = kernel.topk_attention(layer._replace(key_mass=None), self._request, selection)._asdict()
                 mine[n] = torch.cat([got[name].reshape(rows, own, -1).float() for name in names], dim=-1)
         except Exception as error:  # raised by who called; the other ranks wait for this one's part
             failure = error

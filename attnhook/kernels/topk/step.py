@@ -14,6 +14,7 @@ from attnhook.kernels.topk.types import (
     LayerRows,
     PagedKeys,
     PerHead,
+    PerKey,
     Selection,
     Softmax,
     TopK,
@@ -38,6 +39,8 @@ def topk_attention(
     first_reported: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     per_head: PerHead = NO_HEADS,
+    per_key: PerKey | None = None,
+    key_mass: torch.Tensor | None = None,
 ) -> TopK:
     """Head-averaged attention of each query row over its visible keys, reduced to what a record keeps.
 
@@ -86,6 +89,11 @@ def topk_attention(
         What is wanted of every query head by itself, of ``p_h`` in place of the mean, whatever ``head_mask`` says:
         the ``top_k`` largest, the fingerprint (histogram and entropy), the mass of ``spans``, the log-sum-exp.
 
+    per_key, key_mass : PerKey, float32 [S, G, W]
+        Add the attention that each row t gives the keys 0..W-1 to the sums ``key_mass[per_key.slot[t]]``. G is 1: the
+        mean over the selected heads; with ``per_key.kv_heads`` Hkv: the mean over the query heads of each kv head. W
+        covers every visible key. A row whose entropy becomes NaN makes NaN of the sums of its visible keys.
+
     Returns
     -------
     TopK
@@ -99,8 +107,8 @@ def topk_attention(
     ValueError
         Shapes, dtypes or devices do not fit together.
     """
-    layer = LayerRows(q, keys, row_position, Softmax(scale, softcap, window, sinks, alibi_slopes, lse))
-    selection = Selection(top_k, head_mask, spans, first_reported, per_head)
+    layer = LayerRows(q, keys, row_position, Softmax(scale, softcap, window, sinks, alibi_slopes, lse), key_mass)
+    selection = Selection(top_k, head_mask, spans, first_reported, per_head, per_key)
     check_inputs(layer, row_request, selection)
     result: TopK = implementation(q.device.type).topk_attention(layer, row_request, selection)
     return result

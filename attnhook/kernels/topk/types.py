@@ -130,6 +130,7 @@ class LayerRows(NamedTuple):
     keys: PagedKeys
     row_position: torch.Tensor
     softmax: Softmax
+    key_mass: torch.Tensor | None = None  # float32 [S, G, W], to which the rows' attention is added; see `PerKey`
 
 
 class PerHead(NamedTuple):
@@ -149,6 +150,17 @@ class PerHead(NamedTuple):
 NO_HEADS = PerHead()
 
 
+class PerKey(NamedTuple):
+    """What is wanted of each key: the sum of the attention that rows give it, in `LayerRows.key_mass`.
+
+    Row t is added to the sums ``slot[t]`` of S; rows of one slot belong to one request. G is 1, the mean over the
+    selected heads, or with ``kv_heads`` Hkv: the mean over the query heads of each, selected or not.
+    """
+
+    slot: torch.Tensor  # int64 [T]
+    kv_heads: bool = False
+
+
 class Selection(NamedTuple):
     """What is wanted of each row, the same in all layers; see `topk_attention` for shapes and meaning.
 
@@ -160,6 +172,7 @@ class Selection(NamedTuple):
     spans: torch.Tensor | None = None
     first_reported: torch.Tensor | None = None
     per_head: PerHead = NO_HEADS
+    per_key: PerKey | None = None
 
     @property
     def span_count(self) -> int:
@@ -207,7 +220,7 @@ class Selection(NamedTuple):
 
 def check_inputs(layer: LayerRows, row_request: torch.Tensor, selection: Selection) -> None:
     """Raise ValueError where shapes disagree; reads no device value."""
-    q, keys, row_position, softmax = layer
+    q, keys, row_position, softmax, key_mass = layer
     spans, window, lse = selection.spans, softmax.window, softmax.lse
     if q.dim() != 3:
         raise ValueError(f"q must be [rows, query heads, head_dim], got shape {tuple(q.shape)}")
@@ -231,6 +244,7 @@ def check_inputs(layer: LayerRows, row_request: torch.Tensor, selection: Selecti
         ("spans", spans, ((requests, spans.shape[1] if spans is not None and spans.dim() == 3 else 0, 2),)),
         ("first_reported", selection.first_reported, ((requests,),)),
         ("lse", lse, ((rows, heads),)),
+        ("per_key.slot", None if selection.per_key is None else selection.per_key.slot, ((rows,),)),
     ]
     for name, tensor, shapes in expected:
         if tensor is None:
@@ -240,5 +254,20 @@ def check_inputs(layer: LayerRows, row_request: torch.Tensor, selection: Selecti
             raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: move it there")
+    if (selection.per_key is None) != (key_mass is None):
+        raise ValueError("per_key and key_mass come together: which sums a row is added to, and the sums")
+    if selection.per_key is not None and key_mass is not None:
+        groups = keys.num_kv_heads if selection.per_key.kv_heads else 1
+        if key_mass.dim() != 3 or key_mass.shape[1] != groups or not key_mass.is_contiguous():
+            raise ValueError(f"key_mass must be contiguous [slots, {groups}, keys], got shape {list(key_mass.shape)}")
+        if key_mass.dtype != torch.float32 or key_mass.device != q.device:
+            raise ValueError(f"key_mass must be float32 on {q.device}, got {key_mass.dtype} on {key_mass.device}")
+        if q.device.type == "cpu" and rows:
+            slots, last = selection.per_key.slot, int(row_position.max())
+            if last >= key_mass.shape[2] or int(slots.min()) < 0 or int(slots.max()) >= key_mass.shape[0]:
+                raise ValueError(
+                    f"key_mass has {key_mass.shape[0]} slots of {key_mass.shape[2]} keys, and rows are of slots "
+                    f"{int(slots.min())} to {int(slots.max())} and see keys up to {last}"
+                )
     if lse is not None and lse.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lse is {lse.dtype}: a normaliser in less than float32 moves every probability")

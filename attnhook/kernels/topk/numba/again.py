@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from attnhook.kernels.topk.numba import aim, dots, loops
+from attnhook.kernels.topk.numba import aim, dots, loops, per_key
 from attnhook.kernels.topk.numba.blocks import ROW, AimWords, DotWords
 from attnhook.kernels.topk.numba.jobs import (
     Call,
@@ -84,7 +84,7 @@ class Again:
             return False
         # for every layer of every pass: unpacking a tuple is faster than asking it by name
         place, table, window = first.row_position, first.keys.page_table, first.softmax.window
-        for (_, keys, own_place, softmax), (_, before, _, known) in zip(layers, self._call.layers, strict=True):
+        for (_, keys, own_place, softmax, _), (_, before, _, known, _) in zip(layers, self._call.layers, strict=True):
             scale, softcap, own_window, sinks, slopes, _ = softmax
             old_scale, old_softcap, _, old_sinks, old_slopes, _ = known
             if not (
@@ -114,6 +114,9 @@ class Again:
             self._places.words.positions = self._places.words.seen = 0
             self._places.run(1)
         elif not self._aim(layers, place):
+            return None
+        slot = self._call.slot
+        if slot is not None and not per_key.aim(self._table.reshape(-1), layers, np.tile(slot, len(layers))):
             return None
         q = one.q if len(layers) == 1 else torch.cat([layer.q for layer in layers])
         q = q.to(torch.float32).contiguous()

@@ -20,7 +20,7 @@ from attnhook.record.fingerprint import BIN_STARTS
 
 PART = 512  # keys of a unit of work of `dots.dot_job`
 
-_PYTHON = {"__init__.py", "again.py", "jobs.py", "kernel.py"}  # files here of which nothing is compiled
+_PYTHON = {"__init__.py", "again.py", "jobs.py", "kernel.py", "per_key.py"}  # files here of which nothing is compiled
 
 
 class Words(ctypes.Structure):
@@ -107,6 +107,9 @@ class RowWords(Words):
     head_span_mass: int  # float32 [results, head_masses, span_count]
     head_norms: int
     head_lse: int  # float32 [results, head_norms]
+    # of each key: sums to which a row's attention is added, by its place in ROW
+    key_groups: int  # 1: the mean over the selected heads; else the kv heads
+    group_heads: int  # query heads of each; 0 where the mean is wanted
     dense: int  # float32 [results, dense_width]
     dense_width: int  # 0: what is above is wanted; else the attention itself, and nothing else
     # what a thread works in
@@ -162,6 +165,9 @@ ROW = np.dtype(
         ("request", np.int64),
         ("layer", np.int64),
         ("result", np.int64),  # where its results go
+        ("key_mass", np.int64),  # address of float32 [key_groups, key_stride]; 0: its keys' sums are not wanted
+        ("key_stride", np.int64),
+        ("key_first", np.int64),  # place there of the first key that it sees
     ]
 )
 

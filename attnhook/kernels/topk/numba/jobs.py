@@ -104,7 +104,7 @@ class Shared:
     """What all layers of a step have in common; no argument may change while it lasts."""
 
     def __init__(self, row_request: torch.Tensor, selection: Selection) -> None:
-        top_k, head_mask, spans, first_reported, per_head = selection
+        top_k, head_mask, spans, first_reported, per_head, per_key = selection
         self.request = as_numpy(row_request, np.int64)
         self.selection = selection
         self.top_k = max(top_k, per_head.top_k)  # the most that are selected at once
@@ -112,6 +112,7 @@ class Shared:
         self.spans = None if spans is None else as_numpy(spans, np.int64)
         self.report_from = None if first_reported is None else as_numpy(first_reported, np.int64)
         self.masks = None if head_mask is None else as_numpy(head_mask, np.uint8)
+        self.slot = None if per_key is None else as_numpy(per_key.slot, np.int64)
         #: float32 [T, width] where the rows' attention itself is wanted, of one layer; the results then mean nothing
         self.dense: torch.Tensor | None = None
 
@@ -122,7 +123,10 @@ class Call:
     def __init__(self, shared: Shared, layers: Sequence[LayerRows]) -> None:
         self.rows, self.heads, _ = layers[0].q.shape
         self.layers, self.top_k, self.lanes, self.dense = layers, shared.top_k, shared.lanes, shared.dense
-        self.selection = shared.selection
+        self.selection, self.slot = shared.selection, shared.slot
+        kv_heads, per_key = layers[0].keys.num_kv_heads, self.selection.per_key
+        by_kv_head = per_key is not None and per_key.kv_heads
+        self.key_groups, self.group_heads = (kv_heads, self.heads // kv_heads) if by_kv_head else (1, 0)
         self.requests = requests = layers[0].keys.page_table.shape[0]
         masks, spans, report_from = _neutral(requests, self.heads)
         self.spans = spans if shared.spans is None else shared.spans
@@ -171,6 +175,7 @@ class Call:
             top_k=self.selection.top_k, masks=self.masks.ctypes.data, report_from=self.report_from.ctypes.data,
             spans=self.spans.ctypes.data, span_count=self.spans.shape[1],
             results=self.rows * len(self.layers), lanes=self.lanes,
+            key_groups=self.key_groups, group_heads=self.group_heads,
             dense=0 if dense is None else dense.data_ptr(), dense_width=0 if dense is None else dense.shape[1],
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from attnhook.kernels.topk import torch as torch_kernel
-from attnhook.kernels.topk.numba import dots
+from attnhook.kernels.topk.numba import dots, per_key
 from attnhook.kernels.topk.numba.again import SINGLE_ELEMENTS, Again, alike
 from attnhook.kernels.topk.numba.blocks import PART, ROW, DotWords
 from attnhook.kernels.topk.numba.jobs import (
@@ -175,6 +175,8 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
         row, layer = np.divmod(table["result"], len(layers))
         q = q[torch.from_numpy(layer * call.rows + row)]
     keys, first = table["keys"], table["first"]
+    slot = None if call.slot is None else call.slot[table["result"] // len(layers)]
+    apart = slot is not None and not per_key.aim(table, layers, slot)
     ends = np.cumsum(keys) * heads
     parts = (first + keys - 1) // PART - first // PART + 1
     start = 0
@@ -194,7 +196,10 @@ def _single_rows(call: Call, table: np.ndarray, result: TopK) -> None:
             ),
         )  # fmt: skip
         products.run(threads_for(z.numel()))
+        sums = per_key.Apart(part, call.key_groups) if apart else None
         call.reduce(z, part, result)
+        if sums is not None and slot is not None:
+            sums.add(layers, slot[start:stop])
         start = stop
 
 
@@ -214,5 +219,8 @@ def _prompt_rows(call: Call, layer: LayerRows, table: np.ndarray, start: int, st
         part = table[t:end]
         part["offset"] = np.arange(end - t) * z.shape[2] + first[t:end] - lowest
         part["stride"] = z.shape[1] * z.shape[2]
+        sums = None if call.slot is None else per_key.Block(part, call.key_groups, lowest, z.shape[2])
         call.reduce(z, part, result)
+        if sums is not None and call.slot is not None:
+            sums.add(layer, call.slot[start + t : start + end])
         t = end

@@ -51,13 +51,17 @@ def _add_scaled(a, e, weight):
 
 
 @njit(error_model="numpy")
-def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a, every, place, results, lse, best):
+def _average(
+    z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a, every, place, results, lse, best, sums, group_heads
+):  # fmt: skip
     """a becomes the mean attention of one row's selected heads; False where a logit is not finite.
 
-    ``every``: each head's own results are wanted too; see `reduce_head`.
+    ``every``: each head's own results are wanted too; see `reduce_head`. Where ``group_heads`` is not 0, the mean over
+    so many heads is added to those of each kv head, from a place on: ``sums``.
     """
     n = len(a)
     bounds, position, start = place
+    by_key, at = sums
     selected = 0
     for h in range(heads):
         selected += mask[h]
@@ -86,6 +90,8 @@ def _average(z, bits, offset, stride, heads, mask, sinks, slopes, softcap, a, ev
                 lse[h] = most + math.log(total)
             own = bits[here : here + n]
             reduce_head(h, row, own, 1.0 / total, len(sinks) > 0, bounds, position, start, results, best)
+            if group_heads:
+                _add_scaled(by_key[h // group_heads][at : at + n], row, f32(1.0 / (total * group_heads)))
             if not mask[h]:
                 continue
         weight = f32(1.0 / (total * selected))
@@ -112,7 +118,8 @@ def row_job(argument):
     entropy = carray(pointer(w.entropy), w.results, np.float32)
     span_mass = carray(pointer(w.span_mass), (w.results, spans), np.float32)
     tops, prints, masses, norms = w.head_tops, w.head_prints, w.head_masses, w.head_norms
-    every = tops + prints + masses + norms > 0
+    key_groups, group_heads = w.key_groups, w.group_heads
+    every = tops + prints + masses + norms + group_heads > 0
     head_positions = carray(pointer(w.head_positions), (w.results, tops, w.head_top_k), np.int32)
     head_scores = carray(pointer(w.head_scores), (w.results, tops, w.head_top_k), np.float32)
     head_histogram = carray(pointer(w.head_histogram), (w.results, prints, BINS), np.float32)
@@ -142,12 +149,15 @@ def row_job(argument):
         n, first, request, layer, t = row.keys, row.first, row.request, row.layer, row.result
         a = scratch[:n]
         start = min(max(report_from[request] - first, 0), n)
+        by_key = carray(pointer(row.key_mass), (key_groups if row.key_mass else 0, row.key_stride), np.float32)
+        at = row.key_first
         if not _average(
             z, bits, row.offset, row.stride, heads, masks[request], sinks[layer], slopes[layer], softcaps[layer], a,
             every, (bounds[request], first, start),
             (head_positions[t], head_scores[t], head_histogram[t], head_entropy[t], head_span_mass[t]), head_lse[t],
-            (values, where, lanes, found),
+            (values, where, lanes, found), (by_key, at), group_heads,
         ):  # fmt: skip
+            by_key[:, at : at + n] = np.nan
             dense[t, :] = np.nan
             entropy[t] = np.nan
             histogram[t, :] = np.nan
@@ -156,6 +166,8 @@ def row_job(argument):
         if dense_width:
             dense[t, first : first + n] = a
             continue
+        if len(by_key) and not group_heads:
+            _add_scaled(by_key[0][at : at + n], a, f32(1.0))
         mass = bin_sums(a, 1.0, histogram[t])
         span_sums(a, 1.0, bounds[request], first, span_mass[t])
         if n > 1:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, PerHead, Softmax, gather
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, PerHead, PerKey, Softmax, gather
 
 _SCRATCH_ELEMENTS = 3 << 18  # logits per block of rows: 3 MiB, about a core's cache
 _KEY_BLOCK = 4096  # keys converted to float32 at once when the cache holds another dtype
@@ -47,11 +47,16 @@ class Block(NamedTuple):
 
 
 def blocks(
-    layer: LayerRows, row_request: torch.Tensor, head_mask: torch.Tensor | None = None, per_head: PerHead = NO_HEADS
+    layer: LayerRows,
+    row_request: torch.Tensor,
+    head_mask: torch.Tensor | None = None,
+    per_head: PerHead = NO_HEADS,
+    per_key: PerKey | None = None,
 ) -> Iterator[Block]:
     """The attention of a layer's rows, averaged over the selected heads; each block is overwritten by the next."""
-    q, keys, row_position, softmax = layer
+    q, keys, row_position, softmax, _ = layer
     rows, heads, head_dim = q.shape
+    every = per_head != NO_HEADS or (per_key is not None and per_key.kv_heads)
     requests, positions = row_request.tolist(), row_position.tolist()
     window = softmax.window
     widths = window.tolist() if isinstance(window, torch.Tensor) else [window] * rows
@@ -72,7 +77,7 @@ def blocks(
             first = min(firsts[t:end])
             attention, p_h, lse = _attention(
                 scaled[t:end].transpose(0, 1), k[first - low : positions[end - 1] + 1 - low],
-                positions[t], first, firsts[t:end], softmax, mask=mask, suspect=suspect, per_head=per_head,
+                positions[t], first, firsts[t:end], softmax, mask=mask, suspect=suspect, every=every, lse=per_head.lse,
             )  # fmt: skip
             lead = end - t - 1
             yield Block(slice(t, end), request, positions[t], first, firsts[t:end], attention, lead, p_h, lse)
@@ -164,12 +169,13 @@ def _attention(
     *,
     mask: torch.Tensor | None,
     suspect: bool,
-    per_head: PerHead,
+    every: bool,
+    lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention ``[R, R - 1 + N]`` of rows at position.. over keys first.., each head's ``[Hq, R, N]``, log-sum-exp.
 
-    Invisible keys hold 0. ``q`` is scaled, [Hq, R, D]. The R - 1 leading zeros let `reduce_block` read the rows along
-    equal distances.
+    Invisible keys hold 0. ``q`` is scaled, [Hq, R, D]. ``every``: something is told of each head too. The R - 1 leading
+    zeros let `reduce_block` read the rows along equal distances.
     """
     heads, rows, _ = q.shape
     count, dtype = k.shape[0], q.dtype
@@ -196,17 +202,17 @@ def _attention(
     p_h = buffer("probabilities", z.numel(), q, dtype).view(z.shape)
     torch.softmax(z, dim=-1, out=p_h)
     p_h = p_h[..., :count]
-    lse = torch.logsumexp(z, dim=-1) if per_head.lse else None
+    norm = torch.logsumexp(z, dim=-1) if lse else None
     lead = rows - 1
     attention = buffer("attention", rows * (lead + count), q, dtype).view(rows, lead + count)
     attention[:, :lead] = 0
     torch.mean(p_h if mask is None else p_h[mask], dim=0, out=attention[:, lead:])
     if suspect:
         # what is told of each head needs all of them
-        broken = ~(finite if mask is None or per_head != NO_HEADS else finite[mask]).all(0)
+        broken = ~(finite if mask is None or every else finite[mask]).all(0)
         if bool(broken.any()):
             attention[broken, lead:] = math.nan
-    return attention, p_h, lse
+    return attention, p_h, norm
 
 
 def _hidden(

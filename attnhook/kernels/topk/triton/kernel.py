@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 
 from attnhook.kernels.topk import split
+from attnhook.kernels.topk.triton.by_key import BLOCK as BY_KEY_BLOCK
+from attnhook.kernels.topk.triton.by_key import by_key_kernel
 from attnhook.kernels.topk.triton.logits import average_kernel, direct_kernel, logits_kernel, merge_kernel, norms_kernel
 from attnhook.kernels.topk.triton.plan import (
     MASS_BLOCK,
@@ -50,7 +52,7 @@ from attnhook.kernels.topk.triton.plan import (
     split_block,
 )
 from attnhook.kernels.topk.triton.select import masses_kernel, select_kernel, tiles_kernel
-from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, Selection, TopK
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PagedKeys, PerKey, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _MAX_TOP_K = 1024  # the running top k lives in registers
@@ -78,8 +80,14 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     out = selection.results(rows, heads, torch.empty, device=q.device)
     if first_reported is not None:
         selection = selection._replace(first_reported=first_reported.contiguous())
-    own = None if selection.per_head == NO_HEADS else _Heads(selection, out, normalise=layer.softmax.sinks is not None)
+    sums = None if selection.per_key is None or layer.key_mass is None else _ByKey(selection.per_key, layer.key_mass)
+    by_kv_head = sums is not None and sums.kv_heads
+    own = None
+    if selection.per_head != NO_HEADS or by_kv_head:
+        own = _Heads(selection, out, sums if by_kv_head else None, normalise=layer.softmax.sinks is not None)
     for chunk in _averages(layer, row_request, selection.head_mask, selection.first_reported, own):
+        if sums is not None and not by_kv_head:
+            sums.add(chunk.rows, chunk.extent, chunk.scratch.attention[:, None], 1)
         _reduce(
             chunk.extent, chunk.scratch, selection, TopK(*(x[chunk.rows] for x in out)), UNIT,
             normalise=layer.softmax.sinks is not None,
@@ -87,20 +95,43 @@ def topk_attention(layer: LayerRows, row_request: torch.Tensor, selection: Selec
     return out
 
 
+class _ByKey:
+    """Adds probabilities up by key, on the device."""
+
+    def __init__(self, per_key: PerKey, key_mass: torch.Tensor) -> None:
+        self.kv_heads = per_key.kv_heads
+        self._slot, self._mass = per_key.slot.contiguous(), key_mass
+
+    def add(self, part: slice, extent: tuple[Any, ...], p: torch.Tensor, group: int, first_group: int = 0) -> None:
+        """Add the mean over each ``group`` of heads of rows ``part``, p [rows, heads, width]."""
+        slots, groups, keys = self._mass.shape
+        rows, (_, heads, width) = part.stop - part.start, p.shape
+        by_key_kernel[(slots, heads // group, math.ceil(keys / BY_KEY_BLOCK))](
+            *extent, p, self._slot[part], self._mass, rows, heads, group, first_group, groups, keys, width,
+            UNIT=UNIT, BLOCK=BY_KEY_BLOCK,
+        )  # fmt: skip
+
+
 class _Heads:
     """Reduces each head's probabilities by itself: for `_reduce`, a head of a row is a row."""
 
-    def __init__(self, selection: Selection, out: TopK, *, normalise: bool) -> None:
+    def __init__(self, selection: Selection, out: TopK, sums: _ByKey | None, *, normalise: bool) -> None:
         self.asked = selection.per_head
+        self._sums = sums  # of each kv head
+        self.every = self.asked.scores or sums is not None  # whether probabilities are wanted
         spans = selection.spans if self.asked.spans else None
         # the selection finds the entropy too
         self._selection = Selection(max(self.asked.top_k, 1), None, spans, selection.first_reported)
         self._out, self._normalise = out, normalise
         self.lse = out.head_lse.zero_() if self.asked.lse else None
 
-    def reduce(self, part: slice, extent: tuple[Any, ...], p: torch.Tensor, first_head: int) -> None:
+    def reduce(self, part: slice, extent: tuple[Any, ...], p: torch.Tensor, first_head: int, group: int) -> None:
         """Write the results of rows ``part`` and heads ``first_head``... from p [rows, heads, width]."""
         count, heads, width = p.shape
+        if self._sums is not None:
+            self._sums.add(part, extent, p, group, first_head // group)
+        if not self.asked.scores:
+            return
         request, position, window_rows, *rest = extent
         own = (*(None if x is None else _each(x, heads) for x in (request, position, window_rows)), *rest)
         found = self._selection.results(count * heads, 0, torch.empty, device=p.device)
@@ -226,12 +257,12 @@ def _averages(
 
     What uses the scratch must be launched before the next chunk is asked for.
     """
-    q, keys, row_position, (scale, softcap, window, sinks, alibi_slopes, lse) = layer
+    q, keys, row_position, (scale, softcap, window, sinks, alibi_slopes, lse), _ = layer
     dot_type = _dot_type(q, keys)
     rows, heads, head_dim = q.shape
     if rows == 0:
         return
-    every = own is not None and own.asked.scores
+    every = own is not None and own.every
     plan = make_plan(q, keys, window, lse=lse is not None, per_head=every)
     group, requests = heads // keys.num_kv_heads, keys.page_table.shape[0]
     shape = launch_shape(group, plan.tile_rows, head_dim, keys.cache.element_size())
@@ -284,7 +315,7 @@ def _averages(
                         # the scratch lies as for kv_heads * group heads
                         size = count * kv_heads * group * plan.width
                         p = work[0].view(-1)[:size].view(count, kv_heads * group, plan.width)
-                        own.reduce(part, extent, p, kv_head * group)
+                        own.reduce(part, extent, p, kv_head * group, group)
             else:
                 tiles = math.ceil(count / plan.tile_rows)
                 if lse is None:
@@ -307,7 +338,7 @@ def _averages(
                     TILE=TILE, BLOCK_ALL=padded(heads), **of_direct,
                 )  # fmt: skip
                 if own_p is not None and own is not None:
-                    own.reduce(part, extent, own_p[:count], 0)
+                    own.reduce(part, extent, own_p[:count], 0, group)
             yield _Chunk(part, extent, scratch)
 
 
