@@ -22,9 +22,13 @@ from attnhook.system.addresses import masked
 __getattr__ = moved.names(__name__, {"shown": "options:quoted"})
 
 LayerSpec = Literal["last", "auto", "all"] | tuple[int, ...]
+Heads = tuple[int, ...] | Mapping[int, tuple[int, ...]] | None
 
 #: What can be told of each query head by itself.
 PER_HEAD = ("spans", "fingerprint", "sink", "top", "lse")
+
+#: Of which heads the attention is summed up by key: the mean over the selected ones, or over those of each kv head.
+KEY_MASS = ("mean", "kv_head")
 
 TOP_K_MAX = 256
 KERNELS = ("compiled", "naive", "torch", "triton")
@@ -50,15 +54,18 @@ class RequestOptions:
 
     top_k: int = 32
     layers: LayerSpec = "last"
-    heads: tuple[int, ...] | None = None  # average over these query heads; None: all
+    #: average over these query heads, of every layer or by layer (others: all of theirs); None: all
+    heads: Heads = None
     mode: Mode = "raw"
     prompt: bool = False  # prompt rows too
+    rows: tuple[tuple[int, int], ...] = ()  # these prompt rows too: half-open ranges of positions, ascending, apart
     stride: int = 1  # every n-th generated row
-    max_tokens: int = 4096  # at most this many generated rows
+    max_tokens: int = 4096  # at most this many generated rows; 0: none, but for a chosen one of the prompt
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # half-open position ranges
     mask_prefix: int = 0  # positions below it are never reported
     per_head: tuple[str, ...] = ()  # of `PER_HEAD`: told of every query head too, in every captured layer
     top_k_per_head: int = 1  # positions of each head, where "top" is told
+    key_mass: str | None = None  # of `KEY_MASS`: sums of the captured rows' attention by key; None: none
     self_check: bool = False  # servers: rebuild the attention output of every captured row and layer
 
     @classmethod
@@ -98,6 +105,13 @@ class RequestOptions:
                     f"{name}={list(values['per_head'])} with {mode}='fingerprint', whose records have nothing of a "
                     f"layer: ask for {mode}='raw', or drop {name}",
                 )
+        if "rows" in values:
+            values["rows"] = _as_ranges(named["rows"], values["rows"], values.get("spans") or {})
+        if values.get("max_tokens") == 0 and not (values.get("prompt") or values.get("rows")):
+            name = named["max_tokens"]
+            raise OptionError(name, f"{name}=0 without rows of the prompt captures nothing: ask for rows too")
+        if isinstance(values.get("heads"), Mapping):
+            values.setdefault("layers", tuple(values["heads"]))
         return cls(**values)
 
 
@@ -205,11 +219,42 @@ def resolve_layers(spec: LayerSpec, available: Sequence[int], name: str = "layer
     return tuple(sorted(chosen))
 
 
-def check_heads(heads: tuple[int, ...] | None, count: int, name: str = "heads") -> None:
-    """Raise OptionError where a selected query head is not in 0..count-1."""
-    for head in heads or ():
-        if not 0 <= head < count:
-            raise OptionError(name, f"{name}: head {head} does not exist: the model's query heads are 0..{count - 1}")
+def check_heads(heads: Heads, count: int, name: str = "heads") -> None:
+    """Raise OptionError where a selected query head, of any layer, is not in 0..count-1."""
+    by_layer = heads.items() if isinstance(heads, Mapping) else [(None, heads or ())]
+    for layer, chosen in by_layer:
+        for head in chosen:
+            if not 0 <= head < count:
+                of = "" if layer is None else f" of layer {layer}"
+                raise OptionError(
+                    name, f"{name}: head {head}{of} does not exist: the model's query heads are 0..{count - 1}"
+                )
+
+
+def resolve_choice(
+    layers: LayerSpec, heads: Heads, available: Sequence[int], names: tuple[str, str] = ("layers", "heads")
+) -> tuple[tuple[int, ...], Heads]:
+    """The chosen layers, as `resolve_layers` gives them, and ``heads`` by these numbers where they are told by layer.
+
+    Raises OptionError as `resolve_layers` does; for heads of a layer that is not there, is not chosen, or is named
+    twice.
+    """
+    if not isinstance(heads, Mapping):
+        return resolve_layers(layers, available, names[0]), heads
+    name, found = names[1], dict[int, tuple[int, ...]]()
+    for layer, chosen in heads.items():
+        (number,) = resolve_layers((layer,), available, name)
+        if number in found:
+            raise OptionError(name, f"{name}: layer {number} is named twice, as {layer} too: name it once")
+        found[number] = chosen
+    captured = resolve_layers(layers, available, names[0])
+    if strange := found.keys() - {*captured}:
+        raise OptionError(
+            name,
+            f"{name}: layer {min(strange)} is not captured: the captured layers are {', '.join(map(str, captured))}; "
+            "name it among them, or drop its heads",
+        )
+    return captured, dict(sorted(found.items()))
 
 
 def _hint(name: str, known: Mapping[str, Any] | set[str]) -> str:
@@ -224,9 +269,12 @@ def parse_layers(name: str, text: str) -> LayerSpec:
     return _parse_ints(name, text, "last, auto, all or layer numbers such as 0,14,-1")
 
 
-def parse_heads(name: str, text: str) -> tuple[int, ...]:
-    """Comma-separated head numbers, as typed by a person."""
-    return _parse_ints(name, text, "head numbers such as 0,3")
+def parse_heads(name: str, text: str) -> Any:
+    """Comma-separated head numbers, or JSON of them by layer, as typed by a person; not checked yet."""
+    wanted = 'head numbers such as 0,3, or JSON of them by layer such as {"12": [0, 3]}'
+    if text.lstrip().startswith("{"):
+        return _parse_json(name, text, wanted)
+    return _parse_ints(name, text, wanted)
 
 
 def _parse_ints(name: str, text: str, wanted: str) -> tuple[int, ...]:
@@ -250,10 +298,18 @@ def _parse_bool(name: str, text: str) -> bool:
 
 
 def _parse_spans(name: str, text: str) -> Any:
+    return _parse_json(name, text, 'JSON such as {"system": [0, 40]}')
+
+
+def _parse_rows(name: str, text: str) -> Any:
+    return _parse_json(name, text, 'JSON such as [[0, 40], "question"]')
+
+
+def _parse_json(name: str, text: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise OptionError(name, f'{name}={quoted(text)} must be JSON such as {{"system": [0, 40]}}') from None
+        raise OptionError(name, f"{name}={quoted(text)} must be {wanted}") from None
 
 
 def _between(low: int, high: int) -> Callable[[str, Any], int]:
@@ -297,11 +353,40 @@ def _check_layers(name: str, value: Any) -> LayerSpec:
         ) from None
 
 
-def _check_heads(name: str, value: Any) -> tuple[int, ...] | None:
-    return None if value is None else _check_ints(name, value, low=0)
+def _check_heads(name: str, value: Any) -> Heads:
+    if value is None:
+        return None
+    by_layer = isinstance(value, Mapping)
+    lists = {_as_layer(layer): heads for layer, heads in value.items()} if by_layer else {0: value}
+    if lists and all(_is_ints(heads) and heads and min(heads) >= 0 for heads in lists.values()) and None not in lists:
+        chosen = {int(layer or 0): tuple(dict.fromkeys(heads)) for layer, heads in lists.items()}
+        if by_layer and len(chosen) == len(value):
+            return chosen
+        if not by_layer:
+            return chosen[0]
+    raise OptionError(
+        name,
+        f"{name}={quoted(value)} must be a non-empty list of whole numbers from 0 up, or such lists by layer number",
+    )
 
 
-def _parse_names(name: str, text: str) -> list[str]:
+def _as_layer(value: Any) -> int | None:
+    """A layer's number, also as JSON writes a name; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,5}", value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def parse_ranges(name: str, text: str) -> list[tuple[int, int]]:
+    """Comma-separated ranges of positions, as typed by a person."""
+    try:
+        return [(int(start), int(end)) for start, end in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        raise OptionError(name, f"{name}={quoted(text)} must be ranges of positions such as 0:4,180:196") from None
+
+
+def parse_names(text: str) -> list[str]:
+    """Comma-separated names, as typed by a person; not checked yet."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -313,6 +398,14 @@ def _check_per_head(name: str, value: Any) -> tuple[str, ...]:
     ):
         raise OptionError(name, f"{name}={quoted(value)} must be a list of {', '.join(PER_HEAD)}")
     return tuple(one for one in PER_HEAD if one in value)
+
+
+def _check_key_mass(name: str, value: Any) -> str | None:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, str) or value not in KEY_MASS:
+        raise OptionError(name, f"{name}={quoted(value)} must be one of {', '.join(KEY_MASS)}, or false")
+    return value
 
 
 def _check_mode(name: str, value: Any) -> Mode:
@@ -342,6 +435,53 @@ def _check_spans(name: str, value: Any) -> Mapping[str, tuple[int, int]]:
             )
         spans[label] = (bounds[0], bounds[1])
     return spans
+
+
+def _check_rows(name: str, value: Any) -> list[tuple[int, int] | str]:
+    wanted = f"{name}={quoted(value)} must be a list of [start, end] positions, 0 <= start < end < 2**31, or span names"
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        raise OptionError(name, wanted)
+    if len(value) > _SPANS_MAX:
+        raise OptionError(name, f"{name} has {len(value)} ranges; at most {_SPANS_MAX} are allowed")
+    rows: list[tuple[int, int] | str] = []
+    for one in value:
+        if isinstance(one, str):
+            rows.append(one)
+        elif _is_ints(one) and len(one) == 2 and 0 <= one[0] < one[1] < 2**31:
+            rows.append((one[0], one[1]))
+        else:
+            raise OptionError(name, f"{wanted}: {quoted(one)} is neither")
+    return rows
+
+
+def _as_ranges(
+    name: str, rows: Sequence[tuple[int, int] | str], spans: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Ranges, ascending and apart, from ranges and names of spans."""
+    found: list[tuple[int, int]] = []
+    for one in rows:
+        if isinstance(one, str) and one not in spans:
+            have = f"the spans are {', '.join(map(quoted, spans))}" if spans else "there are no spans"
+            raise OptionError(name, f"{name}: {quoted(one)} is no span: {have}")
+        found.append(spans[one] if isinstance(one, str) else one)
+    apart: list[tuple[int, int]] = []
+    for start, end in sorted(found):
+        if apart and start <= apart[-1][1]:
+            apart[-1] = apart[-1][0], max(end, apart[-1][1])
+        else:
+            apart.append((start, end))
+    return tuple(apart)
+
+
+def check_rows(rows: tuple[tuple[int, int], ...], tokens: int, name: str = "rows") -> None:
+    """Raise OptionError where a chosen row lies beyond a prompt of so many tokens."""
+    for start, end in rows:
+        if end > tokens:
+            raise OptionError(
+                name,
+                f"{name}: [{start}, {end}] reaches beyond the prompt, whose positions are 0..{tokens - 1}: choose rows "
+                "of the prompt (those of the answer are told by themselves)",
+            )
 
 
 def check_reach(spans: Mapping[str, tuple[int, int]], tokens: int, name: str = "spans") -> None:
@@ -383,14 +523,16 @@ _FIELDS: dict[str, _Field] = {
     "heads": _Field("attention_heads", "ATTNHOOK_HEADS", parse_heads, _check_heads),
     "mode": _Field("attention_mode", "ATTNHOOK_MODE", lambda _, text: text, _check_mode),
     "prompt": _Field("attention_prompt", "ATTNHOOK_PROMPT", _parse_bool, _check_bool),
+    "rows": _Field("attention_rows", "ATTNHOOK_ROWS", _parse_rows, _check_rows),
     "stride": _Field("attention_stride", "ATTNHOOK_STRIDE", _parse_int, _between(1, 10**6)),
-    "max_tokens": _Field("attention_max_tokens", "ATTNHOOK_MAX_TOKENS", _parse_int, _between(1, 10**7)),
+    "max_tokens": _Field("attention_max_tokens", "ATTNHOOK_MAX_TOKENS", _parse_int, _between(0, 10**7)),
     "spans": _Field("attention_spans", "ATTNHOOK_SPANS", _parse_spans, _check_spans),
     "mask_prefix": _Field("attention_mask_prefix", "ATTNHOOK_MASK_PREFIX", _parse_int, _between(0, 2**31 - 1)),
-    "per_head": _Field("attention_per_head", "ATTNHOOK_PER_HEAD", _parse_names, _check_per_head),
+    "per_head": _Field("attention_per_head", "ATTNHOOK_PER_HEAD", lambda _, text: parse_names(text), _check_per_head),
     "top_k_per_head": _Field(
         "attention_top_k_per_head", "ATTNHOOK_TOP_K_PER_HEAD", _parse_int, _between(1, TOP_K_PER_HEAD_MAX)
     ),
+    "key_mass": _Field("attention_key_mass", "ATTNHOOK_KEY_MASS", lambda _, text: text or None, _check_key_mass),
     "self_check": _Field("attention_self_check", "ATTNHOOK_SELF_CHECK", _parse_bool, _check_bool),
 }
 
@@ -412,5 +554,6 @@ _PROCESS_VARIABLES = {
     "ATTNHOOK_GRAPH_LAYERS",
     "ATTNHOOK_SPAN_WIDTH",
     "ATTNHOOK_MAX_BYTES",
+    "ATTNHOOK_KEY_MASS_BYTES",
     "ATTNHOOK_MAX_BYTES_IN_FLIGHT",
 }

@@ -6,6 +6,7 @@ process differs from the next by a tenth. Prints a table of ratios; absolute sec
 machine and its other users.
 
     python -m benchmarks.transformers_capture
+    python -m benchmarks.transformers_capture --key-mass  # what sums by key cost, against all layers without them
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 PLAIN, LAST, ALL, EAGER = "sdpa", "attnhook, last layer", "attnhook, all layers", "output_attentions=True"
 MODES = (PLAIN, LAST, ALL, EAGER)
+KEYS, GROUPS = "all layers, key mass", "all layers, key mass of kv heads"
+KEY_MODES = (ALL, KEYS, GROUPS)
 
 
 def main() -> None:
@@ -33,8 +36,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over all modes")
-    parser.add_argument("--child", choices=("time", *MODES), help=argparse.SUPPRESS)
+    parser.add_argument("--key-mass", action="store_true", help="measure key mass, against all layers without it")
+    parser.add_argument("--child", choices=("time", *MODES, KEYS, GROUPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.modes = KEY_MODES if options.key_mass else MODES
     if options.child == "time":
         print(json.dumps(measure_time(options)))
     elif options.child:
@@ -46,8 +51,9 @@ def main() -> None:
 def report(options: argparse.Namespace) -> None:
     """Spawn the measuring processes and print the table in Markdown."""
     times = run_child("time")
-    rounds = [{mode: run_child(mode) for mode in MODES} for _ in range(options.repeats)]
-    memory = {mode: statistics.median(found[mode] for found in rounds) for mode in MODES}
+    modes, base = options.modes, options.modes[0]
+    rounds = [{mode: run_child(mode) for mode in modes} for _ in range(options.repeats)]
+    memory = {mode: statistics.median(found[mode] for found in rounds) for mode in modes}
     import torch
     import transformers
 
@@ -56,14 +62,15 @@ def report(options: argparse.Namespace) -> None:
     )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, ", end="")
     print(f"{torch.get_num_threads()} threads, {options.repeats} interleaved rounds\n")
-    print("| mode | time / sdpa | range over rounds | CPU time / sdpa | peak memory / sdpa | peak memory |")
+    print(f"ratios to {base}\n")
+    print("| mode | time | range over rounds | CPU time | peak memory | peak memory |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for mode in MODES:
-        wall = [a / b for a, b in zip(times[mode]["wall"], times[PLAIN]["wall"], strict=True)]
-        cpu = [a / b for a, b in zip(times[mode]["cpu"], times[PLAIN]["cpu"], strict=True)]
+    for mode in modes:
+        wall = [a / b for a, b in zip(times[mode]["wall"], times[base]["wall"], strict=True)]
+        cpu = [a / b for a, b in zip(times[mode]["cpu"], times[base]["cpu"], strict=True)]
         print(
             f"| {mode} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} "
-            f"| {statistics.median(cpu):.2f} | {memory[mode] / memory[PLAIN]:.2f} | {memory[mode] / 2**30:.2f} GiB |"
+            f"| {statistics.median(cpu):.2f} | {memory[mode] / memory[base]:.2f} | {memory[mode] / 2**30:.2f} GiB |"
         )
 
 
@@ -98,9 +105,10 @@ class Workload:
         model, new = self.loaded.model, self.options.new_tokens
         model.set_attn_implementation("eager" if mode == EAGER else "sdpa")
         context: AbstractContextManager[Any] = nullcontext()
-        if mode in (LAST, ALL):
-            layers = "all" if mode == ALL else "last"
-            context = attnhook.capture(layers=layers, prompt=True, top_k=self.options.top_k)
+        if mode not in (PLAIN, EAGER):
+            layers = "last" if mode == LAST else "all"
+            key_mass = {KEYS: "mean", GROUPS: "kv_head"}.get(mode)
+            context = attnhook.capture(layers=layers, prompt=True, top_k=self.options.top_k, key_mass=key_mass)
         with context as records, torch.no_grad():
             output = model.generate(
                 self.inputs,
@@ -115,20 +123,22 @@ class Workload:
             assert len(output.attentions) == new
         if records is not None:
             assert len(records) == self.rows, f"{len(records)} records for {self.rows} rows"
+            assert [mass.rows for mass in records.key_mass.values()] == [self.rows] * (mode in (KEYS, GROUPS))
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of wall and process CPU time per mode and round, after one round of warm-up.
 
-    Each round begins with output_attentions, whose gigabytes slow down what follows: an untimed run takes
+    A round begins with output_attentions, whose gigabytes slow down what follows: an untimed run takes
     that on itself. The order of the others turns from round to round.
     """
     work = Workload(options)
-    found: dict[str, dict[str, list[float]]] = {mode: {"wall": [], "cpu": []} for mode in MODES}
-    others = [PLAIN, LAST, ALL]
+    found: dict[str, dict[str, list[float]]] = {mode: {"wall": [], "cpu": []} for mode in options.modes}
+    others = [mode for mode in options.modes if mode != EAGER]
+    first = [EAGER, None] if EAGER in options.modes else []
     for round_number in range(options.repeats + 1):
         turn = round_number % len(others)
-        for mode in (EAGER, None, *others[turn:], *others[:turn]):
+        for mode in (*first, *others[turn:], *others[:turn]):
             wall, cpu = time.perf_counter(), time.process_time()
             work.run(mode or PLAIN)
             if round_number and mode:

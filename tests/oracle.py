@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,7 @@ import torch
 
 from attnhook import TokenRecord
 from attnhook.record.fingerprint import BIN_STARTS, BINS, ENTROPY, HISTOGRAM, LOCAL, LONG, MID
+from attnhook.record.key_mass import KeyMass
 
 PROBABILITY = 2e-5  # max |dP| against eager at float32 (DESIGN section 3)
 FEATURE = 1e-4  # histogram, masses, entropy
@@ -189,6 +190,32 @@ def check_heads(
     for head in heads:
         check(compare(of_head(records, head), attention[(head,)], top_k=top_k))
     assert all(np.isfinite(record.head_lse).all() for record in records)
+
+
+def check_heads_by_layer(
+    model: torch.nn.Module,
+    ids: Sequence[int],
+    records: Sequence[TokenRecord],
+    heads: Mapping[int, Sequence[int]],
+    *,
+    top_k: int,
+) -> None:
+    """A sequence's records, whose mean is over these heads of each layer (others: all), against eager attention."""
+    chosen = {layer: tuple(some) for layer, some in heads.items()}
+    found = eager_attention_of(model, torch.tensor([[*ids]]), selections=[None, *set(chosen.values())])
+    attention = {layer: found[chosen.get(layer)][layer] for layer in records[0].layers}
+    check(compare(records, attention, top_k=top_k))
+
+
+def check_key_mass(attention: dict[int, torch.Tensor], mass: KeyMass, rows: Sequence[TokenRecord]) -> None:
+    """The key mass of one sequence's records against the columns of ``attention`` [1, q, kv] by layer."""
+    positions = torch.tensor([record.query_position for record in rows])
+    assert mass.rows == len(rows) > 0 and tuple(mass) == rows[0].layers
+    for layer, own in mass.items():
+        wanted = attention[layer][0, positions, : int(positions.max()) + 1].double().sum(0)
+        error = (torch.from_numpy(own.copy()) - wanted).abs()
+        # rows may err alike; one that is missing, or there twice, shows as at least a hundredth
+        assert own.shape == wanted.shape and float(error.max()) <= min(PROBABILITY * len(rows), 5e-3), error.max()
 
 
 def check(worst: Worst, *, probability: float = PROBABILITY) -> None:

@@ -18,9 +18,11 @@ from attnhook.options import (
     RequestOptions,
     check_heads,
     check_reach,
+    check_rows,
     enabled,
     parse_heads,
     parse_layers,
+    resolve_choice,
     resolve_layers,
     shown,
 )
@@ -32,6 +34,7 @@ SOURCES: dict[str, tuple[tuple[str, Any], Any, tuple[str, str, Any]]] = {
     "heads": (("attention_heads", [0]), [8, 3], ("ATTNHOOK_HEADS", "1,2", (1, 2))),
     "mode": (("attention_mode", "sketch"), "fingerprint", ("ATTNHOOK_MODE", "sketch", "sketch")),
     "prompt": (("attention_prompt", False), True, ("ATTNHOOK_PROMPT", "1", True)),
+    "rows": (("attention_rows", [[3, 9]]), [[0, 4]], ("ATTNHOOK_ROWS", "[[0, 40]]", ((0, 40),))),
     "stride": (("attention_stride", 2), 10**6, ("ATTNHOOK_STRIDE", "3", 3)),
     "max_tokens": (("attention_max_tokens", 1), 10**7, ("ATTNHOOK_MAX_TOKENS", "5", 5)),
     "spans": (
@@ -46,6 +49,7 @@ SOURCES: dict[str, tuple[tuple[str, Any], Any, tuple[str, str, Any]]] = {
         ("ATTNHOOK_PER_HEAD", "top, sink", ("sink", "top")),
     ),
     "top_k_per_head": (("attention_top_k_per_head", 1), 16, ("ATTNHOOK_TOP_K_PER_HEAD", "3", 3)),
+    "key_mass": (("attention_key_mass", "mean"), "kv_head", ("ATTNHOOK_KEY_MASS", "kv_head", "kv_head")),
     "self_check": (("attention_self_check", False), True, ("ATTNHOOK_SELF_CHECK", "1", True)),
 }
 JSON_NAMES = {field: request[0] for field, (request, _, _) in SOURCES.items()}
@@ -56,12 +60,14 @@ DEFAULTS = {
     "heads": None,
     "mode": "raw",
     "prompt": False,
+    "rows": (),
     "stride": 1,
     "max_tokens": 4096,
     "spans": {},
     "mask_prefix": 0,
     "per_head": (),
     "top_k_per_head": 1,
+    "key_mass": None,
     "self_check": False,
 }
 
@@ -69,7 +75,7 @@ DEFAULTS = {
 def stored(value: Any) -> Any:
     """A value as RequestOptions keeps it."""
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(tuple(one) if isinstance(one, list) else one for one in value)
     if isinstance(value, dict):
         return {name: tuple(bounds) for name, bounds in value.items()}
     return value
@@ -161,14 +167,41 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     ),
     "mode": ("one of raw, sketch, fingerprint", ["", "RAW", "full", 0, True, None, ["raw"], {}]),
     "prompt": ("true or false", [0, 1, "true", "", None, [True]]),
+    "rows": (
+        "list of [start, end] positions, 0 <= start < end < 2**31, or span names",
+        [
+            "question",
+            "",
+            3,
+            True,
+            None,
+            {},
+            {"a": [0, 1]},
+            b"ab",
+            [3],
+            [[]],
+            [[1]],
+            [[0, 1, 2]],
+            [[2, 2]],
+            [[3, 2]],
+            [[-1, 2]],
+            [[0, 2**31]],
+            [[0.0, 1]],
+            [[False, True]],
+            [None],
+            [[0, 4], 7],
+            [b"ab"],
+        ],
+    ),
     "stride": ("whole number from 1 to 1000000", [0, -1, 10**6 + 1, True, 1.0, "1", None]),
-    "max_tokens": ("whole number from 1 to 10000000", [0, -1, 10**7 + 1, True, 1.0, "1", None]),
+    "max_tokens": ("whole number from 0 to 10000000", [-1, 10**7 + 1, True, 1.0, "1", None]),
     "mask_prefix": (f"whole number from 0 to {2**31 - 1}", [-1, 2**31, True, 0.0, "0", None]),
     "per_head": (
         "list of spans, fingerprint, sink, top, lse",
         ["top", "", 3, True, None, {}, {"top": 1}, [1], [None], ["tops"], [["top"]], b"top"],
     ),
     "top_k_per_head": ("whole number from 1 to 16", [0, -1, 17, True, 1.0, "1", None]),
+    "key_mass": ("one of mean, kv_head, or false", ["", "max", 0, 1, True, ["mean"], {}, b"mean"]),
     "self_check": ("true or false", [0, 1, "true", "", None, [True]]),
 }
 BAD_SPANS: list[tuple[Any, str, str]] = [
@@ -239,7 +272,8 @@ BAD_VARIABLES: list[tuple[str, str, list[str]]] = [
     # variable, text that tells the allowed range, refused values
     ("ATTNHOOK_TOP_K", BAD["top_k"][0], ["abc", "", "1.5", "8,9"]),
     ("ATTNHOOK_LAYERS", "last, auto, all or layer numbers such as 0,14,-1", ["", "first", "0,,1", "0;1", "1.5"]),
-    ("ATTNHOOK_HEADS", "head numbers such as 0,3", ["", "last", "all", "0,", "1-3"]),
+    ("ATTNHOOK_HEADS", "head numbers such as 0,3", ["", "last", "all", "0,", "1-3", "{", "{1: [2]}"]),
+    ("ATTNHOOK_ROWS", 'JSON such as [[0, 40], "question"]', ["", "0:4", "[[0, 4]", "[" * 99999]),
     ("ATTNHOOK_MODE", BAD["mode"][0], ["", "Raw", "1"]),
     ("ATTNHOOK_PROMPT", "0 or 1", ["", "true", "yes", "2"]),
     ("ATTNHOOK_STRIDE", BAD["stride"][0], ["x", ""]),
@@ -254,9 +288,11 @@ BAD_PARSED: list[tuple[str, str, str, str]] = [
     # variable, text, value as shown, text that tells the allowed range
     *(("ATTNHOOK_TOP_K", text, text, BAD["top_k"][0]) for text in ("0", "257", "-1")),
     *(("ATTNHOOK_STRIDE", text, text, BAD["stride"][0]) for text in ("0", "1000001")),
-    *(("ATTNHOOK_MAX_TOKENS", text, text, BAD["max_tokens"][0]) for text in ("0", "10000001")),
+    *(("ATTNHOOK_MAX_TOKENS", text, text, BAD["max_tokens"][0]) for text in ("-1", "10000001")),
     ("ATTNHOOK_MASK_PREFIX", "-1", "-1", BAD["mask_prefix"][0]),
     ("ATTNHOOK_HEADS", "-1", "(-1,)", "whole numbers from 0 up"),
+    ("ATTNHOOK_HEADS", '{"3": 1}', "{'3': 1}", "or such lists by layer number"),
+    ("ATTNHOOK_ROWS", "null", "None", "list of [start, end] positions"),
     ("ATTNHOOK_QUEUE_SIZE", "0", "0", "whole number from 1 to 100000000"),
     *(
         ("ATTNHOOK_SPANS", text, shown, "map names to [start, end]")
@@ -309,7 +345,11 @@ def test_a_bad_queue_size_is_refused_by_name(value):
     ("sources", "field", "hint"),
     [
         ({"arguments": {"topk": 3}}, "topk", "did you mean 'top_k'"),
-        ({"arguments": {"xyz": 3}}, "xyz", "known: heads, layers, mask_prefix, max_tokens, mode, per_head, prompt"),
+        (
+            {"arguments": {"xyz": 3}},
+            "xyz",
+            "known: heads, key_mass, layers, mask_prefix, max_tokens, mode, per_head, prompt, rows",
+        ),
         ({"request": {"attention_layer": "all"}}, "attention_layer", "did you mean 'attention_layers'"),
         ({"request": {"attention_xyz_zyx": 1}}, "attention_xyz_zyx", ""),
     ],
@@ -369,6 +409,16 @@ def test_any_json_is_an_option_or_an_option_error(field, value):
         assert error.field == key
         assert key in str(error)
     else:
+        if field == "key_mass" and value is False:
+            assert got.key_mass is None
+            return
+        if field == "heads" and isinstance(value, dict):
+            assert got.heads == {int(layer): tuple(dict.fromkeys(heads)) for layer, heads in value.items()}
+            assert got.layers == tuple(got.heads)
+            return
+        if field == "rows":
+            assert {p for start, end in got.rows for p in (start, end - 1)} <= {p for one in value for p in range(*one)}
+            return
         assert type(getattr(got, field)) is type(stored(value))
         assert getattr(got, field) == (tuple(dict.fromkeys(value)) if isinstance(value, list) else stored(value))
 
@@ -382,6 +432,76 @@ def test_any_text_of_a_variable_is_an_option_or_an_option_error(variable, text):
         assert variable in str(error)
 
 
+# -- chosen rows, and heads by layer
+
+
+def test_chosen_rows_are_ranges_ascending_and_apart_whatever_named_them():
+    spans = {"question": [20, 24], "document": [4, 9]}
+    rows = ["question", [0, 2], (8, 12), "document", [30, 31]]
+    got = RequestOptions.resolve(arguments={"rows": rows, "spans": spans}, environ={})
+    assert got.rows == ((0, 2), (4, 12), (20, 24), (30, 31))
+    # a name is that of a span whoever told it
+    got = RequestOptions.resolve({"attention_rows": ["a"]}, environ={"ATTNHOOK_SPANS": '{"a": [3, 5]}'})
+    assert got.rows == ((3, 5),)
+    assert RequestOptions.resolve({"attention_rows": []}, environ={"ATTNHOOK_ROWS": "[[0, 4]]"}).rows == ()
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [({}, "attention_rows: 'b' is no span: there are no spans"), ({"a": [0, 3]}, "'b' is no span: the spans are 'a'")],
+)
+def test_rows_of_a_span_that_is_not_there_are_refused(spans, message):
+    with pytest.raises(OptionError, match=message):
+        RequestOptions.resolve({"attention_rows": ["b"], "attention_spans": spans}, environ={})
+
+
+def test_no_generated_rows_go_with_rows_of_the_prompt_only():
+    assert RequestOptions.resolve({"attention_max_tokens": 0, "attention_prompt": True}, environ={}).max_tokens == 0
+    assert RequestOptions.resolve(arguments={"max_tokens": 0, "rows": [(0, 3)]}, environ={}).rows == ((0, 3),)
+    with pytest.raises(OptionError) as caught:
+        RequestOptions.resolve({"attention_max_tokens": 0}, environ={})
+    refused(caught, "attention_max_tokens", "attention_max_tokens=0", "ask for rows too")
+
+
+def test_chosen_rows_beyond_the_prompt_are_refused_by_name():
+    check_rows(((0, 2), (8, 10)), 10)
+    with pytest.raises(
+        OptionError, match=r"rows: \[8, 11\] reaches beyond the prompt, whose positions are 0..9"
+    ) as caught:
+        check_rows(((0, 2), (8, 11)), 10)
+    assert caught.value.field == "rows"
+
+
+def test_heads_by_layer_name_the_layers_unless_these_are_named():
+    got = RequestOptions.resolve({"attention_heads": {"3": [1, 1, 0], "-1": [2]}}, environ={})
+    assert got.heads == {3: (1, 0), -1: (2,)} and got.layers == (3, -1)
+    got = RequestOptions.resolve(arguments={"heads": {3: (1,)}, "layers": "all"}, environ={})
+    assert got.heads == {3: (1,)} and got.layers == "all"
+    assert RequestOptions.resolve(environ={"ATTNHOOK_HEADS": '{"2": [4]}'}).layers == (2,)
+
+
+def test_heads_by_layer_become_those_of_the_layers_own_numbers():
+    assert resolve_choice((-1, 3), {-1: (2,), 3: (0,)}, range(30)) == ((3, 29), {3: (0,), 29: (2,)})
+    assert resolve_choice("last", (1, 2), range(30)) == ((29,), (1, 2))
+    assert resolve_choice("all", None, range(3)) == ((0, 1, 2), None)
+    check_heads({3: (0, 8)}, 9)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({4: (0,)}, "heads: layer 4 is not captured: the captured layers are 3, 29; name it among them"),
+        ({30: (0,)}, "heads: layer 30 does not exist: the model's attention layers are 0..29"),
+        ({29: (0,), -1: (1,)}, "heads: layer 29 is named twice, as -1 too"),
+    ],
+)
+def test_heads_of_a_layer_that_is_not_captured_are_refused(heads, message):
+    with pytest.raises(OptionError, match=message):
+        resolve_choice((3, 29), heads, range(30))
+    with pytest.raises(OptionError, match="heads: head 9 of layer 3 does not exist"):
+        check_heads({3: (9,)}, 9)
+
+
 # -- as typed by a person
 
 
@@ -389,6 +509,7 @@ def test_parse_layers_and_heads():
     assert [parse_layers("--layers", text) for text in ("last", "auto", "all")] == ["last", "auto", "all"]
     assert parse_layers("--layers", "0,14, -1") == (0, 14, -1)
     assert parse_heads("--heads", "0, 3") == (0, 3)
+    assert parse_heads("--heads", ' {"12": [0, 3]}') == {"12": [0, 3]}
     with pytest.raises(OptionError) as caught:
         parse_layers("--layers", "frist")
     refused(caught, "--layers", "'frist'", "last, auto, all or layer numbers such as 0,14,-1")

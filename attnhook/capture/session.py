@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from attnhook.capture.key_mass import KeySums
 from attnhook.errors import AttnhookError
 from attnhook.options import RequestOptions
 from attnhook.record.token_record import TokenRecord
@@ -45,7 +46,8 @@ class Session:
     """One listener: a `capture()` block, or the process's sinks.
 
     ``strict`` sessions raise what cannot be captured into the caller; the others drop the rows, count them
-    by reason in ``dropped`` and log each reason once. Backends fill in token ids for those with ``tokens``.
+    by reason in ``dropped`` and log each reason once. Backends fill in token ids for those with ``tokens``, and
+    give what a pass adds to ``key_sums``, where there are any.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Session:
         model: object = None,
         dropped: Counter[str] | None = None,
         tokens: bool = False,
+        key_sums: KeySums | None = None,
     ) -> None:
         self.options = options
         self.deliver = deliver
         self.strict = strict
         self.tokens = tokens
         self.model = model
+        self.key_sums = key_sums  # where the options ask for key mass
         self.dropped: Counter[str] = Counter() if dropped is None else dropped
         self.active = False
         self.ran: Counter[str] = Counter()  # class of a model -> its forward passes while this session listened

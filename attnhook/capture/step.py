@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnhook.capture.rows import Row
 from attnhook.capture.session import spent
-from attnhook.errors import UnsupportedError
-from attnhook.options import RequestOptions
+from attnhook.errors import OptionError, UnsupportedError
+from attnhook.options import RequestOptions, check_heads
 from attnhook.record import fingerprint
 from attnhook.record.packing import pack_rows
 from attnhook.record.row import RowName
@@ -24,13 +25,24 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from attnhook.capture.key_mass import Added
     from attnhook.capture.ranks import Ranks
     from attnhook.kernels.topk import LayerRows, PagedKeys, TopK, TopKStep
     from attnhook.kernels.topk.split import SplitStep
     from attnhook.kernels.topk.types import Arrays
 
 
+_Shared = tuple[int, tuple[int, ...] | None]
+
 _SINK = (0, 1)  # the attention sink's span, behind those that are asked for
+
+
+_Slot = tuple[str, int, int | None]  # request id, choice, position of a row that gives a token
+
+
+def _slot(row: Row) -> _Slot:
+    """Which rows are added up together: those of a prompt are, a row that gives a token may be that of a draft."""
+    return row.request_id, row.choice, None if row.decode_step is None else row.position
 
 
 class StepCapture:
@@ -59,8 +71,18 @@ class StepCapture:
         self._lent = False  # the results are the kernel's own arrays, which its next call fills anew
         self._done: set[int] = set()
         self._heads: dict[int, int] = {}  # query heads of layers whose heads are asked for
-        # by the identity of the shift, which is kept with it
-        self._shared: dict[int, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
+        # of layers whose keys' sums are asked for: [slots, G, keys], and how far keys lie behind their positions
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._slots = list(dict.fromkeys(map(_slot, rows))) if options.key_mass else []
+        self._dropped: set[_Slot] = set()  # of which a row was dropped
+        self._widths: dict[int, int] = {}  # by the identity of the shift: keys that a row can see
+        # by the identity of the shift, which is kept with it, and the heads
+        self._shared: dict[_Shared, tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]] = {}
+        # other layers are those of another pipeline stage
+        if isinstance(options.heads, Mapping) and min(options.heads) < 0:
+            raise OptionError(
+                "heads", f"heads: layer {min(options.heads)} is no number yet: see options.resolve_choice"
+            )
 
     @property
     def missing(self) -> list[int]:
@@ -95,10 +117,6 @@ class StepCapture:
             spent.add(began)
 
     def _reduce(self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None) -> None:
-        import torch
-
-        from attnhook.kernels.topk import TopKStep
-
         if self.options.per_head:
             self._heads.update({layer: one.q.shape[1] for layer, one in zip(layers, rows, strict=True)})
             if len(set(self._heads.values())) > 1:
@@ -106,11 +124,33 @@ class StepCapture:
                     f"per_head of layers with different numbers of query heads, {self._heads} by layer: a record has "
                     "the same of each; choose layers that are alike, or capture without per_head"
                 )
+        by_layer = self.options.heads
+        if isinstance(by_layer, Mapping):
+            for heads, chosen in groupby(zip(layers, rows, strict=True), lambda one: by_layer.get(one[0])):
+                alike = list(chosen)
+                self._reduce_alike([layer for layer, _ in alike], [one for _, one in alike], shift, heads)
+        else:
+            self._reduce_alike(layers, rows, shift, by_layer)
+
+    def _reduce_alike(
+        self,
+        layers: Sequence[int],
+        rows: Sequence[LayerRows],
+        shift: torch.Tensor | None,
+        heads: tuple[int, ...] | None,
+    ) -> None:
+        """Layers of which the mean over the same heads is wanted."""
+        import torch
+
+        from attnhook.kernels.topk import TopKStep
+
         # layers with different windows, or on other devices, come with a shift of their own
-        known = self._shared.get(id(shift))
+        known = self._shared.get((id(shift), heads))
         if known is None:
-            known = self._shared[id(shift)] = self._start(rows[0], shift)
+            known = self._shared[id(shift), heads] = self._start(rows[0], shift, heads)
         _, step, offset = known
+        if self.options.key_mass:
+            rows = [self._with_sums(layer, one, shift) for layer, one in zip(layers, rows, strict=True)]
         if shift is None and [*layers] == self._order and isinstance(step, TopKStep):
             lent = step.again(rows)
             self._lent = lent is not None
@@ -123,6 +163,46 @@ class StepCapture:
                 positions, of_heads = (torch.where(found >= 0, found - by, -1) for found, by in moved)
                 result = result._replace(positions=positions, head_positions=of_heads)
             self._keep(layer, result)
+
+    def _with_sums(self, layer: int, rows: LayerRows, shift: torch.Tensor | None) -> LayerRows:
+        """A layer with room for the sums of its keys."""
+        import torch
+
+        width = self._widths.get(id(shift))
+        if width is None:
+            furthest = 0 if shift is None else int(shift.max())
+            width = self._widths[id(shift)] = max(row.position for row in self.rows) + 1 + furthest
+        groups = rows.keys.num_kv_heads if self.options.key_mass == "kv_head" else 1
+        sums = torch.zeros((len(self._slots), groups, width), device=rows.q.device)
+        self._sums[layer] = sums, shift
+        return rows._replace(key_mass=sums)
+
+    def key_mass(self) -> list[Added]:
+        """After `records` or `packed`: what the rows add to the sums of keys, float32 [G, keys] by layer.
+
+        The prompt's rows of a sequence together, and each row that gives a token by itself.
+        """
+        import numpy as np
+
+        from attnhook.capture.key_mass import Added
+
+        if not self._sums:
+            return []
+        sums = {layer: (mass.cpu().numpy(), shift) for layer, (mass, shift) in sorted(self._sums.items())}
+        own: dict[_Slot, list[Row]] = {}
+        for row in self.rows:
+            own.setdefault(_slot(row), []).append(row)
+        found = []
+        for n, slot in enumerate(self._slots):
+            rows, layers = own[slot], {}
+            for layer, (mass, shift) in sums.items():
+                behind = 0 if shift is None else int(shift[rows[0].source])
+                end = max(row.position for row in rows) + 1
+                gone = max(-behind, 0)  # keys that a cache has let go of
+                layers[layer] = np.pad(mass[n, :, max(behind, 0) : behind + end], ((0, 0), (gone, 0)))
+            whole = slot not in self._dropped and all(math.isfinite(float(x.sum())) for x in layers.values())
+            found.append(Added(slot[:2], len(rows), layers if whole else None, slot[2]))
+        return found
 
     def _keep(self, layer: int, result: TopK) -> None:
         import torch
@@ -141,14 +221,16 @@ class StepCapture:
             kept[:, self._order.index(layer)].copy_(x)
 
     def _start(
-        self, layer: LayerRows, shift: torch.Tensor | None
+        self, layer: LayerRows, shift: torch.Tensor | None, chosen: tuple[int, ...] | None
     ) -> tuple[torch.Tensor | None, TopKStep | SplitStep, torch.Tensor | None]:
-        """What all layers with this shift share: the shift, the kernel, slots to take off each row's positions."""
+        """What layers with this shift and mean over the ``chosen`` heads share: the shift, the kernel, slots to take
+        off each row's positions."""
         import torch
 
-        from attnhook.kernels.topk import PerHead, Selection, TopKStep
+        from attnhook.kernels.topk import PerHead, PerKey, Selection, TopKStep
 
-        if shift is None and self.kernel is not None:
+        alike = shift is None and not isinstance(self.options.heads, Mapping)
+        if alike and self.kernel is not None:
             return None, self.kernel, None
         options, q = self.options, layer.q
         device = q.device
@@ -156,10 +238,11 @@ class StepCapture:
         heads = q.shape[1] * (1 if ranks is None else ranks.size)
         source = torch.tensor([row.source for row in self.rows], dtype=torch.int32, device=device)
         arguments: dict[str, Any] = {"top_k": 1 if options.mode == "fingerprint" else options.top_k}
-        if options.heads is not None:
+        if chosen is not None:
+            check_heads(chosen, heads)
             mask = torch.zeros(heads, dtype=torch.bool)
-            mask[list(options.heads)] = True
-            heads = len(set(options.heads))
+            mask[list(chosen)] = True
+            heads = len(set(chosen))
             if ranks is not None:
                 mask = mask.view(ranks.size, -1)[ranks.rank]
             arguments["head_mask"] = mask.to(device)
@@ -176,6 +259,10 @@ class StepCapture:
                 spans="spans" in told or "sink" in told,  # the sink's span is the last
                 lse="lse" in told,
             )
+        if options.key_mass:
+            place = {slot: n for n, slot in enumerate(self._slots)}
+            slots = torch.tensor([place[_slot(row)] for row in self.rows], device=device)
+            arguments["per_key"] = PerKey(slots, options.key_mass == "kv_head")
         if options.mask_prefix or self._hidden:
             arguments["first_reported"] = behind + options.mask_prefix
         offset = None
@@ -183,12 +270,17 @@ class StepCapture:
             offset = shift[source.long()][:, None]
         if ranks is None:
             step = TopKStep(source, Selection(**arguments))
-            if shift is None:
+            if alike:
                 self.kernel = step
             return shift, step, offset
         from attnhook.kernels.topk.split import SplitStep
 
         width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
+        if options.key_mass == "kv_head":
+            raise UnsupportedError(
+                "key_mass='kv_head' with tensor parallelism: a rank does not tell which kv heads it shares with "
+                "others; ask for 'mean'"
+            )
         split = SplitStep(
             source, Selection(**arguments), total=ranks.total, heads=heads, width=width, place=(ranks.rank, ranks.size)
         )
@@ -297,6 +389,8 @@ class StepCapture:
                 finite &= np.isfinite(numbers).reshape(len(numbers), -1).all(-1)
             if not finite.all():
                 dropped("nan", int((~finite).sum()), "a query or key holds NaN or infinity")
+                bad = [row for row, good in zip(self.rows, finite.tolist(), strict=True) if not good]
+                self._dropped = {_slot(row) for row in bad}
         if self.options.mode == "fingerprint":
             positions, scores = positions[..., :0], scores[..., :0]
         return _Finished(

@@ -17,7 +17,7 @@ from attnhook.cli import options as cli_options
 from attnhook.cli import stores as cli_stores
 from attnhook.cli.progress import progress
 from attnhook.errors import AttnhookError, OptionError
-from attnhook.options import CaptureOptions, parse_heads, parse_layers
+from attnhook.options import CaptureOptions, parse_heads, parse_layers, parse_names, parse_ranges
 from attnhook.plugins import manager as plugins
 from attnhook.sinks.config import split
 from attnhook.sinks.opening import open_sink
@@ -45,10 +45,26 @@ def run(
     url: cli_options.Url = None,
     layers: cli_options.Layers = "last",
     heads: Annotated[
-        str | None, typer.Option(metavar="HEADS", help="Average over these query heads only, such as 0,3.")
+        str | None,
+        typer.Option(
+            metavar="HEADS", help='Average over these query heads only, such as 0,3, or {"12": [0, 3]} by layer.'
+        ),
     ] = None,
     top_k: cli_options.TopK = 8,
     prompt_rows: Annotated[bool, typer.Option("--prompt-rows", help="Capture the prompt's tokens too.")] = False,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="RANGES", help="Capture these tokens of the prompt too, such as 0:4,180:196."),
+    ] = None,
+    per_head: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tell of every head too: fingerprint, sink, top, lse; commas between."),
+    ] = None,
+    top_k_per_head: Annotated[int, typer.Option(metavar="N", help="Positions of each head, 1 to 16.")] = 1,
+    key_mass: Annotated[
+        str | None,
+        typer.Option(metavar="HEADS", help="Sum up how much attention each token gets: mean, or kv_head."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 64,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
     dtype: cli_options.Dtype = "auto",
@@ -75,6 +91,14 @@ def run(
     options: dict[str, Any] = {"layers": parse_layers("--layers", layers), "top_k": top_k, "prompt": prompt_rows}
     if heads is not None:
         options["heads"] = parse_heads("--heads", heads)
+        if isinstance(options["heads"], dict) and layers == "last":
+            del options["layers"]  # those that have heads
+    if rows is not None:
+        options["rows"] = parse_ranges("--rows", rows)
+    if per_head is not None:
+        options |= {"per_head": parse_names(per_head), "top_k_per_head": top_k_per_head}
+    if key_mass is not None:
+        options["key_mass"] = key_mass
     CaptureOptions.resolve(options, plugins=plugins.variables)
     if max_new_tokens < 1:
         raise OptionError("max_new_tokens", f"--max-new-tokens {max_new_tokens} must be at least 1")
@@ -274,4 +298,5 @@ def _as_json(answer: Any) -> dict[str, Any]:
         "attention_tokens": entries[False],
         "prompt_attention_tokens": entries[True],
         "dropped": dict(answer.dropped),
+        **({} if answer.key_mass is None else {"attention_key_mass": answer.key_mass.to_list()}),
     }

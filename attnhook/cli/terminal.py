@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from attnhook.record import fingerprint, zones
 
 if TYPE_CHECKING:
     from attnhook.record.answer import Answer
+    from attnhook.record.key_mass import KeyMass
     from attnhook.record.token_record import TokenRecord
 
 _POSITION, _ZONE, _NUMBER = 4, 16, 7  # columns of the table
@@ -24,6 +26,7 @@ _TOKEN = 12  # columns of a token's text
 _SHOWN = 4  # attended tokens per row of the table
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # escape sequences are not the model's to send
 _BAR = 40  # columns of the zone bar
+_KEYS = 10  # tokens that got most attention
 
 
 def show(answer: Answer, console: Console) -> None:
@@ -35,8 +38,30 @@ def show(answer: Answer, console: Console) -> None:
     if rows:
         console.print(_table(answer, rows, console.width))
         _show_shares([zone.name for _, zone in rows], console)
+    if answer.key_mass:
+        console.print(_most_attended(answer, answer.key_mass, console.width))
     for reason, count in answer.dropped.items():
         console.print(f"[yellow]{count} rows dropped: {reason}[/yellow]")
+
+
+def _most_attended(answer: Answer, mass: KeyMass, width: int) -> Table:
+    """The tokens that got most attention from all captured rows, as a share of it, mean over the captured layers."""
+    whole = np.mean([own if own.ndim == 1 else own.mean(axis=0) for own in mass.values()], axis=0) / mass.rows
+    whole = np.nan_to_num(whole)  # what lies below mask_prefix is not told
+    table = Table(
+        title=f"\nwho got the attention (of {mass.rows} rows, mean over {len(mass)} layers)",
+        title_justify="left", box=None, pad_edge=False, show_header=False,
+    )  # fmt: skip
+    bar = max(min(_BAR, width - _POSITION - _TOKEN - _NUMBER - 6), 1)
+    for position in np.argsort(-whole, kind="stable")[:_KEYS].tolist():
+        share = float(whole[position])
+        table.add_row(
+            Text(str(position), style="dim"),
+            Text(visible(answer.tokens[position])[:_TOKEN], style="dim" if position == 0 else "bold"),
+            f"{share:.3f}",
+            "█" * round(bar * share / max(float(whole.max()), 1e-9)),
+        )
+    return table
 
 
 def visible(token: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from attnhook.errors import OptionError, ServerError
 from attnhook.options import REQUEST_FIELDS
 from attnhook.record.answer import SINK, Answer
+from attnhook.record.key_mass import KeyMass
 from attnhook.record.pieces import pieces, window_start
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.without_sink import without_sink
@@ -35,6 +36,7 @@ class Exchange:
     prompt_length: int
     text: str  # the answer
     records: list[TokenRecord]
+    key_mass: KeyMass | None = None  # where it was asked for
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Client:
             text=said.text,
             records=said.records,
             zones=without_sink(said.records, SINK),
+            key_mass=said.key_mass,
             engine=engine_of(capabilities),
         )
 
@@ -157,13 +160,15 @@ class Client:
         ids = [*prompt_ids, *new_ids]
         request = str(reply.get("id", ""))
         records = [TokenRecord.from_dict(entry, request_id=request, model=name) for entry in entries]
-        self._check_positions(records, len(ids))
+        mass = None if "attention_key_mass" not in choice else KeyMass.from_list(choice["attention_key_mass"])
+        self._check_positions(records, len(ids), mass)
         message = choice.get("message") or {}
         return Exchange(
             token_ids=ids,
             prompt_length=len(prompt_ids),
             text=str(message.get("content") or choice.get("text") or ""),
             records=records,
+            key_mass=mass,
         )
 
     def _rows(self, choice: Mapping[str, Any]) -> list[Any]:
@@ -180,7 +185,13 @@ class Client:
             )
         return [*(choice.get("prompt_attention_tokens") or []), *entries]
 
-    def _check_positions(self, records: Sequence[TokenRecord], tokens: int) -> None:
+    def _check_positions(self, records: Sequence[TokenRecord], tokens: int, mass: KeyMass | None) -> None:
+        for layer, own in (mass or {}).items():
+            if own.shape[-1] >= tokens or mass is None or mass.rows != len(records):
+                raise ServerError(
+                    f"{self.shown} gave a key mass of {own.shape[-1]} keys in layer {layer} for {tokens} tokens and "
+                    f"{len(records)} records: use the same attnhook on both sides"
+                )
         for record in records:
             if record.query_position + 1 >= tokens or record.token_positions.max(initial=0) >= tokens:
                 raise ServerError(

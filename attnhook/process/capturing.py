@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from attnhook.capture.key_mass import KeyMasses, KeySums
 from attnhook.capture.session import Session
-from attnhook.errors import OptionError
+from attnhook.errors import OptionError, UnsupportedError
 from attnhook.options import CaptureOptions
 from attnhook.plugins import manager as plugins
 from attnhook.process import lifecycle
@@ -23,11 +24,13 @@ class Captured(list[TokenRecord]):
     """Records of a `capture()` block, in the order in which their rows were computed.
 
     ``dropped`` counts rows that were left out, by reason: ``nan``, ``max_tokens``, ...
+    ``key_mass`` has the sums by key of each request, where they were asked for: see `KeyMass`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.dropped: Counter[str] = Counter()
+        self.key_mass = KeyMasses(None)
 
     @property
     def generated(self) -> list[TokenRecord]:
@@ -59,9 +62,11 @@ def capture(
         call. ``"drop"``: the model runs on, ``records.dropped`` counts the rows by reason.
     **options
         ``top_k`` (1..256, default 32), ``layers`` (``"last"``, ``"auto"``, ``"all"`` or ints), ``heads``
-        (ints), ``mode``, ``prompt`` (bool), ``stride``, ``max_tokens``, ``spans`` ({name: (start, end)}),
+        (ints, or {layer: ints}), ``mode``, ``prompt`` (bool), ``rows`` (these rows of the prompt too: (start, end)
+        positions and names of spans), ``stride``, ``max_tokens``, ``spans`` ({name: (start, end)}),
         ``mask_prefix``, ``per_head`` (some of ``"spans"``, ``"fingerprint"``, ``"sink"``, ``"top"``, ``"lse"``: told of
-        every query head too), ``top_k_per_head`` (1..16); unset ones come from ``ATTNHOOK_*`` or the defaults.
+        every query head too), ``top_k_per_head`` (1..16), ``key_mass`` (``"mean"``, ``"kv_head"``: the captured rows'
+        attention summed up by key, in ``records.key_mass``); unset ones come from ``ATTNHOOK_*`` or the defaults.
 
     Yields
     ------
@@ -87,10 +92,16 @@ def capture(
             delivery.put(batch)
 
     strict, tokens = on_error == "raise", delivery is not None and delivery.tokens
-    session = Session(resolved.request, deliver, strict=strict, model=model, dropped=records.dropped, tokens=tokens)
+    sums, asked = None, resolved.request
+    if asked.key_mass:
+        sums = KeySums(kv_heads=asked.key_mass == "kv_head", mask_prefix=asked.mask_prefix)
+        records.key_mass = KeyMasses(sums)
+    session = Session(asked, deliver, strict=strict, model=model, dropped=records.dropped, tokens=tokens, key_sums=sums)
     try:
         with lifecycle.hooks(resolved), session:
             yield records
+        if sums is not None:
+            _check(sums, records, session)
         if session.alone and not records and not records.dropped:
             # nothing but what has no records ran in the block
             name, why = next(iter(session.alone.items()))
@@ -104,6 +115,15 @@ def capture(
     finally:
         if delivery is not None:
             delivery.close()
+
+
+def _check(sums: KeySums, records: Captured, session: Session) -> None:
+    """Refuse where a backend has not told the key mass of what it captured."""
+    try:
+        sums.check(Counter((record.request_id, record.choice) for record in records))
+    except UnsupportedError as error:
+        records.key_mass = KeyMasses(None)
+        session.refuse(error, 0)
 
 
 def _name(model: object) -> str:

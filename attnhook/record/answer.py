@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnhook.record.key_mass import KeyMass
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.zones import Zone
 
@@ -24,3 +25,4 @@ class Answer:
     records: list[TokenRecord]
     zones: list[Zone]  # of each record, without the attention sink
     dropped: Mapping[str, int] = field(default_factory=dict)
+    key_mass: KeyMass | None = None  # where it was asked for

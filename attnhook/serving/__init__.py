@@ -1,9 +1,9 @@
 """The engine kit: what a server engine's adapter is built from; knows no engine.
 
 In a worker: an `EngineAdapter` (of `attnhook.plugins`) tells `Worker` of the passes, which gives each request's
-`Share`. Where tokens are accepted: `Waiting`, `publish`. In the front end: `FrontEnd` admits and measures requests,
-`Attention` and `Stream` put records into replies, `RouteGuard` carries them. These names are stable, with version
-``adapter`` of `attnhook.plugins.CONTRACTS`; docs/plugins.md builds a server's plugin from them.
+`Share`. Where tokens are accepted: `Waiting`, `Gathered`, `publish`. In the front end: `FrontEnd` admits and measures
+requests, `Attention` and `Stream` put records into replies, `RouteGuard` carries them. These names are stable, with
+version ``adapter`` of `attnhook.plugins.CONTRACTS`; docs/plugins.md builds a server's plugin from them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnhook.serving.frontend import FrontEnd, ServedModel
     from attnhook.serving.gate import LeavingStream, Place
     from attnhook.serving.guard import safely
+    from attnhook.serving.key_mass import Gathered
     from attnhook.serving.policy import Policy
     from attnhook.serving.reasoning import Markers, Phases, find_markers, mark_phases
     from attnhook.serving.reduction import warm_up
@@ -35,6 +36,7 @@ __all__ = [
     "Attention",
     "ChoiceAccount",
     "FrontEnd",
+    "Gathered",
     "LeavingStream",
     "Markers",
     "Phases",
@@ -67,6 +69,7 @@ _HOMES = {
     **dict.fromkeys(("KEY", "Share", "pack_options", "unpack_options"), "serving.wire"),
     # where tokens are accepted
     **dict.fromkeys(("Waiting", "publish"), "serving.waiting"),
+    "Gathered": "serving.key_mass",
     "token_lookup": "record.tokens:sequence",
     **dict.fromkeys(("Markers", "Phases", "find_markers", "mark_phases"), "serving.reasoning"),
     # the front end

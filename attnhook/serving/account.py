@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnhook.capture.ledger import short
-from attnhook.capture.rows import wants_row
+from attnhook.capture.rows import prompt_rows, wants_prompt, wants_row
 from attnhook.options import RequestOptions
+from attnhook.record.key_mass import KeyMass
 from attnhook.record.token_record import TokenRecord
 from attnhook.serving.replies import NOTHING_CAME, Attention
 
@@ -14,12 +15,14 @@ from attnhook.serving.replies import NOTHING_CAME, Attention
 class ChoiceAccount:
     """Follows one choice from its first token on; `settle` what comes with each of its outputs."""
 
-    def __init__(self, options: RequestOptions) -> None:
+    def __init__(self, options: RequestOptions, prompt: int | None = None) -> None:
         self.options = options
+        self._end = None if prompt is None else prompt - 1  # position of the prompt's last token, where it is known
         self._tokens = 0  # that are settled
         self._offset: int | None = None  # position of the row that gives token 0
         self._told = False
         self._early: list[TokenRecord] = []  # rows that came before their tokens
+        self._rows = 0  # that have gone out
 
     def settle(self, new: Attention, tokens: int, *, finished: bool) -> Attention:
         """What of ``new`` belongs to the tokens that the choice has, with an error where rows do not match.
@@ -37,13 +40,23 @@ class ChoiceAccount:
         elif not self._told:
             error = self._strange(kept, before, tokens) or self._strange_prompt(new.prompt, kept, before, finished)
             self._told = error is not None
-        return Attention(kept, new.prompt, error, new.check)
+        self._rows += len(kept) + len(new.prompt)
+        if finished and self.options.key_mass and not self._told and error is None:
+            error = self._strange_sums(new.key_mass)
+        return Attention(kept, new.prompt, error, new.check, new.key_mass)
+
+    def _strange_sums(self, mass: KeyMass | None) -> str | None:
+        if mass is None:
+            return "attention_key_mass: none came with the last record; the server's log may say why"
+        if mass.rows != self._rows:
+            return f"attention_key_mass: {mass.rows} rows were added up, and {self._rows} came"
+        return None
 
     def _strange(self, rows: Sequence[TokenRecord], before: int, tokens: int) -> str | None:
-        wanted = [step for step in range(before, tokens) if wants_row(self.options, step)]
+        wanted = [step for step in range(before, tokens) if self._wants(step)]
         steps = [-1 if row.decode_step is None else row.decode_step for row in rows]
         if steps != wanted:
-            if not steps and not before:
+            if wanted and not steps and not before:
                 return NOTHING_CAME
             return (
                 f"tokens {before} to {tokens - 1} need rows of the decode steps {short(wanted)}, and rows of "
@@ -56,14 +69,21 @@ class ChoiceAccount:
             self._offset = offset
         return None
 
+    def _wants(self, step: int) -> bool:
+        end = self._end if self._offset is None else self._offset
+        if self.options.max_tokens == 0 and end is None:
+            return False  # whether the prompt's last row was chosen cannot be known
+        return wants_row(self.options, step, None if end is None else end + step)
+
     def _strange_prompt(
         self, prompt: Sequence[TokenRecord], rows: Sequence[TokenRecord], before: int, finished: bool
     ) -> str | None:
-        if not self.options.prompt or before or not (rows or finished) or self._offset is None:
+        end = self._end if self._offset is None else self._offset
+        if not wants_prompt(self.options) or before or not (rows or finished) or end is None:
             return None
         positions = [row.query_position for row in prompt]
-        if positions != list(range(self._offset)):
-            return (
-                f"attention_prompt: {self._offset} rows come before the prompt's last, and {short(positions)} are here"
-            )
+        wanted = prompt_rows(self.options, 0, end)
+        if positions != wanted:
+            name, what = ("attention_prompt", "rows") if self.options.prompt else ("attention_rows", "chosen rows")
+            return f"{name}: {len(wanted)} {what} come before the prompt's last, and {short(positions)} are here"
         return None

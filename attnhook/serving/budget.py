@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from attnhook.capture.rows import prompt_ranges
 from attnhook.errors import OptionError
-from attnhook.options import RequestOptions, resolve_layers
+from attnhook.options import REQUEST_FIELDS, RequestOptions, resolve_layers
 from attnhook.record.fingerprint import BINS, SIZE
 from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
@@ -19,10 +20,14 @@ _POSITION = 7
 _ENTRY = 184
 _LAYER = 114
 _HEADS = 120
+_SUM = 13  # of up to thousands of rows
+_SUM_BYTES = 8  # where it is added up
 
 
 def generated_rows(options: RequestOptions, new: int) -> int:
     """Rows of ``new`` generated tokens that these options want."""
+    if options.max_tokens == 0:
+        return min(new, 1)  # the prompt's last row, where it is a chosen one
     return min(-(-new // options.stride), options.max_tokens)
 
 
@@ -48,18 +53,26 @@ def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int, hea
     ``layers`` are those that the options name in this model, ``new`` the most tokens of the answer, ``heads`` the query
     heads of a layer.
     """
-    before = max(prompt - 1, 0) if options.prompt else 0
+    wanted = prompt_ranges(options, 0, prompt - 1)
+    before = sum(map(len, wanted))
     rows = generated_rows(options, new)
     spans = sum(len(json.dumps(name)) + _NUMBER + 2 for name in options.spans)
     entry = _ENTRY + SIZE * _NUMBER + spans
+    groups = {None: 0, "mean": 1, "kv_head": heads}[options.key_mass]  # no model has more kv heads than query heads
+    sums = layers * (groups * ((prompt + new) * _SUM + 2) + _LAYER) if groups else 0
     if options.mode == "fingerprint":
-        return (rows + before) * entry
+        return (rows + before) * entry + sums
     own = (SIZE if options.mode == "raw" else BINS + 4) * _NUMBER + spans + head_bytes(options, heads)
     entry += layers * (_LAYER + own)
-    full = max(before - options.top_k, 0)  # prompt rows with more keys than are kept
     kept = rows * min(options.top_k, prompt + new)
-    kept += full * options.top_k + (before - full) * (before - full + 1) // 2
-    return (rows + before) * entry + layers * kept * (_POSITION + _NUMBER)
+    kept += sum(_entries(one.stop, options.top_k) - _entries(one.start, options.top_k) for one in wanted)
+    return (rows + before) * entry + layers * kept * (_POSITION + _NUMBER) + sums
+
+
+def _entries(rows: int, top_k: int) -> int:
+    """Entries that the first rows of a prompt have: each as many as it sees keys, and at most so many."""
+    growing = min(rows, top_k)
+    return growing * (growing + 1) // 2 + (rows - growing) * top_k
 
 
 #: A stream that repeats what it has sent may come to so many times as much as one reply, over all of its events.
@@ -92,6 +105,23 @@ def count_layers(options: RequestOptions, layers: Sequence[int] | None, config: 
 def count_heads(heads: int | None, config: Any) -> int:
     """Query heads of a layer, as far as a front end can tell: ``heads``, or by a model's ``config``."""
     return heads or getattr(config, "num_attention_heads", None) or 128
+
+
+def count_groups(options: RequestOptions, heads: int, config: Any) -> int:
+    """How many sums of a layer's keys the options want: one, or one for each kv head by a model's ``config``."""
+    return 1 if options.key_mass == "mean" else getattr(config, "num_key_value_heads", None) or heads
+
+
+def check_key_mass(sums: int, keys: int, limit: int) -> None:
+    """Raise OptionError where so many sums of so many keys take more memory than a server allows."""
+    size, name = sums * keys * _SUM_BYTES, REQUEST_FIELDS["key_mass"]
+    if size > limit:
+        raise OptionError(
+            name,
+            f"{name}: {sums} sums of up to {keys} keys take {size} bytes of memory while the request runs; this server "
+            f"allows {limit} (--attention-tokens-key-mass-bytes): ask for fewer attention_layers, for 'mean', or for a "
+            "smaller max_tokens",
+        )
 
 
 def measure(
@@ -132,11 +162,14 @@ def check_reply(
     size = reply_bytes(options, layers, prompt, new, heads) * choices
     if already + size > limit:
         rows = generated_rows(options, new) * choices
-        asked = f"{rows} generated rows" + (f" and {choices * (prompt - 1)} of the prompt" if options.prompt else "")
+        before = choices * sum(map(len, prompt_ranges(options, 0, prompt - 1)))
+        asked = f"{rows} generated rows" + (f" and {before} of the prompt" if before else "")
         more = f", and {already} of the request's other prompts" if already else ""
         remedies = [f"a smaller max_tokens (now {new})", "fewer attention_layers", "a smaller top_k_attention"]
         remedies += ["less of attention_per_head"] * bool(options.per_head)
-        remedies += ["no attention_prompt"] * options.prompt + ["fewer or shorter attention_spans"] * bool(
+        remedies += ["no attention_key_mass"] * bool(options.key_mass)
+        remedies += ["no attention_prompt"] * options.prompt
+        remedies += ["fewer attention_rows"] * bool(options.rows) + ["fewer or shorter attention_spans"] * bool(
             options.spans
         )
         raise OptionError(

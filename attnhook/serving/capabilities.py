@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnhook import __version__
-from attnhook.options import PER_HEAD, TOP_K_MAX, RequestOptions
+from attnhook.options import KEY_MASS, PER_HEAD, TOP_K_MAX, RequestOptions
 from attnhook.record.fingerprint import BIN_STARTS, NAMES
 from attnhook.record.fingerprint import SCHEMA_VERSION as FINGERPRINT_VERSION
 from attnhook.record.row import MODES, SCHEMA_VERSION, TOP_K_PER_HEAD_MAX
@@ -34,6 +34,7 @@ def capabilities(
     dtype: str | None = None,
     device: str | None = None,
     generates: bool = True,
+    key_mass: bool = False,
 ) -> dict[str, Any]:
     """The answer, with plain JSON values; ``layers``, ``heads``, ``dtype`` (of the model, such as "bfloat16")
     and ``device`` ("cpu", "cuda") are None where the front end can't tell. A model that ``generates`` no tokens has no
@@ -53,6 +54,7 @@ def capabilities(
         "device": device,
         "top_k": {"default": defaults.top_k, "max": TOP_K_MAX},
         "per_head": [] if policy.fingerprint_only else list(PER_HEAD),
+        "key_mass": [] if policy.fingerprint_only or not key_mass else list(KEY_MASS),
         "top_k_per_head": {"default": defaults.top_k_per_head, "max": TOP_K_PER_HEAD_MAX},
         "default_layers": defaults.layers if isinstance(defaults.layers, str) else list(defaults.layers),
         "limits": policy.capabilities(),

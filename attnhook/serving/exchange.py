@@ -11,11 +11,13 @@ from zlib import crc32
 
 from attnhook.errors import UnsupportedError
 from attnhook.record.token_record import TokenRecord, join_layers
+from attnhook.serving.key_mass import Piece, join
 from attnhook.serving.plan import Plan
 from attnhook.serving.reduction import Key, Reduction
 from attnhook.serving.wire import Share, worse
 
-_Said = tuple[dict[Key, bytes], dict[str, str], dict[str, float]]  # rows, errors and checks of one stage
+# rows, errors, checks and key masses of one stage
+_Said = tuple[dict[Key, bytes], dict[str, str], dict[str, float], dict[str, list[Piece]]]
 
 
 def answers(reduction: Reduction) -> dict[str, dict[str, Any]]:
@@ -29,7 +31,7 @@ def answers(reduction: Reduction) -> dict[str, dict[str, Any]]:
         said = _said(plan, reduction)
     except UnsupportedError as error:  # the ranks have lost each other
         plan.fail(error, plan.sampled)
-        said = [({}, plan.errors, {})] if ranks.answers else []
+        said = [({}, plan.errors, {}, {})] if ranks.answers else []
     return _shares(plan, said) if said else {}
 
 
@@ -55,7 +57,7 @@ def _said(plan: Plan, reduction: Reduction) -> list[_Said]:
     if not agreed:
         why = "the tensor-parallel ranks did not capture the same rows of this pass; their logs may say why"
         errors = {**dict.fromkeys(plan.sampled, why), **errors}
-    return [] if ranks.rank else ranks.join((rows, errors, checks))
+    return [] if ranks.rank else ranks.join((rows, errors, checks, reduction.masses))
 
 
 def _shares(plan: Plan, said: list[_Said]) -> dict[str, dict[str, Any]]:
@@ -65,17 +67,20 @@ def _shares(plan: Plan, said: list[_Said]) -> dict[str, dict[str, Any]]:
     for group in plan.groups.values():
         for row in group.rows:
             key = row.request_id, row.position
-            parts = [found[key] for found, _, _ in said if key in found]
+            parts = [found[key] for found, *_ in said if key in found]
             if len(said) > 1:
                 parts = _joined(parts, group.layers)
             if parts:
                 rows[key] = parts[0]
                 if row.decode_step is None:
                     shares[row.request_id].prompt.append(parts[0])
+    layers = {request: group.layers for group in plan.groups.values() for request in group.requests}
     for request, share in shares.items():
+        if masses := [own[request] for *_, own in said if request in own]:
+            share.pieces = join(masses, layers[request])
         # one place per token that may be sampled; the empty ones were not wanted
         share.generated = [rows.get((request, position), b"") for position in plan.sampled[request]]
-        for _, errors, checks in said:
+        for _, errors, checks, _ in said:
             share.error = share.error or errors.get(request)
             share.check = worse(share.check, checks.get(request))
     return {request: share.pack() for request, share in shares.items()}

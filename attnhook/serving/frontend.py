@@ -11,8 +11,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from attnhook.errors import OptionError
-from attnhook.options import REQUEST_FIELDS, RequestOptions, check_heads, check_reach, resolve_layers
-from attnhook.serving.budget import check_repeating, count_heads, count_layers, measure
+from attnhook.options import (
+    REQUEST_FIELDS,
+    RequestOptions,
+    check_heads,
+    check_reach,
+    check_rows,
+    resolve_choice,
+)
+from attnhook.serving.budget import check_key_mass, check_repeating, count_groups, count_heads, count_layers, measure
 from attnhook.serving.capabilities import attention_layers, capabilities
 from attnhook.serving.gate import Gate, Place, leave_with_the_reply
 from attnhook.serving.policy import Policy
@@ -30,7 +37,7 @@ class ServedModel:
     dtype: str | None = None  # such as "bfloat16"
     device: str | None = None  # such as "cuda"
     generates: bool = True  # false: it makes embeddings, so there are no rows
-    config: Any = None  # Hugging Face's, of the text model: how many layers a reply is measured with
+    config: Any = None  # Hugging Face's, of the text model: how many layers and kv heads a reply is measured with
 
     @classmethod
     def of(cls, name: str, config: Any, *, dtype: Any = None, **known: Any) -> ServedModel:
@@ -60,6 +67,8 @@ class FrontEnd:
         Tells what is known of the model by now.
     carrying
         Paths of the routes whose replies have choices that records fit into.
+    key_mass
+        Whether the adapter gives the sums of keys back, with `Gathered`; else who asks for them is refused.
     """
 
     def __init__(
@@ -68,9 +77,12 @@ class FrontEnd:
         version: Callable[[], str | None],
         model: Callable[[], ServedModel],
         carrying: Collection[str],
+        *,
+        key_mass: bool = False,
     ) -> None:
         self.engine, self.version, self.model = engine, version, model
         self.gate = Gate()
+        self._key_mass = key_mass
         self._carrying = frozenset(carrying)
 
     @cached_property
@@ -92,6 +104,11 @@ class FrontEnd:
         return options
 
     def _check_model(self, options: RequestOptions) -> None:
+        if options.key_mass and not self._key_mass:
+            name = REQUEST_FIELDS["key_mass"]
+            raise OptionError(
+                name, f"{name}={options.key_mass!r}: the plugin of {self.engine} tells no key mass: drop it"
+            )
         model = self.model()
         if not model.generates:
             raise OptionError(
@@ -102,7 +119,8 @@ class FrontEnd:
                 raise OptionError(
                     ASK, f"{ASK}=true: {model.name} has no attention layer, so there is nothing to capture: drop it"
                 )
-            resolve_layers(options.layers, list(model.layers), REQUEST_FIELDS["layers"])
+            names = REQUEST_FIELDS["layers"], REQUEST_FIELDS["heads"]
+            resolve_choice(options.layers, options.heads, list(model.layers), names)
         if model.heads:
             check_heads(options.heads, model.heads, REQUEST_FIELDS["heads"])
 
@@ -164,10 +182,14 @@ class FrontEnd:
         server allows or comes to more bytes, and Refusal where there is no room for it now.
         """
         check_reach(options.spans, prompt + new, REQUEST_FIELDS["spans"])
+        check_rows(options.rows, prompt, REQUEST_FIELDS["rows"])
         if place is None:
             return
         model = self.model()
         layers, heads = count_layers(options, model.layers, model.config), count_heads(model.heads, model.config)
+        if options.key_mass:
+            groups = count_groups(options, heads, model.config)
+            check_key_mass(layers * groups * choices, prompt + new, self.policy.key_mass_bytes)
         if repeats:
             check_repeating(options, layers, prompt, new, choices, self.policy.max_bytes, heads)
         measure(self.policy, place, options, layers, prompt, new, choices, heads)
@@ -178,5 +200,5 @@ class FrontEnd:
         layers = None if model.layers is None else list(model.layers)
         return capabilities(
             self.engine, self.version(), model.name, layers, model.heads, self.policy,
-            dtype=model.dtype, device=model.device, generates=model.generates,
+            dtype=model.dtype, device=model.device, generates=model.generates, key_mass=self._key_mass,
         )  # fmt: skip

@@ -13,29 +13,45 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import msgspec.json
 import numpy as np
 
+from attnhook.record.key_mass import KeyMass
 from attnhook.record.token_record import TokenRecord, fill_zones
 
 _PIECE = 4096  # numbers that are written at once: a few milliseconds
 _MARK = re.compile(rb'"(attnhook-records-[0-9a-f]{32})"')
 
 
+class Layer(NamedTuple):
+    """One layer of a key mass, which is written as one piece."""
+
+    mass: KeyMass
+    layer: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its JSON."""
+        return self.mass.entry(self.layer)
+
+
+Written = TokenRecord | Layer
+
+
 class Pieces:
     """The records of one HTTP reply, by the marks that stand for them in its body."""
 
     def __init__(self) -> None:
-        self._records: dict[bytes, Sequence[TokenRecord]] = {}
+        self._records: dict[bytes, Sequence[Written]] = {}
         self._texts: dict[int, bytes] = {}  # of records that come again, by their identity
-        self._again: dict[int, TokenRecord] = {}  # those records, which keeps their identities theirs
+        self._again: dict[int, Written] = {}  # those records, which keeps their identities theirs
         self._ends: list[Callable[[], None]] = []
 
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    def mark(self, records: Sequence[TokenRecord], *, again: bool = False) -> str:
+    def mark(self, records: Sequence[Written], *, again: bool = False) -> str:
         """A JSON string's value that stands for the JSON array of these records.
 
         ``again``: they come under later marks too, for which their texts are kept.
@@ -79,19 +95,20 @@ class Pieces:
             yield b"]"
         yield body[at:]
 
-    def _written(self, records: Sequence[TokenRecord], *, first: bool) -> bytes:
+    def _written(self, records: Sequence[Written], *, first: bool) -> bytes:
         new = [record for record in records if id(record) not in self._texts]
-        fill_zones(new)
+        fill_zones([record for record in new if isinstance(record, TokenRecord)])
         texts = {id(record): msgspec.json.encode(record.to_dict()) for record in new}
         self._texts.update((name, text) for name, text in texts.items() if name in self._again)
         return (b"" if first else b",") + b",".join(texts.get(id(r)) or self._texts[id(r)] for r in records)
 
 
-def _parts(records: Sequence[TokenRecord]) -> list[Sequence[TokenRecord]]:
+def _parts(records: Sequence[Written]) -> list[Sequence[Written]]:
     if not records:
         return []
     one = records[0]
-    numbers = [value for value in vars(one).values() if isinstance(value, np.ndarray)]
+    values = [one.mass[one.layer]] if isinstance(one, Layer) else vars(one).values()
+    numbers = [value for value in values if isinstance(value, np.ndarray)]
     count = max(1, _PIECE // (sum(array.size for array in numbers) + 1))
     return [records[at : at + count] for at in range(0, len(records), count)]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from attnhook.capture.ranks import Ranks
-from attnhook.capture.rows import Row, wants_row
+from attnhook.capture.rows import Row, prompt_rows, wants_prompt, wants_row
 from attnhook.errors import AttnhookError
-from attnhook.options import RequestOptions, check_heads, resolve_layers
+from attnhook.options import RequestOptions, check_heads, check_rows, resolve_choice
 from attnhook.plugins.engine import Computed
 from attnhook.serving.wire import reason, unpack_options
 
@@ -52,8 +52,10 @@ class Model:
         known = self._asked.get(packed)
         if known is None:
             options, reply = unpack_options(packed)
-            layers = resolve_layers(options.layers, list(self.whole), "attention_layers")
-            check_heads(options.heads, self.whole[layers[0]], "attention_heads")
+            names = "attention_layers", "attention_heads"
+            layers, heads = resolve_choice(options.layers, options.heads, list(self.whole), names)
+            check_heads(heads, self.whole[layers[0]], "attention_heads")
+            options = options if heads is options.heads else replace(options, heads=heads)
             if len(self._asked) >= _ASKED:
                 self._asked.clear()
             own = tuple(layer for layer in layers if layer in self.layers)
@@ -155,25 +157,27 @@ class Plan:
 
     def _prompt_rows(self, new: Computed, options: RequestOptions) -> list[tuple[int, int | None]]:
         """Position and decode step, which is None, of the prompt's rows that come for the first time."""
-        if not options.prompt:
+        if not wants_prompt(options):
             return []
+        check_rows(options.rows, new.prompt_end + 1, "attention_rows")
         seen = self.model.prompt_rows
         had = seen.get(new.request, 0)
         reused = min(new.first, new.prompt_end)
-        if had < reused:
+        if lacking := prompt_rows(options, had, reused):
             self.errors.setdefault(
                 new.request,
-                f"attention_prompt: rows {had} to {reused - 1} of the prompt came from a cache and were not computed",
+                f"{'attention_prompt' if options.prompt else 'attention_rows'}: rows {lacking[0]} to {lacking[-1]} of "
+                "the prompt came from a cache and were not computed",
             )
         known = max(had, new.first)
         seen[new.request] = max(known, min(new.first + new.tokens, new.prompt_end))
-        return [(position, None) for position in range(known, seen[new.request])]
+        return [(position, None) for position in prompt_rows(options, known, seen[new.request])]
 
     def _generated_rows(self, new: Computed, options: RequestOptions) -> list[tuple[int, int | None]]:
         rows: list[tuple[int, int | None]] = []
         end = new.first + new.tokens
         for position in range(end - new.sampled, end):
             self.sampled[new.request].append(position)
-            if wants_row(options, position - new.prompt_end):
+            if wants_row(options, position - new.prompt_end, position):
                 rows.append((position, position - new.prompt_end))
         return rows

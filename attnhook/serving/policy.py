@@ -70,6 +70,12 @@ FLAGS = (
         "The same of all requests that an API server process answers now; more get HTTP 429. Default: 134217728.",
     ),
     Flag(
+        "--attention-tokens-key-mass-bytes",
+        "ATTNHOOK_KEY_MASS_BYTES",
+        int,
+        "Most bytes of memory that one request's key mass may take while it runs; more is HTTP 400. Default: 67108864.",
+    ),
+    Flag(
         "--attention-tokens-graph-layers",
         "ATTNHOOK_GRAPH_LAYERS",
         str,
@@ -90,6 +96,7 @@ KEY_HEADER = "x-attention-key"
 SPAN_WIDTH = 16  # positions
 MAX_BYTES = 16 * 2**20  # of one reply
 MAX_BYTES_IN_FLIGHT = 128 * 2**20
+KEY_MASS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Policy:
     span_width: int = SPAN_WIDTH  # of which bounds of spans are multiples, with fingerprint_only
     max_bytes: int = MAX_BYTES  # JSON of one request's attention
     max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT  # of all requests that are answered now
+    key_mass_bytes: int = KEY_MASS_BYTES  # of memory, of one request while it runs
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Policy:
@@ -125,6 +133,7 @@ class Policy:
             mask_prefix=RequestOptions.resolve(environ=environ).mask_prefix,
             span_width=_count(environ, "ATTNHOOK_SPAN_WIDTH", 2**20, SPAN_WIDTH),
             max_bytes=_count(environ, "ATTNHOOK_MAX_BYTES", 2**40, MAX_BYTES),
+            key_mass_bytes=_count(environ, "ATTNHOOK_KEY_MASS_BYTES", 2**40, KEY_MASS_BYTES),
             max_bytes_in_flight=_count(environ, "ATTNHOOK_MAX_BYTES_IN_FLIGHT", 2**44, MAX_BYTES_IN_FLIGHT),
         )
 
@@ -148,6 +157,12 @@ class Policy:
                 403,
                 REQUEST_FIELDS["mode"],
                 f"attention_mode={options.mode!r}: this server gives fingerprints only; ask for 'fingerprint'",
+            )
+        if self.fingerprint_only and options.key_mass:
+            raise Refusal(
+                403,
+                REQUEST_FIELDS["key_mass"],
+                f"attention_key_mass={options.key_mass!r}: this server gives fingerprints only, which tell of no key",
             )
         name, low = REQUEST_FIELDS["spans"], self._lowest
         spans = {}
@@ -198,6 +213,7 @@ class Policy:
             "span_width": self.span_width if self.fingerprint_only else 1,
             "max_bytes": self.max_bytes,
             "max_bytes_in_flight": self.max_bytes_in_flight,
+            "key_mass_bytes": self.key_mass_bytes,
         }
 
 

@@ -14,6 +14,7 @@ from attnhook.errors import UnsupportedError
 from attnhook.kernels.topk import LayerRows, PagedKeys, Softmax, TopKStep, topk_attention
 from attnhook.kernels.topk.types import gather
 from attnhook.plugins.engine import LayerView
+from attnhook.serving.key_mass import PROMPT, Piece, pack
 from attnhook.serving.plan import Group, Plan
 from attnhook.serving.wire import worse
 
@@ -50,6 +51,7 @@ class Reduction:
     def __init__(self, plan: Plan, memory: Memory, if_missing: str = "") -> None:
         self.plan, self.memory, self._if_missing = plan, memory, if_missing
         self.checks: dict[str, float] = {}  # request -> largest error of its self-check
+        self.masses: dict[str, list[Piece]] = {}  # request -> what its rows add to the sums of its keys
         self._taken: dict[int, tuple[torch.Tensor, LayerView]] = {}
 
     @property
@@ -143,6 +145,10 @@ class Reduction:
                 rows[row.request_id, row.position] = data
             else:
                 self.plan.errors.setdefault(row.request_id, "; ".join(bad))
+        for added in capture.key_mass():
+            request, position = added.sequence[0], added.position
+            token = PROMPT if position is None else self.plan.sampled[request].index(position)
+            self.masses.setdefault(request, []).append(pack(added, token))
         return rows
 
     def _kernel_key(self, group: Group) -> _KernelKey:

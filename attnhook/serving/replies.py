@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from attnhook.record.key_mass import KeyMass
 from attnhook.record.token_record import TokenRecord, fill_zones
-from attnhook.serving.pieces import pieces
+from attnhook.serving.key_mass import received
+from attnhook.serving.pieces import Layer, pieces
 from attnhook.serving.wire import Share, worse
 
 T = TypeVar("T")
@@ -25,6 +27,7 @@ class Attention:
     prompt: list[TokenRecord] = field(default_factory=list)
     error: str | None = None
     check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
+    key_mass: KeyMass | None = None  # with the last records
 
     @classmethod
     def of(cls, share: Share, request: str, choice: int) -> Attention:
@@ -33,7 +36,8 @@ class Attention:
         def records(rows: list[bytes]) -> list[TokenRecord]:
             return [replace(TokenRecord.from_bytes(row), request_id=request, choice=choice) for row in rows]
 
-        return cls(records(share.generated), records(share.prompt), share.error, share.check)
+        mass = None if share.key_mass is None else received(share.key_mass)
+        return cls(records(share.generated), records(share.prompt), share.error, share.check, mass)
 
     def extend(self, other: Attention) -> None:
         """Append what came later."""
@@ -41,22 +45,26 @@ class Attention:
         self.prompt += other.prompt
         self.error = self.error or other.error
         self.check = worse(self.check, other.check)
+        self.key_mass = other.key_mass or self.key_mass
 
     def take(self) -> Attention:
         """What is here now; nothing is left."""
-        taken = Attention(self.generated, self.prompt, self.error, self.check)
-        self.generated, self.prompt, self.error, self.check = [], [], None, None
+        taken = Attention(self.generated, self.prompt, self.error, self.check, self.key_mass)
+        self.generated, self.prompt, self.error, self.check, self.key_mass = [], [], None, None, None
         return taken
 
     def copy(self) -> Attention:
         """The same records in lists of their own."""
-        return Attention([*self.generated], [*self.prompt], self.error, self.check)
+        return Attention([*self.generated], [*self.prompt], self.error, self.check, self.key_mass)
 
     def __bool__(self) -> bool:
-        return bool(self.generated or self.prompt or self.error)
+        return bool(self.generated or self.prompt or self.error or self.key_mass)
 
     def checked(self, tokens: int) -> Attention:
-        """Itself; with an error where ``tokens`` were generated and nothing at all was captured."""
+        """Itself; with an error where ``tokens`` were generated and nothing at all was captured.
+
+        Every request that asks has a row of its prompt's last token at least, or one before it.
+        """
         if tokens and not self:
             return Attention(error=NOTHING_CAME)
         return self
@@ -74,7 +82,17 @@ class Attention:
         if self.check is not None:
             # JSON has no NaN and no infinity: null is a check that failed
             fields["attention_self_check"] = {"max_error": self.check if math.isfinite(self.check) else None}
+        if self.key_mass is not None:
+            fields["attention_key_mass"] = entries_of_keys(self.key_mass, again=again)
         return fields
+
+
+def entries_of_keys(mass: KeyMass, *, again: bool = False) -> Any:
+    """The JSON of a key mass, likewise."""
+    reply = pieces.get()
+    if reply is not None and mass:
+        return reply.mark([Layer(mass, layer) for layer in mass], again=again)
+    return mass.to_list()
 
 
 def entries(records: list[TokenRecord], *, again: bool = False) -> Any:

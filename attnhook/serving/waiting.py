@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from attnhook.record import tokens
 from attnhook.record.token_record import TokenRecord
 from attnhook.record.tokens import Lookup
+from attnhook.serving.key_mass import PROMPT, Piece
 from attnhook.serving.wire import Share, worse
 from attnhook.sinks import outlet
 
@@ -20,20 +21,23 @@ class Waiting:
     prompt: list[bytes] = field(default_factory=list)
     error: str | None = None
     check: float | None = None
+    pieces: list[Piece] = field(default_factory=list)  # of the prompt's rows, for the key mass
 
     def add(self, share: Share) -> None:
         """All of a share but the rows of its tokens."""
         self.prompt += share.prompt
         self.error = self.error or share.error
         self.check = worse(self.check, share.check)
+        self.pieces += [piece for piece in share.pieces if piece["token"] == PROMPT]
 
     def take(self, generated: Sequence[bytes] = ()) -> Share:
         """What goes with tokens that were accepted, whose rows are ``generated``; nothing waits any more.
 
         Empty rows were not wanted.
         """
-        share = Share([row for row in generated if row], self.prompt, self.error, self.reply, self.check)
-        self.prompt, self.error, self.check = [], None, None
+        rows = [row for row in generated if row]
+        share = Share(rows, self.prompt, self.error, self.reply, self.check, self.pieces)
+        self.prompt, self.error, self.check, self.pieces = [], None, None, []
         return share
 
 

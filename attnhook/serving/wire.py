@@ -51,7 +51,10 @@ class _Asking(msgspec.Struct):
 
 def pack_options(options: RequestOptions, *, reply: bool = True) -> Packed:
     """Options as text, the same for equal options; without ``reply`` the records go to the sinks only."""
-    return Packed(msgspec.json.encode(_Asking(options, reply), order="deterministic").decode())
+    asking: Any = _Asking(options, reply)
+    if isinstance(options.heads, Mapping):  # by layer: msgspec sorts names that are text only
+        asking = msgspec.to_builtins(asking, str_keys=True)
+    return Packed(msgspec.json.encode(asking, order="deterministic").decode())
 
 
 def foreign(fields: Mapping[str, Any]) -> str | None:
@@ -80,10 +83,12 @@ class Share:
     error: str | None = None
     reply: bool = True  # false: for the sinks only
     check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
+    pieces: list[dict[str, Any]] = field(default_factory=list)  # what a pass adds to the key mass: serving/key_mass.py
+    key_mass: dict[str, Any] | None = None  # all of it, with the last record
 
     def __bool__(self) -> bool:
         """Whether it goes into a reply: it holds something, and is not for the sinks only."""
-        return self.reply and bool(self.generated or self.prompt or self.error)
+        return self.reply and bool(self.generated or self.prompt or self.error or self.key_mass)
 
     def pack(self) -> dict[str, Any]:
         """Plain values, which any serialiser takes."""
@@ -93,14 +98,17 @@ class Share:
             "error": self.error,
             "reply": self.reply,
             "check": self.check,
+            "pieces": self.pieces,
+            "key_mass": self.key_mass,
         }
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> Share:
         """What `pack` made."""
         return cls(
-            list(packed["generated"]), list(packed["prompt"]), packed["error"], packed["reply"], packed.get("check")
-        )
+            list(packed["generated"]), list(packed["prompt"]), packed["error"], packed["reply"], packed.get("check"),
+            list(packed.get("pieces", ())), packed.get("key_mass"),
+        )  # fmt: skip
 
 
 @overload

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnhook.capture.session import Session
+from attnhook.errors import OptionError
 from attnhook.options import CaptureOptions
 from attnhook.plugins import manager as plugins
 from attnhook.record.token_record import TokenRecord
@@ -19,6 +20,13 @@ class Outlet:
         self.options = options
         self.delivery = open_delivery(options, process=True)
         self.session: Session | None = None
+        if self.delivery is not None and options.request.key_mass:
+            self.delivery.close()
+            raise OptionError(
+                "key_mass",
+                f"key_mass={options.request.key_mass!r}: sinks and observers get records, which have no key mass: ask "
+                "for it in capture() (unset ATTNHOOK_KEY_MASS)",
+            )
 
     def start(self) -> None:
         """Listen to every pass, where there is a place for its records."""

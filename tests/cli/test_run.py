@@ -181,6 +181,23 @@ def test_prompt_rows_heads_and_layers(run_tiny):
         assert scores[0] != pytest.approx(scores[3], abs=1e-3), "the heads do the same, so this test shows nothing"
 
 
+def test_chosen_rows_numbers_per_head_and_key_mass(run_tiny):
+    arguments = ("--prompt", "hello", "--rows", "0:1,2:4", "--per-head", "top,lse", "--top-k-per-head", "2")
+    found = run_tiny(*arguments, "--key-mass", "mean", "--heads", '{"0": [1], "-1": [0, 3]}', "--json").json
+    assert [entry["query_position"] for entry in found["prompt_attention_tokens"]] == [0, 2, 3]
+    entries = [*found["prompt_attention_tokens"], *found["attention_tokens"]]
+    assert all(list(entry["layers"]) == ["0", str(LAYERS - 1)] for entry in entries)
+    heads = entries[-1]["layers"]["0"]["heads"]
+    assert list(heads) == ["token_positions", "attention_scores", "lse"] and len(heads["lse"]) == 4
+    assert {entry["rows"] for entry in found["attention_key_mass"]} == {len(entries)}
+    for entry in found["attention_key_mass"]:
+        assert sum(entry["mass"]) == pytest.approx(len(entries), abs=1e-4)
+    shown = run_tiny(*arguments, "--key-mass", "kv_head").out
+    assert f"who got the attention (of {len(entries)} rows, mean over 1 layers)" in shown
+    assert "attention_key_mass" not in run_tiny("--prompt", "hello", "--json").json
+    assert "reaches beyond the prompt" in run_tiny("--prompt", "hello", "--rows", "0:9").err
+
+
 def _scores(entry: dict[str, Any]) -> dict[int, float]:
     layer = entry["layers"][str(LAYERS - 1)]
     return dict(zip(layer["token_positions"], layer["attention_scores"], strict=True))
@@ -302,6 +319,12 @@ EARLY: dict[str, tuple[list[str], list[str]]] = {
     "file is a folder": (["--file", "."], ["--file .", "directory"]),
     "prompt is not text": (["\udcff\udcfe"], ["the prompt '\\udcff\\udcfe' is not UTF-8"]),
     "file is not text": (["--file", "binary"], ["--file binary", "UTF-8"]),
+    "rows": (["--rows", "0-4"], ["--rows='0-4' must be ranges of positions such as 0:4,180:196"]),
+    "rows the wrong way": (["--rows", "4:2"], ["rows", "0 <= start < end"]),
+    "numbers of no head": (["--per-head", "tops"], ["per_head=['tops'] must be a list of spans, fingerprint, sink"]),
+    "positions per head": (["--per-head", "top", "--top-k-per-head", "17"], ["top_k_per_head=17", "1 to 16"]),
+    "key mass": (["--key-mass", "max"], ["key_mass='max' must be one of mean, kv_head"]),
+    "heads by layer": (["--heads", '{"1": 3}'], ["heads={'1': 3}", "or such lists by layer number"]),
     "out in no folder": (["--out", "no/r.jsonl"], ["no/r.jsonl", "does not exist"]),
     "out is a folder": (["--out", "."], ["cannot write .", "folder"]),
     "html in no folder": (["--html", "no/r.html"], ["no/r.html", "does not exist"]),

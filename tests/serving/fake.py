@@ -36,13 +36,13 @@ _ORDER = torch.randperm(PAGES, generator=_seed).tolist()  # in which pages are g
 T = TypeVar("T")
 
 
-def probabilities(tokens: Sequence[int], layer: int) -> torch.Tensor:
+def probabilities(tokens: Sequence[int], layer: int, heads: slice = slice(None)) -> torch.Tensor:
     """[n, n] by the definition: mean over heads of softmax(q k / sqrt(D)), row by row."""
     q = QUERIES[layer, list(tokens)]
     k = KEYS[layer, list(tokens)].repeat_interleave(HEADS // KV_HEADS, dim=1)
     z = SCALE * torch.einsum("qhd,khd->hqk", q, k)
     hidden = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
-    return torch.softmax(z.masked_fill(hidden, -torch.inf), dim=-1).mean(0)
+    return torch.softmax(z.masked_fill(hidden, -torch.inf), dim=-1)[heads].mean(0)
 
 
 @dataclass

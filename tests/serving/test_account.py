@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from attnhook import TokenRecord
 from attnhook.capture.rows import wants_row
 from attnhook.options import RequestOptions
+from attnhook.record.key_mass import KeyMass
 from attnhook.serving.account import ChoiceAccount
 from attnhook.serving.replies import NOTHING_CAME, Attention
 
@@ -66,15 +67,56 @@ CASES: list[tuple[str, RequestOptions, Attention, int, str]] = [
         1,
         "6 rows come before the prompt's last",
     ),
+    (
+        "chosen row missing",
+        RequestOptions(rows=((1, 3), (5, 7))),
+        Attention(generated(0), prompt(1, 2)),
+        1,
+        "attention_rows: 3 chosen rows come before the prompt's last, and [1, 2] are here",
+    ),
+    (
+        "chosen row missing, none generated",
+        RequestOptions(rows=((1, 3),), max_tokens=0),
+        Attention(prompt=prompt(1)),
+        1,
+        "attention_rows: 2 chosen rows come before the prompt's last, and [1] are here",
+    ),
+    (
+        "chosen last row missing",
+        RequestOptions(rows=((6, 7),), max_tokens=0),
+        Attention(),
+        1,
+        NOTHING_CAME,
+    ),
     ("no prompt", RequestOptions(prompt=True), Attention(generated(0)), 1, "and [] are here"),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "came", "tokens", "part"), CASES, ids=[case[0] for case in CASES])
 def test_what_does_not_match_is_told(name: str, options: Any, came: Attention, tokens: int, part: str) -> None:
-    settled = ChoiceAccount(options).settle(came, tokens, finished=True)
+    settled = ChoiceAccount(options, PROMPT).settle(came, tokens, finished=True)
     assert settled.error is not None and part in settled.error
     assert settled.generated == came.generated
+
+
+def test_with_no_rows_of_the_answer_those_of_the_prompt_are_all() -> None:
+    options = RequestOptions(rows=((1, 3),), max_tokens=0)
+    account = ChoiceAccount(options, PROMPT)
+    assert account.settle(Attention(prompt=prompt(1, 2)), 1, finished=False).error is None
+    assert account.settle(Attention(), 5, finished=True).error is None
+
+
+@pytest.mark.parametrize(
+    ("mass", "part"),
+    [(None, "none came with the last record"), (3, "3 rows were added up, and 4 came"), (4, None)],
+)
+def test_the_key_mass_is_of_as_many_rows_as_came(mass: int | None, part: str | None) -> None:
+    account = ChoiceAccount(RequestOptions(rows=((1, 3),), key_mass="mean"), PROMPT)
+    first = Attention(generated(0), prompt(1, 2))
+    assert account.settle(first, 1, finished=False).error is None
+    last = Attention(generated(1), key_mass=None if mass is None else KeyMass({0: np.ones(8)}, mass))
+    error = account.settle(last, 2, finished=True).error
+    assert (error is None) if part is None else (error is not None and part in error)
 
 
 def test_what_is_told_already_is_told_once() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnhook import OptionError, TokenRecord
+from attnhook.capture.rows import prompt_rows
 from attnhook.options import RequestOptions
 from attnhook.record import fingerprint as fp
 from attnhook.serving.budget import REPEATED, check_repeating, check_reply, reply_bytes
@@ -46,7 +47,7 @@ def reply(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
 
     rows = Attention(
         [record(step, prompt - 1 + step) for step in range(0, new, options.stride)][: options.max_tokens],
-        [record(None, position) for position in range(prompt - 1)] if options.prompt else [],
+        [record(None, position) for position in prompt_rows(options, 0, prompt - 1)],
     )
     return len(json.dumps(rows.fields(), ensure_ascii=False, separators=(",", ":")))
 
@@ -63,6 +64,7 @@ CASES: list[tuple[dict[str, Any], int, int, int]] = [
     ({"spans": SPANS, "per_head": ("spans", "fingerprint", "sink", "top", "lse"), "top_k_per_head": 16}, 5, 90, 30),
     ({"per_head": ("top",)}, 5, 90, 30),
     ({"per_head": ("lse",), "top_k": 1}, 5, 90, 30),
+    ({"rows": ((2, 5), (7, 60), (80, 90)), "top_k": 16}, 2, 90, 3),
     ({"per_head": ("spans",), "spans": {"a": (0, 4)}, "top_k": 1}, 5, 90, 3),
 ]
 

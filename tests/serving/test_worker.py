@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,71 @@ def test_prompt_rows_that_came_from_a_cache_are_told() -> None:
     assert [row.query_position for row in records(share.prompt)] == [3, 4]
 
 
+CHOSEN = replace(ALL, rows=((1, 3), (4, 5)))
+
+
+def test_chosen_prompt_rows_come_once_through_pieces_and_again() -> None:
+    request, engine = a_request(options=CHOSEN), Engine()
+    shares = [engine.run((request, 2))["r0"]]
+    request.computed = 0  # preempted: its keys are gone
+    request.pages.clear()
+    shares += [engine.run((request, tokens))["r0"] for tokens in (3, 3, 1)]
+    assert [share.error for share in shares] == [None] * 4
+    prompt = [row for share in shares for row in records(share.prompt)]
+    assert [row.query_position for row in prompt] == [1, 2, 4]
+    for row in prompt:
+        check(request, row)
+
+
+@pytest.mark.parametrize(
+    ("cached", "error", "positions"),
+    [
+        (1, None, [1, 2, 4]),
+        (2, "attention_rows: rows 1 to 1 of the prompt came from a cache and were not computed", [2, 4]),
+        (3, "attention_rows: rows 1 to 2 of the prompt came from a cache and were not computed", [4]),
+    ],
+)
+def test_chosen_rows_that_came_from_a_cache_are_told(cached: int, error: str | None, positions: list[int]) -> None:
+    request, engine = a_request(options=CHOSEN), Engine()
+    warm = Request("warm", request.tokens, 6)
+    engine.run((warm, 4))
+    request.computed, request.pages = cached, [*warm.pages]
+    share = engine.run((request, 6 - cached))["r0"]
+    assert share.error == error
+    assert [row.query_position for row in records(share.prompt)] == positions
+
+
+@pytest.mark.parametrize(("rows", "generated"), [(((1, 3),), []), (((1, 3), (5, 6)), [5])])
+def test_no_row_of_the_answer_but_a_chosen_one_of_the_prompt(
+    rows: tuple[tuple[int, int], ...], generated: list[int]
+) -> None:
+    request = a_request(options=replace(ALL, rows=rows, max_tokens=0))
+    shares = generate(Engine(), request, chunks=(4,))
+    assert [row.query_position for share in shares for row in records(share.prompt)] == [1, 2]
+    assert [row.query_position for share in shares for row in records(share.generated)] == generated
+
+
+def test_chosen_rows_beyond_the_prompt_are_refused() -> None:
+    request, engine = a_request(options=replace(ALL, rows=((4, 7),))), Engine()
+    share = engine.run((request, 6))["r0"]
+    assert share.error is not None and "attention_rows: [4, 7] reaches beyond the prompt" in share.error
+    assert share.generated == []
+
+
+def test_heads_chosen_by_layer_are_those_of_as_many_requests() -> None:
+    by_layer: dict[int, tuple[int, ...]] = {0: (1,), 2: (0, 3), -1: (1,)}
+    request = a_request(options=replace(ALL, layers=(0, 1, 2, 3), heads=by_layer))
+    shares = generate(Engine(), request)
+    for layer, heads in ((0, (1,)), (1, None), (2, (0, 3)), (3, (1,))):
+        alone = a_request(options=RequestOptions(layers=(layer,), top_k=5, heads=heads))
+        for together, single in zip(shares, generate(Engine(), alone), strict=True):
+            (one,), (other,) = records(together.generated), records(single.generated)
+            assert one.layers == (0, 1, 2, 3)
+            assert np.array_equal(one.token_positions[layer], other.token_positions[0])
+            assert np.array_equal(one.attention_scores[layer], other.attention_scores[0])
+            assert np.array_equal(one.fingerprints[layer], other.fingerprints[0])
+
+
 def test_a_mixed_batch_each_its_own() -> None:
     quiet = a_request("quiet", options=None)
     same, twin = a_request("same"), a_request("twin")
@@ -127,6 +193,8 @@ def test_an_output_that_is_none_of_the_formula_is_refused() -> None:
     [
         (RequestOptions(layers=(7,)), "attention_layers"),
         (RequestOptions(heads=(HEADS,)), "attention_heads"),
+        (RequestOptions(layers=(1,), heads={2: (0,)}), "attention_heads: layer 2 is not captured"),
+        (RequestOptions(layers=(1,), heads={1: (HEADS,)}), f"attention_heads: head {HEADS} of layer 1 does not exist"),
     ],
 )
 def test_a_layer_or_head_that_is_not_there_concerns_one_request(options: RequestOptions, error: str) -> None:
@@ -250,7 +318,8 @@ def test_more_rows_than_a_graph_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_together_give_the_records_of_one(size: int, stages: int) -> None:
     def work(engine: Engine) -> dict[str, Share]:
         one = a_request("one", options=replace(ALL, spans={"start": (0, 3)}))
-        two = a_request("two", options=RequestOptions(layers=(1, 2), heads=(0, 3), top_k=3, prompt=True))
+        by_layer = {1: (0, 3), 2: (3,)}
+        two = a_request("two", options=RequestOptions(layers=(1, 2), heads=by_layer, top_k=3, rows=((0, 3), (4, 5))))
         shares = engine.run((one, 6), (two, 4))
         later = engine.run((one, 1), (two, 2))
         return {**{f"{name} first": share for name, share in shares.items()}, **later}

@@ -70,8 +70,9 @@ def _version() -> str | None:
 
 
 front_end = FrontEnd(
-    "sglang", _version, served_model, ("/v1/chat/completions", "/v1/completions", GENERATE, "/invocations")
-)
+    "sglang", _version, served_model, ("/v1/chat/completions", "/v1/completions", GENERATE, "/invocations"),
+    key_mass=True,
+)  # fmt: skip
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Reader:
                 # counted here: with streams, completion_tokens may be behind the tokens that a result has by now
                 count = len(result["output_ids"])
                 tokens = self._tokens[index] = count + (self._tokens.get(index, 0) if self.incremental else 0)
-                account = self._accounts.setdefault(index, ChoiceAccount(options))
+                account = self._accounts.setdefault(index, ChoiceAccount(options, meta.get("prompt_tokens")))
                 new = account.settle(new, tokens, finished=meta.get("finish_reason") is not None)
         except Exception as error:
             logger.exception("attention of one request is lost")

@@ -6,6 +6,9 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnhook.capture.rows import wants_prompt
+from attnhook.options import RequestOptions
+from attnhook.serving.key_mass import Gathered, Piece
 from attnhook.serving.plan import Model
 from attnhook.serving.waiting import Waiting
 from attnhook.serving.wire import KEY, unpack_options
@@ -16,10 +19,10 @@ class Asking:
     """A request that asks."""
 
     packed: str
-    prompt: bool  # prompt rows too
+    options: RequestOptions
     prompt_end: int  # position of the prompt's last token
-    mask_prefix: int
     waiting: Waiting
+    gathered: Gathered | None = None  # where the options ask for key mass
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Row:
     # from another pipeline stage only: what waits for the token there
     prompt_rows: list[bytes] = field(default_factory=list)
     error: str | None = None
+    pieces: list[Piece] = field(default_factory=list)  # for the key mass: of this row; from another stage of all
 
 
 def asking_of(req: Any, model: Model | None) -> Asking | None:
@@ -45,9 +49,13 @@ def asking_of(req: Any, model: Model | None) -> Asking | None:
             return None
         options, reply = unpack_options(packed)
         known = req._attnhook = Asking(
-            packed, options.prompt, len(req.origin_input_ids) - 1, options.mask_prefix, Waiting(reply)
+            packed,
+            options,
+            len(req.origin_input_ids) - 1,
+            Waiting(reply),
+            Gathered(options) if options.key_mass else None,
         )
-        if options.prompt and model is not None:
+        if wants_prompt(options) and model is not None:
             model.forget([req.rid])
             weakref.finalize(req, model.forget, [req.rid]).atexit = False
     return known

@@ -38,6 +38,11 @@ def _collect(req: Any, logits: Any) -> None:
     rows: dict[str, Row] = getattr(logits, "attnhook", None) or {}
     token = len(req.output_ids) - 1
     share = _share(ask, rows.get(req.rid), token)
+    if ask.gathered is not None:
+        ask.gathered.add(share.pieces, tokens=1)
+        share.pieces = []
+        if req.finished():
+            share.key_mass = ask.gathered.leave()
     if share.generated:
         share.generated = mark_phases(share.generated, [phase_of_last(req, reasoning_parser())])
     if share.reply:
@@ -47,7 +52,7 @@ def _collect(req: Any, logits: Any) -> None:
         elements = req.customized_info.setdefault(KEY, [])
         elements += [None] * (token - len(elements))
         elements.append(share.pack() if share else None)
-    publish(share, lambda: _token_at(req), lambda: ask.mask_prefix)
+    publish(share, lambda: _token_at(req), lambda: ask.options.mask_prefix)
 
 
 def _token_at(req: Any) -> Lookup:
@@ -67,4 +72,6 @@ def _share(ask: Asking, row: Row | None, token: int) -> Share:
     strange = row.position - ask.prompt_end != token
     error = f"the row at position {row.position} is not that of token {token}" if strange else None
     waiting.add(Share(prompt=row.prompt_rows, error=row.error or error, check=None if strange else row.check))
-    return waiting.take([] if strange else [row.data])
+    share = waiting.take([] if strange else [row.data])
+    share.pieces += row.pieces
+    return share

@@ -16,8 +16,10 @@ from attnhook.backends.sglang import older, refusals
 from attnhook.backends.sglang.adapter import Call, Pass, SglangAdapter
 from attnhook.backends.sglang.layers import computing, live_backends
 from attnhook.backends.sglang.requests import Row, asking_of
+from attnhook.capture.rows import prompt_ranges, wants_prompt
 from attnhook.plugins.patching import objects
 from attnhook.serving.guard import safely
+from attnhook.serving.key_mass import PROMPT
 from attnhook.serving.plan import Model
 from attnhook.serving.reduction import warm_up
 from attnhook.serving.wire import Share
@@ -67,9 +69,11 @@ class _Scheduler:
             if computed is not None and computed.sampled:
                 data = share.generated[-1] if share.generated else b""
                 row = rows[req.rid] = Row(computed.first + computed.tokens - 1, data, check)
+                row.pieces = [piece for piece in share.pieces if piece["token"] != PROMPT]
                 if self.worker.model.ranks.stage_count > 1:
                     waited = ask.waiting.take()
                     row.prompt_rows, row.error = waited.prompt, waited.error
+                    row.pieces += waited.pieces
         if rows:
             output.logits_output.attnhook = rows
 
@@ -190,10 +194,11 @@ def _reusable(req: Any) -> int | None:
     """How many cached tokens a request may reuse; None for any number."""
     model = served()
     ask = asking_of(req, model)
-    if ask is None or not ask.prompt or model is None:
+    if ask is None or model is None or not wants_prompt(ask.options):
         return None
-    seen = model.prompt_rows.get(req.rid, 0)
-    return None if seen >= ask.prompt_end else seen
+    # rows that are not wanted may come from the cache, up to the first that is
+    to_come = prompt_ranges(ask.options, model.prompt_rows.get(req.rid, 0), ask.prompt_end)
+    return to_come[0].start if to_come else None
 
 
 @contextmanager

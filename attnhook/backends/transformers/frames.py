@@ -7,7 +7,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attnhook.backends.transformers import places, reasons, virtual
@@ -18,8 +18,8 @@ from attnhook.backends.transformers.tokens import History
 from attnhook.capture.rows import Row, over_limit, wants_row
 from attnhook.capture.session import Session
 from attnhook.capture.step import StepCapture
-from attnhook.errors import UnsupportedError
-from attnhook.options import check_heads, resolve_layers
+from attnhook.errors import OptionError, UnsupportedError
+from attnhook.options import check_heads, check_rows, resolve_choice
 from attnhook.record import tokens
 from attnhook.record.token_record import TokenRecord
 
@@ -239,20 +239,36 @@ class Frame:
         whole = (*self.outer, self)[0].model
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise reasons.encoder_decoder(whole)
-        layers = resolve_layers(session.options.layers, attention_layers(self.model))
-        check_heads(session.options.heads, heads)
+        options = session.options
+        layers, chosen = resolve_choice(options.layers, options.heads, attention_layers(self.model))
+        check_heads(chosen, heads)
+        options = options if chosen is options.heads else replace(options, heads=chosen)
         rows = self.rows(batch, q_len, mask)
         self.accounted.add(session)
         cut = sum(over_limit(session.options, row.decode_step) for row, _ in rows)
         if cut:
             limit = session.options.max_tokens
             session.drop("max_tokens", cut, f"more than max_tokens={limit} generated rows; raise max_tokens")
-        wanted = [row for row, _ in rows if wants_row(session.options, row.decode_step)]
+        if options.rows:
+            self._check_rows(options.rows)
+        wanted = [row for row, _ in rows if wants_row(options, row.decode_step, row.position)]
         return (
-            StepCapture(wanted, layers, session.options, model_name(self.model), hidden=bool(self.virtual))
-            if wanted
-            else None
+            StepCapture(wanted, layers, options, model_name(self.model), hidden=bool(self.virtual)) if wanted else None
         )
+
+    def _check_rows(self, rows: tuple[tuple[int, int], ...]) -> None:
+        """Raise OptionError where chosen rows lie beyond the prompt of a sequence of this pass."""
+        begins, run = self._starts, self.run
+        if run is not None and run.prompt_length is not None:
+            check_rows(rows, run.prompt_length - max(begins))
+        elif self.past <= self.virtual:
+            # a loop of one's own does not tell how long its prompt is, so that the first pass has to bring all of it
+            try:
+                check_rows(rows, self.past + self.q_len - max(begins))
+            except OptionError as error:
+                raise OptionError(
+                    error.field, f"{error}; in a decoding loop of your own the prompt is what the first pass computes"
+                ) from None
 
     def query_index(self, step: StepCapture) -> list[int]:
         """Index among its sequence's queries of each row of ``step``."""

@@ -348,7 +348,10 @@ def _finish(frame: Frame, output: Any) -> None:
             records: Sequence[TokenRecord] = step.records(session.drop)
             if session.tokens:
                 records = frame.with_tokens(records, step)
+            added = step.key_mass()
         except Exception as error:
             refuse(session, error, len(step.rows))
         else:
             session.deliver(records)
+            if session.key_sums is not None:
+                session.key_sums.add(added, session.drop)

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnhook.backends.transformers import bos, default_model
 from attnhook.errors import AttnhookError, OptionError, needs, require
-from attnhook.options import LayerSpec, check_heads, resolve_layers
+from attnhook.options import Heads, LayerSpec, check_heads, resolve_choice
 
 WHAT = "a model in this process"  # what needs the extra
 
@@ -72,13 +72,13 @@ class Limits:
     heads: int | None  # query heads of the layer that has most
     context: int | None  # tokens of prompt and answer
 
-    def check(self, layers: LayerSpec, heads: tuple[int, ...] | None, max_new_tokens: int) -> None:
+    def check(self, layers: LayerSpec, heads: Heads, max_new_tokens: int) -> None:
         """Raise OptionError for what this model cannot have, whatever its weights are.
 
         A layer without attention, or a head of a layer that has fewer, only shows when the model runs.
         """
         if isinstance(layers, tuple) and self.layers is not None:
-            resolve_layers(layers, range(self.layers), "--layers")
+            resolve_choice(layers, heads, range(self.layers), ("--layers", "--heads"))
         if self.heads is not None:
             check_heads(heads, self.heads, "--heads")
         if self.context is not None and max_new_tokens >= self.context:

@@ -155,6 +155,7 @@ def answer(
         records=list(records),
         zones=without_sink(records, SINK),
         dropped=dict(records.dropped),
+        key_mass=next(iter(records.key_mass.values()), None),
     )
 
 

@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 from attnhook.backends.vllm.refusing import client_error
+from attnhook.capture.rows import wants_prompt
 from attnhook.errors import OptionError
 from attnhook.options import RequestOptions
 from attnhook.serving.frontend import FrontEnd, ServedModel
@@ -68,7 +69,9 @@ def _version() -> str | None:
     return VllmBackend().version()
 
 
-front_end = FrontEnd("vllm", _version, served_model, ("/v1/chat/completions", "/v1/completions", "/invocations"))
+front_end = FrontEnd(
+    "vllm", _version, served_model, ("/v1/chat/completions", "/v1/completions", "/invocations"), key_mass=True
+)
 
 
 class Admitted(NamedTuple):
@@ -157,7 +160,7 @@ def _refuse_to_ask(request: Any) -> None:
 def mark(params: Any, options: RequestOptions, *, reply: bool = True) -> None:
     """Ask for capture in SamplingParams; without ``reply`` for the sinks only."""
     params.extra_args = {**(params.extra_args or {}), KEY: pack_options(options, reply=reply)}
-    if options.prompt:
+    if wants_prompt(options):
         params.skip_reading_prefix_cache = True  # a cached row is not computed, so it could not be captured
 
 

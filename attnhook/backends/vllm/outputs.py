@@ -51,7 +51,8 @@ def wrap_add_request(original: Original) -> Original:
         if packed is not None and state is not None and _kept(state) is None:
             options, reply = unpack_options(packed)
             if reply:
-                state._attnhook = _Kept(ChoiceAccount(options))
+                prompt = request.prompt_token_ids
+                state._attnhook = _Kept(ChoiceAccount(options, None if prompt is None else len(prompt)))
         return result
 
     return add_request
@@ -110,6 +111,7 @@ def _put(output: Any, attention: Attention) -> None:
     output.prompt_attention_tokens = attention.prompt
     output.attention_error = attention.error
     output.attention_self_check = attention.check
+    output.attention_key_mass = attention.key_mass
 
 
 def _of(output: Any) -> Attention:
@@ -118,6 +120,7 @@ def _of(output: Any) -> Attention:
         getattr(output, "prompt_attention_tokens", []),
         getattr(output, "attention_error", None),
         getattr(output, "attention_self_check", None),
+        getattr(output, "attention_key_mass", None),
     )
 
 

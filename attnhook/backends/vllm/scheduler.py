@@ -8,10 +8,12 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from attnhook.backends.vllm.stops import Stops
+from attnhook.options import RequestOptions
 from attnhook.plugins.patching import objects
 from attnhook.record import tokens
 from attnhook.record.tokens import Lookup
 from attnhook.serving.guard import safely
+from attnhook.serving.key_mass import PROMPT, Gathered
 from attnhook.serving.waiting import Waiting, publish
 from attnhook.serving.wire import KEY, Share, unpack_options
 from attnhook.sinks import outlet
@@ -26,6 +28,7 @@ class _Core:
 
     def __init__(self) -> None:
         self.waiting: dict[str, Waiting] = {}
+        self.masses: dict[str, Gathered] = {}  # of requests that ask for key mass
         self.stops = Stops()
 
 
@@ -93,13 +96,35 @@ def _forward(
             # of speculated tokens only those that were accepted, of stopped ones only those before the stop
             request = requests.get(output.request_id)
             rows = now[output.request_id].generated if output.request_id in now else []
-            share = kept.take(rows[: core.stops.kept(output, request)])
+            staying = core.stops.kept(output, request)
+            share = kept.take(rows[:staying])
+            if request is not None:
+                _add_key_mass(core, output, request, share, now.get(output.request_id), staying)
             if share:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: share.pack()}
             _publish(share, request)
     core.stops.forget(scheduler.requests)
-    for name in [name for name in core.waiting if name not in scheduler.requests]:
-        del core.waiting[name]
+    for names in (core.waiting, core.masses):
+        for name in [name for name in names if name not in scheduler.requests]:
+            del names[name]
+
+
+def _add_key_mass(core: _Core, output: Any, request: Any, share: Share, now: Share | None, staying: int) -> None:
+    """Add what stays of a step to its request's key mass, which leaves with the last token."""
+    options = _options(request.sampling_params.extra_args[KEY])
+    if not options.key_mass:
+        return
+    name = output.request_id
+    gathered = core.masses.get(name)
+    if gathered is None:
+        gathered = core.masses[name] = Gathered(options)
+    gathered.add(share.pieces, staying)
+    if now is not None:
+        gathered.add([piece for piece in now.pieces if piece["token"] != PROMPT], staying)
+    share.pieces = []
+    if output.finish_reason is not None or core.stops.stopped(name):
+        share.key_mass = gathered.leave()
+        del core.masses[name]
 
 
 def _publish(share: Share, request: Any) -> None:
@@ -113,9 +138,9 @@ def _publish(share: Share, request: Any) -> None:
         hidden = request.num_prompt_tokens if request.prompt_embeds is not None else 0
         return tokens.sequence(request.all_token_ids, hidden=hidden)
 
-    publish(share, token_at, lambda: _mask_prefix(request.sampling_params.extra_args[KEY]))
+    publish(share, token_at, lambda: _options(request.sampling_params.extra_args[KEY]).mask_prefix)
 
 
 @lru_cache(maxsize=256)
-def _mask_prefix(packed: str) -> int:
-    return unpack_options(packed)[0].mask_prefix
+def _options(packed: str) -> RequestOptions:
+    return unpack_options(packed)[0]

@@ -27,7 +27,7 @@ class StopFollower:
         )
         self._text: Any = IncrementalDetokenizer.from_new_request(tokenizer, facts)
         self._fed = 0  # tokens that the request had
-        self._stopped = False
+        self.stopped = False
 
     def kept(self, new: list[int], tokens: int, before: list[int], *, ended: bool) -> int:
         """How many of the newly accepted tokens stay.
@@ -41,10 +41,10 @@ class StopFollower:
         return self._feed(list(new), ended=ended)
 
     def _feed(self, new: list[int], *, ended: bool) -> int:
-        if self._stopped:
+        if self.stopped:
             return 0
         had = len(self._text.output_token_ids)
-        self._stopped = self._text.update(new, ended) is not None
+        self.stopped = self._text.update(new, ended) is not None
         return min(len(new), len(self._text.output_token_ids) - had)
 
 
@@ -70,6 +70,11 @@ class Stops:
         generated = list(request.output_token_ids)
         ended = output.finish_reason is not None and output.finish_reason.name == "STOP"
         return follower.kept(new, len(generated), generated, ended=ended)
+
+    def stopped(self, name: str) -> bool:
+        """Whether a request's text has met a stop string: the front end ends it then."""
+        follower = self._followers.get(name)
+        return follower is not None and follower.stopped
 
     def forget(self, alive: Any) -> None:
         """Drop those of requests that ended."""

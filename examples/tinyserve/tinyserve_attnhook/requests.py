@@ -85,7 +85,7 @@ def wrap_submit(original: Callable[..., None]) -> Callable[..., None]:
             options = everything
         reply = asked is not None
         request.extra[KEY] = str(pack_options(options, reply=reply))
-        request.attnhook = _asking[request.id] = Asking(options, reply, ChoiceAccount(options))
+        request.attnhook = _asking[request.id] = Asking(options, reply, ChoiceAccount(options, len(request.prompt)))
         return original(self, request)
 
     return submit

@@ -13,7 +13,7 @@ from attnhook.sinks.jsonl import read_jsonl
 from tests import oracle
 from tests.backends.sglang.engine import check, needs_sglang, offline
 from tests.backends.token_ids import check_line
-from tests.backends.vllm.engine import ALL, OF_HEADS, from_entry
+from tests.backends.vllm.engine import ALL, KEYS, OF_HEADS, from_entry
 from tests.helpers import tiny_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_sglang]
@@ -26,7 +26,7 @@ def prompts(tokenizer: Any, long_text: str) -> list[list[int]]:
 
 
 def sampling(new: int, asks: bool = True, **fields: Any) -> dict[str, Any]:
-    custom = {"custom_params": {**ALL, **fields}} if asks else {}
+    custom = {"custom_params": {**ALL, **KEYS, **fields}} if asks else {}
     return {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True, **custom}
 
 
@@ -35,7 +35,8 @@ def whole(smol: Any, ids: list[int], result: dict[str, Any], **options: Any) -> 
     assert meta.get("attention_error") is None
     generated = [from_entry(entry) for entry in meta["attention_tokens"]]
     prompt = [from_entry(entry) for entry in meta.get("prompt_attention_tokens", [])]
-    return check(smol, ids, result["output_ids"], generated, prompt, **options)
+    mass = meta["attention_key_mass"]
+    return check(smol, ids, result["output_ids"], generated, prompt, key_mass=mass, **options)
 
 
 def test_chunks_mixed_batches_pages_and_retraction(
@@ -64,7 +65,8 @@ def test_chunks_mixed_batches_pages_and_retraction(
     for result in found[1:]:
         assert result["meta_info"]["cached_tokens"] >= 300
         generated = [from_entry(entry) for entry in result["meta_info"]["attention_tokens"]]
-        print("cached", check(smol, prompts[3], result["output_ids"], generated))
+        mass = result["meta_info"]["attention_key_mass"]
+        print("cached", check(smol, prompts[3], result["output_ids"], generated, key_mass=mass))
     # a sink that asks has the ids of each request's own tokens, the replies have none
     lines = list(read_jsonl(tmp_path / "ids.jsonl"))
     requests = [*zip(prompts[:4], results, strict=False), *((prompts[3], result) for result in found[1:])]
@@ -89,9 +91,19 @@ def test_tensor_parallel_ranks_with_overlap(
         {"input_ids": prompts[0], "sampling_params": sampling(3, attention_self_check=True)},
         {"input_ids": prompts[0], "sampling_params": sampling(3, attention_prompt=False, **fields)},
         {"input_ids": prompts[1], "sampling_params": sampling(3, **OF_HEADS)},
+        {
+            "input_ids": prompts[1],
+            "sampling_params": sampling(
+                3,
+                attention_prompt=False,
+                attention_rows=[[30, 34], [50, 51]],
+                attention_layers=[5, 12, -1],
+                attention_heads={"-1": [0], "12": [5, 3]},
+            ),
+        },
     ]
     environ = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
-    results, checked, some, told = offline(tmp_path, smol_path, batches, tp_size=3, environ=environ)
+    results, checked, some, told, chosen = offline(tmp_path, smol_path, batches, tp_size=3, environ=environ)
     for ids, result in zip(prompts, results, strict=True):
         print(len(ids), whole(smol, ids, result))
     assert checked["meta_info"]["attention_self_check"]["max_error"] < 1e-4
@@ -103,6 +115,13 @@ def test_tensor_parallel_ranks_with_overlap(
     entries = [*told["meta_info"]["prompt_attention_tokens"], *told["meta_info"]["attention_tokens"]]
     rows = [from_entry(entry) for entry in entries]
     oracle.check_heads(smol, [*prompts[1], *told["output_ids"]][:-1], rows, top_k=4, heads=range(9))
+    # chosen rows of the prompt, whose others come from the cache, and of each layer other heads
+    meta = chosen["meta_info"]
+    rows = [from_entry(entry) for entry in (*meta["prompt_attention_tokens"], *meta["attention_tokens"])]
+    assert meta.get("attention_error") is None and 0 < meta["cached_tokens"] <= 30
+    assert [r.query_position for r in rows] == [30, 31, 32, 33, 50, 62, 63, 64]
+    ids = [*prompts[1], *chosen["output_ids"]][:-1]
+    oracle.check_heads_by_layer(smol, ids, rows, {12: (3, 5), 29: (0,)}, top_k=8)
 
 
 def test_pipeline_stages(tmp_path: Path) -> None:

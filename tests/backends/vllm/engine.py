@@ -15,6 +15,7 @@ import torch
 
 from attnhook import TokenRecord
 from attnhook.record.entry_heads import read_heads
+from attnhook.record.key_mass import KeyMass
 from tests import oracle
 from tests.backends.forking import Ready
 from tests.backends.servers import Server, free_port, run, running
@@ -30,6 +31,10 @@ OF_HEADS = {
     "attention_top_k_per_head": 4,
     "attention_spans": {name: list(span) for name, span in oracle.SPANS.items() if span[0] < 100},
 }
+#: Some rows of the prompt too.
+CHOSEN = {"attention_spans": {"head": [0, 5]}, "attention_rows": ["head", [30, 34]]}
+#: How much attention each key has got.
+KEYS = {"attention_key_mass": "mean"}
 #: Everything on, so that a request shows every layer and row.
 ALL = {"return_attention_tokens": True, "attention_layers": "all", "top_k_attention": 8, "attention_prompt": True}
 
@@ -152,6 +157,7 @@ def from_entry(entry: dict[str, Any], **names: Any) -> TokenRecord:
 def check(
     smol: Any, prompt: Sequence[int], output: Sequence[int], generated: Sequence[TokenRecord],
     prompt_rows: Sequence[TokenRecord] | None = None, *, top_k: int = 8, layers: int = 30,
+    key_mass: Sequence[dict[str, Any]] | None = None,
 ) -> oracle.Worst:  # fmt: skip
     """Every row of one request against Transformers' eager attention on the same token ids."""
     ids = torch.tensor([[*prompt, *output][:-1]])
@@ -167,6 +173,8 @@ def check(
     worst = oracle.compare(rows, attention, top_k=top_k)
     assert worst.rows == layers * len(rows)
     oracle.check(worst)
+    if key_mass is not None:
+        oracle.check_key_mass(attention, KeyMass.from_list(key_mass), rows)
     return worst
 
 

@@ -99,6 +99,7 @@ def adapter(request: dict[str, Any]) -> Any:
 
 
 def choice(output: Any) -> dict[str, Any]:
+    mass = getattr(output, "attention_key_mass", None)
     return {
         "ids": list(output.token_ids),
         "logprobs": None if output.logprobs is None else [
@@ -109,6 +110,7 @@ def choice(output: Any) -> dict[str, Any]:
         "prompt": [record.to_bytes().hex() for record in getattr(output, "prompt_attention_tokens", [])],
         "error": getattr(output, "attention_error", None),
         "check": getattr(output, "attention_self_check", None),
+        "key_mass": None if mass is None else mass.to_list(),
     }  # fmt: skip
 
 

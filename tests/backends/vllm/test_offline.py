@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from attnhook.record.key_mass import KeyMass
 from attnhook.sinks.jsonl import read_jsonl
 from tests import oracle
 from tests.backends.token_ids import check_line
-from tests.backends.vllm.engine import ALL, OF_HEADS, check, needs_vllm, offline, records
+from tests.backends.vllm.engine import ALL, CHOSEN, KEYS, OF_HEADS, check, needs_vllm, offline, records
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
 
@@ -22,14 +24,13 @@ def prompts(tokenizer: Any, long_text: str) -> list[list[int]]:
 
 
 def ask(ids: list[int], new: int = 8, **fields: Any) -> dict[str, Any]:
-    return {"ids": ids, "sampling": {"max_tokens": new, "ignore_eos": True}, "fields": {**ALL, **fields}}
+    return {"ids": ids, "sampling": {"max_tokens": new, "ignore_eos": True}, "fields": {**ALL, **KEYS, **fields}}
 
 
 def whole(smol: Any, request: dict[str, Any], choice: dict[str, Any], **options: Any) -> Any:
-    assert choice["error"] is None
-    return check(
-        smol, request["ids"], choice["ids"], records(choice["generated"]), records(choice["prompt"]), **options
-    )
+    assert choice["error"] is None and bool(choice["key_mass"]) == bool(request["fields"].get("attention_key_mass"))
+    rows = records(choice["generated"]), records(choice["prompt"])
+    return check(smol, request["ids"], choice["ids"], *rows, key_mass=choice["key_mass"], **options)
 
 
 def asking_sink(folder: Path) -> dict[str, str]:
@@ -86,11 +87,12 @@ def test_batches_prefix_hits_and_choices(smol: Any, smol_path: str, prompts: lis
     for reply in again:
         choice = reply["choices"][0]
         assert choice["error"] is None and not choice["prompt"]
-        check(smol, prompts[3], choice["ids"], records(choice["generated"]), top_k=32)
+        check(smol, prompts[3], choice["ids"], records(choice["generated"]), top_k=32, key_mass=choice["key_mass"])
 
 
 def test_chunked_prefill_and_preemption(smol: Any, smol_path: str, prompts: list[list[int]], tmp_path: Path) -> None:
     requests = [ask(p, new=40) for p in (prompts[4], prompts[1], prompts[0], prompts[4][5:])]
+    requests[3]["fields"] |= {"attention_prompt": False, "attention_rows": [[50, 70], [90, 115]]}
     result = offline(
         tmp_path, smol_path, requests,
         max_num_batched_tokens=64, enable_chunked_prefill=True, block_size=32, num_gpu_blocks_override=14,
@@ -98,8 +100,16 @@ def test_chunked_prefill_and_preemption(smol: Any, smol_path: str, prompts: list
     )  # fmt: skip
     check_ids(tmp_path, requests, result["replies"])
     assert result["preempted"], "no request was preempted, so this shows nothing"
-    for request, reply in zip(requests, result["replies"], strict=True):
-        print(len(request["ids"]), whole(smol, request, reply["choices"][0]))
+    *replies, last = [reply["choices"][0] for reply in result["replies"]]
+    for request, choice in zip(requests, replies, strict=False):
+        print(len(request["ids"]), whole(smol, request, choice))
+    before, after = records(last["prompt"]), records(last["generated"])
+    assert last["error"] is None
+    assert [r.query_position for r in before] == [*range(50, 70), *range(90, 114)]  # the last gives the first token
+    attention = oracle.eager_attention(smol, torch.tensor([[*requests[3]["ids"], *last["ids"]][:-1]]))
+    oracle.check(oracle.compare([*before, *after], attention, top_k=8))
+    assert len(after) == 40
+    oracle.check_key_mass(attention, KeyMass.from_list(last["key_mass"]), [*before, *after])
 
 
 def test_speculated_tokens(smol: Any, smol_path: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -146,7 +156,11 @@ def test_strides_limits_modes_heads_and_spans(
         {**base, "attention_mode": "fingerprint"},
         {**base, "attention_heads": [1, 5], "attention_spans": {"head": [0, 5]}, "attention_mask_prefix": 3},
         {**ALL, **OF_HEADS},
-    ]
+        {
+            **base, **CHOSEN, "top_k_attention": 8, "attention_layers": [5, 12, -1],
+            "attention_heads": {"-1": [0], "12": [5, 3]},
+        },
+    ]  # fmt: skip
     requests = [{**ask(prompts[0], new=7), "fields": fields} for fields in asked]
     result = offline(tmp_path, smol_path, requests, uninstall=True)
     replies = result["replies"]
@@ -162,6 +176,13 @@ def test_strides_limits_modes_heads_and_spans(
     rows = [*records(choice["prompt"]), *records(choice["generated"])]
     oracle.check_heads(smol, [*prompts[0], *choice["ids"]][:-1], rows, top_k=4, heads=range(9))
     whole(smol, requests[4], choice)
+    # chosen rows of the prompt, and of each layer other heads
+    choice = replies[5]["choices"][0]
+    before, after = records(choice["prompt"]), records(choice["generated"])
+    assert choice["error"] is None and [r.query_position for r in before] == [0, 1, 2, 3, 4, 30, 31, 32, 33]
+    assert [r.query_position for r in after] == list(range(36, 43))
+    ids = [*prompts[0], *choice["ids"]][:-1]
+    oracle.check_heads_by_layer(smol, ids, [*before, *after], {12: (3, 5), 29: (0,)}, top_k=8)
     assert all(reply["choices"][0]["ids"] == replies[0]["choices"][0]["ids"] for reply in replies)
     # and nothing of ours is left in the engine after uninstall(), which generates on
     assert result["left"] == []

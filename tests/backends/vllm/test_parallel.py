@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests import oracle
-from tests.backends.vllm.engine import ALL, OF_HEADS, Server, check, needs_vllm, serve
+from tests.backends.vllm.engine import ALL, KEYS, OF_HEADS, Server, check, needs_vllm, serve
 from tests.backends.vllm.test_server import FAULT, chat, entries_of, message, rows
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
@@ -27,12 +27,13 @@ def check_crowd(client: Any, smol: Any) -> None:
     """Several at once, with and without prompt rows, whole and streamed."""
     texts = ["Name a colour.", "A long shared beginning. " * 30, "Say hello to the machine.", "One, two, three"]
     with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda text: chat(client, text, **ALL), texts))
+        replies = list(pool.map(lambda text: chat(client, text, **ALL, **KEYS), texts))
     for reply in replies:
         choice = reply.choices[0]
         assert not hasattr(choice, "attention_error"), choice.attention_error
         generated, prompt = rows(choice.attention_tokens), rows(choice.prompt_attention_tokens)
-        print(check(smol, reply.prompt_token_ids, choice.token_ids, generated, prompt))
+        mass = choice.attention_key_mass
+        print(check(smol, reply.prompt_token_ids, choice.token_ids, generated, prompt, key_mass=mass))
     alone = chat(client, texts[0], **ALL).choices[0]  # in a batch rounding differs
     extra = {"return_token_ids": True, "ignore_eos": True, **ALL}
     chunks = client.chat.completions.create(
@@ -55,6 +56,8 @@ def test_tensor_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> Non
             alone = chat(client, **{**ALL, "attention_heads": [heads[0]]}).choices[0]
             assert (choice.attention_tokens == alone.attention_tokens) == (len(heads) == 1)
             assert not hasattr(choice, "attention_error")
+        refused = chat(client, **{**ALL, "attention_key_mass": "kv_head"}).choices[0]
+        assert "key_mass='kv_head' with tensor parallelism" in refused.attention_error
         # what each rank tells of its own heads
         reply = chat(client, **{**ALL, **OF_HEADS})
         (choice,) = reply.choices

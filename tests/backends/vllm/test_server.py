@@ -15,7 +15,17 @@ from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
 from tests.backends.servers import run
 from tests.backends.token_ids import check_sinks
-from tests.backends.vllm.engine import ALL, Server, check, engine_environment, from_entry, needs_vllm, ready_for, serve
+from tests.backends.vllm.engine import (
+    ALL,
+    KEYS,
+    Server,
+    check,
+    engine_environment,
+    from_entry,
+    needs_vllm,
+    ready_for,
+    serve,
+)
 from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, needs_vllm]
@@ -65,10 +75,11 @@ def entries_of(choices: list[Any], name: str = "attention_tokens") -> list[dict[
 
 
 def test_a_chat_reply(client: Any, smol: Any) -> None:
-    reply = chat(client, **ALL)
+    reply = chat(client, **ALL, **KEYS)
     choice = reply.choices[0]
     entries, prompt = choice.attention_tokens, choice.prompt_attention_tokens
-    print(check(smol, reply.prompt_token_ids, choice.token_ids, rows(entries), rows(prompt)))
+    mass = choice.attention_key_mass
+    print(check(smol, reply.prompt_token_ids, choice.token_ids, rows(entries), rows(prompt), key_mass=mass))
     entry = entries[0]
     assert entry["schema_version"] == 1 and entry["mode"] == "raw" and entry["think_phase"] == "output"
     assert entry["manifold"] and len(entry["fingerprint"]) == 20
@@ -81,7 +92,7 @@ def test_a_chat_reply(client: Any, smol: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [ALL, {**ASK, "attention_layers": [3, 20], "top_k_attention": 4, "stream_interval": 3}]
+    "extra", [{**ALL, **KEYS}, {**ASK, "attention_layers": [3, 20], "top_k_attention": 4, "stream_interval": 3}]
 )
 def test_streams_equal_replies(client: Any, extra: dict[str, Any]) -> None:
     whole = chat(client, new=9, **extra).choices[0]
@@ -98,6 +109,9 @@ def test_streams_equal_replies(client: Any, extra: dict[str, Any]) -> None:
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert entries_of(choices) == whole.attention_tokens
     assert entries_of(choices, "prompt_attention_tokens") == getattr(whole, "prompt_attention_tokens", [])
+    # with the last chunk that has tokens
+    masses = [choice.attention_key_mass for choice in choices if hasattr(choice, "attention_key_mass")]
+    assert masses == ([whole.attention_key_mass] if "attention_key_mass" in extra else [])
     for choice in choices:  # each chunk brings the entries of its own tokens
         assert len(getattr(choice, "attention_tokens", [])) == len(getattr(choice, "token_ids", None) or [])
 
