@@ -30,6 +30,9 @@ PER_HEAD = ("spans", "fingerprint", "sink", "top", "lse")
 #: Of which heads the attention is summed up by key: the mean over the selected ones, or over those of each kv head.
 KEY_MASS = ("mean", "kv_head")
 
+#: How arrays of a reply are written: as lists of numbers, or in base64.
+ENCODINGS = ("float", "base64")
+
 TOP_K_MAX = 256
 KERNELS = ("compiled", "naive", "torch", "triton")
 _AUTO_LAYERS = 4
@@ -66,6 +69,7 @@ class RequestOptions:
     per_head: tuple[str, ...] = ()  # of `PER_HEAD`: told of every query head too, in every captured layer
     top_k_per_head: int = 1  # positions of each head, where "top" is told
     key_mass: str | None = None  # of `KEY_MASS`: sums of the captured rows' attention by key; None: none
+    encoding_format: str = "float"  # servers: how arrays of a reply are written, of `ENCODINGS`
     self_check: bool = False  # servers: rebuild the attention output of every captured row and layer
 
     @classmethod
@@ -148,6 +152,12 @@ class CaptureOptions:
                 "self_check",
                 "self_check=True: only a request to a server can ask for it (attention_self_check); `attnhook verify` "
                 "checks the numbers in this process",
+            )
+        if arguments.get("encoding_format") == "base64":
+            raise OptionError(
+                "encoding_format",
+                "encoding_format='base64': only a request to a server can ask for it (attention_encoding_format); records in "
+                "this process are arrays",
             )
         values: dict[str, Any] = {}
         urls = [url.strip() for url in environ.get("ATTNHOOK_SINKS", "").split(",") if url.strip()]
@@ -408,6 +418,12 @@ def _check_key_mass(name: str, value: Any) -> str | None:
     return value
 
 
+def _check_encoding(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in ENCODINGS:
+        raise OptionError(name, f"{name}={quoted(value)} must be one of {', '.join(ENCODINGS)}")
+    return value
+
+
 def _check_mode(name: str, value: Any) -> Mode:
     if value not in MODES:
         raise OptionError(name, f"{name}={quoted(value)} must be one of {', '.join(MODES)}")
@@ -533,6 +549,9 @@ _FIELDS: dict[str, _Field] = {
         "attention_top_k_per_head", "ATTNHOOK_TOP_K_PER_HEAD", _parse_int, _between(1, TOP_K_PER_HEAD_MAX)
     ),
     "key_mass": _Field("attention_key_mass", "ATTNHOOK_KEY_MASS", lambda _, text: text or None, _check_key_mass),
+    "encoding_format": _Field(
+        "attention_encoding_format", "ATTNHOOK_ENCODING_FORMAT", lambda _, text: text, _check_encoding
+    ),
     "self_check": _Field("attention_self_check", "ATTNHOOK_SELF_CHECK", _parse_bool, _check_bool),
 }
 

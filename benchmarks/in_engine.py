@@ -31,7 +31,18 @@ from benchmarks.clock import Clock
 CORE = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.core.sched.scheduler")
 FRONT_END = ("vllm.v1.engine.input_processor", "vllm.v1.engine.output_processor", "vllm.outputs")
 ONCE = ("initialize_kv_cache", "load_model", "__init__")
-MODES = {"idle": None, "last layer": "last", "4 layers": "auto", "all layers": "all"}
+HEADS = {"attention_per_head": ["spans", "top"], "attention_spans": {"start": [0, 64], "middle": [64, 400]}}
+#: mode -> what a request asks for
+MODES: dict[str, dict[str, Any]] = {
+    "idle": {},
+    "last layer": {"attention_layers": "last"},
+    "4 layers": {"attention_layers": "auto"},
+    "all layers": {"attention_layers": "all"},
+    "last layer, heads": {"attention_layers": "last", **HEADS},
+    "all layers, heads": {"attention_layers": "all", **HEADS},
+    "all layers, key mass": {"attention_layers": "all", "attention_key_mass": "mean"},
+}
+USUAL = list(MODES)[:4]
 
 
 class Reading(NamedTuple):
@@ -162,7 +173,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--top-k", type=int, default=32)
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=USUAL)
     options = parser.parse_args()
     if options.model is None:
         from attnhook.backends.transformers.default_model import default_model_path
@@ -208,7 +219,7 @@ def clocked(
     engine: Vllm | Sglang, prompts: list[list[int]], new: int, mode: str, top_k: int
 ) -> tuple[float, float, float, float]:
     """One measurement: hooked calls per token, microseconds per step, share of the time, front end's microseconds."""
-    asks = {"return_attention_tokens": True, "attention_layers": MODES[mode], "top_k_attention": top_k}
+    asks = {"return_attention_tokens": True, **MODES[mode], "top_k_attention": top_k}
     before, start = engine.read(), time.perf_counter()
     count = engine.generate(prompts, new, asks if MODES[mode] else {})
     whole, after = time.perf_counter() - start, engine.read()

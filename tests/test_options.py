@@ -50,6 +50,11 @@ SOURCES: dict[str, tuple[tuple[str, Any], Any, tuple[str, str, Any]]] = {
     ),
     "top_k_per_head": (("attention_top_k_per_head", 1), 16, ("ATTNHOOK_TOP_K_PER_HEAD", "3", 3)),
     "key_mass": (("attention_key_mass", "mean"), "kv_head", ("ATTNHOOK_KEY_MASS", "kv_head", "kv_head")),
+    "encoding_format": (
+        ("attention_encoding_format", "float"),
+        "base64",
+        ("ATTNHOOK_ENCODING_FORMAT", "base64", "base64"),
+    ),
     "self_check": (("attention_self_check", False), True, ("ATTNHOOK_SELF_CHECK", "1", True)),
 }
 JSON_NAMES = {field: request[0] for field, (request, _, _) in SOURCES.items()}
@@ -68,6 +73,7 @@ DEFAULTS = {
     "per_head": (),
     "top_k_per_head": 1,
     "key_mass": None,
+    "encoding_format": "float",
     "self_check": False,
 }
 
@@ -202,6 +208,7 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     ),
     "top_k_per_head": ("whole number from 1 to 16", [0, -1, 17, True, 1.0, "1", None]),
     "key_mass": ("one of mean, kv_head, or false", ["", "max", 0, 1, True, ["mean"], {}, b"mean"]),
+    "encoding_format": ("one of float, base64", ["", "hex", 0, True, None, ["float"], {}]),
     "self_check": ("true or false", [0, 1, "true", "", None, [True]]),
 }
 BAD_SPANS: list[tuple[Any, str, str]] = [
@@ -321,6 +328,12 @@ def test_a_self_check_is_for_servers():
     assert CaptureOptions.resolve(environ={"ATTNHOOK_SELF_CHECK": "1"}).request.self_check
 
 
+def test_an_encoding_is_for_servers():
+    with pytest.raises(OptionError) as caught:
+        CaptureOptions.resolve({"encoding_format": "base64"}, {})
+    refused(caught, "encoding_format", "encoding_format='base64'", "records in this process are arrays")
+
+
 def test_a_bad_span_in_a_variable_is_refused_by_name():
     with pytest.raises(OptionError) as caught:
         RequestOptions.resolve(environ={"ATTNHOOK_SPANS": '{"a": [0, 1e400]}'})
@@ -348,7 +361,7 @@ def test_a_bad_queue_size_is_refused_by_name(value):
         (
             {"arguments": {"xyz": 3}},
             "xyz",
-            "known: heads, key_mass, layers, mask_prefix, max_tokens, mode, per_head, prompt, rows",
+            "known: encoding_format, heads, key_mass, layers, mask_prefix, max_tokens, mode, per_head, prompt, rows",
         ),
         ({"request": {"attention_layer": "all"}}, "attention_layer", "did you mean 'attention_layers'"),
         ({"request": {"attention_xyz_zyx": 1}}, "attention_xyz_zyx", ""),

@@ -10,12 +10,22 @@ import numpy as np
 from attnhook.errors import RecordError
 from attnhook.record import fingerprint as fp
 from attnhook.record.entry_heads import read_heads, write_heads
-from attnhook.record.numbers import DECIMALS, finite, is_count, positions_and_scores, rounded
+from attnhook.record.numbers import (
+    DECIMALS,
+    Put,
+    decoded,
+    decoded_lists,
+    finite,
+    is_count,
+    listed,
+    positions_and_scores,
+    rounded,
+)
 from attnhook.record.row import PHASES, SCHEMA_VERSION, TOKENS_VERSION, UNKNOWN, VERSIONS, RowData, is_token
 
 
-def write_entry(row: RowData, zone: str) -> dict[str, Any]:
-    """The entry of a record in that zone, with plain Python numbers; see `TokenRecord.to_dict`."""
+def write_entry(row: RowData, zone: str, put: Put = listed) -> dict[str, Any]:
+    """The entry of a record in that zone, whose arrays ``put`` writes; see `TokenRecord.to_dict`."""
     entry: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION if row.token_ids is None else TOKENS_VERSION,
         "mode": row.mode,
@@ -25,8 +35,8 @@ def write_entry(row: RowData, zone: str) -> dict[str, Any]:
     }
     if row.mode != "fingerprint":
         mass = row.topk_mass
-        entry["layers"] = {str(layer): _layer(row, i, mass) for i, layer in enumerate(row.layers)}
-    entry["fingerprint"] = rounded(row.fingerprint)
+        entry["layers"] = {str(layer): _layer(row, i, mass, put) for i, layer in enumerate(row.layers)}
+    entry["fingerprint"] = put(row.fingerprint)
     if row.sink_mass is not None:
         entry["sink_mass"] = round(float(row.sink_mass.mean(dtype=np.float64)), DECIMALS)
     entry["manifold"] = zone
@@ -37,10 +47,9 @@ def write_entry(row: RowData, zone: str) -> dict[str, Any]:
     return entry
 
 
-def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
+def _layer(row: RowData, i: int, topk_mass: np.ndarray, put: Put) -> dict[str, Any]:
     kept = int((row.token_positions[i] >= 0).sum())
-    positions = row.token_positions[i, :kept].tolist()
-    scores = rounded(row.attention_scores[i, :kept])
+    positions, scores = put(row.token_positions[i, :kept]), put(row.attention_scores[i, :kept])
     numbers = row.fingerprints[i]
     layer: dict[str, Any]
     if row.mode == "raw":
@@ -48,13 +57,13 @@ def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
             "token_positions": positions,
             "attention_scores": scores,
             "topk_mass": round(float(topk_mass[i]), DECIMALS),
-            "fingerprint": rounded(numbers),
+            "fingerprint": put(numbers),
         }
     else:
         layer = {
             "top_hubs": positions,
             "hub_scores": scores,
-            "dist_hist": rounded(numbers[fp.HISTOGRAM]),
+            "dist_hist": put(numbers[fp.HISTOGRAM]),
             "entropy": round(float(numbers[fp.ENTROPY]), DECIMALS),
             "local_mass": round(float(numbers[fp.LOCAL]), DECIMALS),
             "mid_mass": round(float(numbers[fp.MID]), DECIMALS),
@@ -64,10 +73,10 @@ def _layer(row: RowData, i: int, topk_mass: np.ndarray) -> dict[str, Any]:
         layer["sink_mass"] = round(float(row.sink_mass[i]), DECIMALS)
     if row.span_names:
         layer["spans"] = dict(zip(row.span_names, rounded(row.span_mass[i]), strict=True))
-    if heads := write_heads(row, i):
+    if heads := write_heads(row, i, put):
         layer["heads"] = heads
     if row.token_ids is not None:
-        layer["token_ids"] = row.token_ids[i, :kept].tolist()
+        layer["token_ids"] = put(row.token_ids[i, :kept])
     return layer
 
 
@@ -88,7 +97,9 @@ def read_entry(entry: object) -> dict[str, Any]:
         layers = sorted((int(layer), values) for layer, values in entry["layers"].items())
         values = [each for _, each in layers]
         fields["token_positions"], fields["attention_scores"] = positions_and_scores(
-            [each["token_positions"] for each in values], [each["attention_scores"] for each in values], "layers"
+            [decoded_lists(each["token_positions"]) for each in values],
+            [decoded_lists(each["attention_scores"]) for each in values],
+            "layers",
         )
         fields |= _fingerprints_and_spans(values, entry.get("spans", {}))
         if "sink_mass" in entry:  # not in those of attnhook before 0.2
@@ -127,7 +138,7 @@ def _whole(entry: object) -> tuple[Mapping[str, Any], int]:
 
 def _fingerprints_and_spans(layers: list[Mapping[str, Any]], spans: object) -> dict[str, Any]:
     """Arrays [L, 20] and [L, n], and the names of the n spans."""
-    numbers = [np.array(values["fingerprint"], np.float32).reshape(fp.SIZE) for values in layers]
+    numbers = [np.array(decoded(values["fingerprint"]), np.float32).reshape(fp.SIZE) for values in layers]
     if not isinstance(spans, Mapping):
         raise ValueError(f"spans {spans!r}")
     mass = np.array([[values["spans"][name] for name in spans] for values in layers], np.float32)
@@ -142,7 +153,7 @@ def _tokens(layers: list[Mapping[str, Any]], query: object, k: int) -> dict[str,
     """The id of the query's token, and those of the keys [L, k]."""
     ids = np.full((len(layers), k), UNKNOWN, np.int32)
     for i, values in enumerate(layers):
-        own, count = values["token_ids"], len(values["token_positions"])
+        own, count = decoded_lists(values["token_ids"]), len(decoded_lists(values["token_positions"]))
         if len(own) != count:
             raise ValueError(f"token_ids {own} of {count} positions")
         if not is_token(query) or not all(map(is_token, own)):

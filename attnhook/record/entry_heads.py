@@ -8,28 +8,32 @@ from typing import Any
 import numpy as np
 
 from attnhook.record import fingerprint as fp
-from attnhook.record.numbers import finite, positions_and_scores, rounded
+from attnhook.record.numbers import Put, decoded, decoded_lists, finite, listed, positions_and_scores
 from attnhook.record.row import TOP_K_PER_HEAD_MAX, RowData
 
 _MAX_NUMBERS = 2**24  # of one record that is read from JSON
 
 
-def write_heads(row: RowData, i: int) -> dict[str, Any]:
-    """``heads`` of layer number ``i`` of a record; empty where it has no numbers per head."""
+def write_heads(row: RowData, i: int, put: Put = listed) -> dict[str, Any]:
+    """``heads`` of layer number ``i`` of a record, whose arrays ``put`` writes; empty where it has no such numbers.
+
+    As lists, those of positions and scores end with the last position; as arrays all have as many, -1 and 0 behind it.
+    """
     found: dict[str, Any] = {}
     if row.head_positions is not None and row.head_scores is not None:
-        counts = (row.head_positions[i] >= 0).sum(axis=1).tolist()
-        positions, scores = row.head_positions[i].tolist(), rounded(row.head_scores[i])
-        found["token_positions"] = [own[:n] for own, n in zip(positions, counts, strict=True)]
-        found["attention_scores"] = [own[:n] for own, n in zip(scores, counts, strict=True)]
+        positions, scores = put(row.head_positions[i]), put(row.head_scores[i])
+        if put is listed:
+            counts = (row.head_positions[i] >= 0).sum(axis=1).tolist()
+            positions, scores = ([own[:n] for own, n in zip(x, counts, strict=True)] for x in (positions, scores))
+        found["token_positions"], found["attention_scores"] = positions, scores
     if row.head_fingerprints is not None:
-        found["fingerprint"] = rounded(row.head_fingerprints[i])
+        found["fingerprint"] = put(row.head_fingerprints[i])
     if row.head_span_mass is not None:
-        found["spans"] = dict(zip(row.span_names, rounded(row.head_span_mass[i].T), strict=True))
+        found["spans"] = dict(zip(row.span_names, map(put, row.head_span_mass[i].T), strict=True))
     if row.head_sink_mass is not None:
-        found["sink_mass"] = rounded(row.head_sink_mass[i])
+        found["sink_mass"] = put(row.head_sink_mass[i])
     if row.head_lse is not None:
-        found["lse"] = rounded(row.head_lse[i])
+        found["lse"] = put(row.head_lse[i])
     return found
 
 
@@ -51,13 +55,15 @@ def read_heads(layers: Sequence[Mapping[str, Any]], span_names: Sequence[str]) -
     if "token_positions" in names:
         found |= _top(each)
     if "fingerprint" in names:
-        found["head_fingerprints"] = _numbers([heads["fingerprint"] for heads in each]).reshape(count, -1, fp.SIZE)
+        found["head_fingerprints"] = _numbers([decoded(heads["fingerprint"]) for heads in each]).reshape(
+            count, -1, fp.SIZE
+        )
     if "spans" in names:
-        masses = [[heads["spans"][name] for name in span_names] for heads in each]
+        masses = [[decoded(heads["spans"][name]) for name in span_names] for heads in each]
         found["head_span_mass"] = _numbers(masses).reshape(count, len(span_names), -1).transpose(0, 2, 1).copy()
     for name, field in (("sink_mass", "head_sink_mass"), ("lse", "head_lse")):
         if name in names:
-            found[field] = _numbers([heads[name] for heads in each]).reshape(count, -1)
+            found[field] = _numbers([decoded(heads[name]) for heads in each]).reshape(count, -1)
     if len({array.shape[1] for array in found.values()}) > 1:
         raise ValueError(f"different numbers of heads: { ({name: array.shape[1] for name, array in found.items()}) }")
     return found
@@ -65,13 +71,14 @@ def read_heads(layers: Sequence[Mapping[str, Any]], span_names: Sequence[str]) -
 
 def _top(layers: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays [L, H, k], k the most positions of a head."""
-    heads = len(layers[0]["token_positions"])
-    lengths = {len(layer[name]) for layer in layers for name in ("token_positions", "attention_scores")}
-    if lengths != {heads}:
+    positions = [decoded_lists(layer["token_positions"]) for layer in layers]
+    values = [decoded_lists(layer["attention_scores"]) for layer in layers]
+    heads = len(positions[0])
+    if (lengths := {len(own) for own in (*positions, *values)}) != {heads}:
         raise ValueError(f"different numbers of heads: {sorted(lengths)}")
-    where, scores = (
-        [own for layer in layers for own in layer[name]] for name in ("token_positions", "attention_scores")
-    )
+    where, scores = ([own for layer in x for own in layer] for x in (positions, values))
+    if isinstance(layers[0]["token_positions"], Mapping):  # arrays, which have as many of each
+        scores = [own[: len(places)] for own, places in zip(scores, where, strict=True)]
     # where all keys are masked none is told
     found = positions_and_scores(where, scores, "heads", least=1, most=TOP_K_PER_HEAD_MAX)
     head_positions, head_scores = (array.reshape(len(layers), heads, -1) for array in found)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnhook.errors import RecordError
-from attnhook.record.numbers import rounded
+from attnhook.record.numbers import decoded, encoded, rounded
 
 
 class KeyMass(dict[int, np.ndarray]):
@@ -23,13 +23,18 @@ class KeyMass(dict[int, np.ndarray]):
         super().__init__(layers)
         self.rows = rows
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """The JSON of ``choices[i].attention_key_mass``: an object for each layer; None where a number is NaN."""
-        return [self.entry(layer) for layer in self]
+    def to_list(self, encoding_format: str = "float") -> list[dict[str, Any]]:
+        """The JSON of ``choices[i].attention_key_mass``: an object for each layer; None where a number is NaN.
 
-    def entry(self, layer: int) -> dict[str, Any]:
-        """The JSON of one layer, with plain Python numbers."""
+        ``encoding_format`` as of `TokenRecord.to_dict`: in base64 NaN is NaN.
+        """
+        return [self.entry(layer, encoding_format) for layer in self]
+
+    def entry(self, layer: int, encoding_format: str = "float") -> dict[str, Any]:
+        """The JSON of one layer."""
         mass = self[layer]
+        if encoding_format == "base64":
+            return {"layer": layer, "rows": self.rows, "mass": encoded(mass)}
         hidden = np.isnan(mass)
         numbers = np.array(rounded(np.where(hidden, 0, mass)), object)
         numbers[hidden] = None
@@ -39,7 +44,7 @@ class KeyMass(dict[int, np.ndarray]):
     def from_list(cls, entries: Sequence[Mapping[str, Any]]) -> KeyMass:
         """What `to_list` made. Raises RecordError for anything else."""
         try:
-            layers = {int(entry["layer"]): np.array(entry["mass"], np.float32) for entry in entries}
+            layers = {int(entry["layer"]): np.array(decoded(entry["mass"]), np.float32) for entry in entries}
             (rows,) = {int(entry["rows"]) for entry in entries}
         except (KeyError, TypeError, ValueError) as error:
             raise RecordError(f"damaged attention_key_mass: {error}; pass it as it came") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from attnhook.record.entry import read_entry, write_entry
 from attnhook.record.layout import SECTIONS
+from attnhook.record.numbers import FORMATS
 from attnhook.record.packing import pack, unpack
 from attnhook.record.row import UNKNOWN, RowData
 from attnhook.record.sink_mass import free_means
@@ -38,9 +39,13 @@ class TokenRecord(RowData):
         """
         return classify(self.free_fingerprint).name
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of one entry of ``choices[i].attention_tokens``, with plain Python numbers."""
-        return write_entry(self, self.zone)
+    def to_dict(self, encoding_format: str = "float") -> dict[str, Any]:
+        """The JSON of one entry of ``choices[i].attention_tokens``, with plain Python numbers.
+
+        With ``encoding_format`` "base64" an array is an object: ``base64`` of its little-endian numbers in full,
+        their ``dtype`` (float32 or int32) and ``shape``.
+        """
+        return write_entry(self, self.zone, FORMATS[encoding_format])
 
     @classmethod
     def from_dict(
@@ -48,8 +53,8 @@ class TokenRecord(RowData):
     ) -> TokenRecord:
         """Read one raw-mode entry of ``choices[i].attention_tokens``, or one line of a JSONL sink.
 
-        The JSON has 7 decimals, so numbers come back within 1e-7. Raises RecordError if ``entry`` is not such an
-        entry.
+        In lists the JSON has 7 decimals, so numbers come back within 1e-7; in base64 they are the same. Raises
+        RecordError if ``entry`` is not such an entry.
         """
         return cls(request_id=request_id, choice=choice, model=model, **read_entry(entry))
 

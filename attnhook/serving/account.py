@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from attnhook.capture.ledger import short
 from attnhook.capture.rows import prompt_rows, wants_prompt, wants_row
@@ -43,7 +44,7 @@ class ChoiceAccount:
         self._rows += len(kept) + len(new.prompt)
         if finished and self.options.key_mass and not self._told and error is None:
             error = self._strange_sums(new.key_mass)
-        return Attention(kept, new.prompt, error, new.check, new.key_mass)
+        return replace(new, generated=kept, error=error, encoding_format=self.options.encoding_format)
 
     def _strange_sums(self, mass: KeyMass | None) -> str | None:
         if mass is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnhook.capture.rows import prompt_ranges
 from attnhook.errors import OptionError
@@ -14,14 +15,24 @@ from attnhook.serving.gate import Place
 from attnhook.serving.policy import Policy
 from attnhook.serving.wire import ASK
 
-# JSON of a reply, with 7 decimals and no spaces: a number with its comma, and the names around the numbers
-_NUMBER = 10
-_POSITION = 7
 _ENTRY = 184
 _LAYER = 114
 _HEADS = 120
-_SUM = 13  # of up to thousands of rows
 _SUM_BYTES = 8  # where it is added up
+
+
+class _Sizes(NamedTuple):
+    """Bytes of JSON without spaces: a number with its comma, a position, a sum of thousands of rows, and around each
+    array what is not numbers."""
+
+    number: float
+    position: float
+    sum: float
+    array: int
+
+
+#: With 7 decimals; with the type and the shape.
+_SIZES = {"float": _Sizes(10, 7, 13, 2), "base64": _Sizes(16 / 3, 16 / 3, 16 / 3, 62)}
 
 
 def generated_rows(options: RequestOptions, new: int) -> int:
@@ -31,20 +42,22 @@ def generated_rows(options: RequestOptions, new: int) -> int:
     return min(-(-new // options.stride), options.max_tokens)
 
 
-def head_bytes(options: RequestOptions, heads: int) -> int:
+def head_bytes(options: RequestOptions, heads: int) -> float:
     """JSON bytes of the numbers per head of one row and layer."""
-    told = options.per_head
+    told, size = options.per_head, _SIZES[options.encoding_format]
     if not told:
         return 0
-    spans = sum(len(json.dumps(name)) + 4 for name in options.spans)
+    lists = size.array <= 2
     each = (
-        (_POSITION + _NUMBER + 4) * options.top_k_per_head * ("top" in told)
-        + (SIZE * _NUMBER + 3) * ("fingerprint" in told)
-        + _NUMBER * len(options.spans) * ("spans" in told)
-        + (_NUMBER + 1) * ("sink" in told)
-        + (_NUMBER + 2) * ("lse" in told)
+        ((size.position + size.number) * options.top_k_per_head + 4 * lists) * ("top" in told)
+        + (SIZE * size.number + 3 * lists) * ("fingerprint" in told)
+        + size.number * len(options.spans) * ("spans" in told)
+        + (size.number + lists) * ("sink" in told)
+        + (size.number + 2 * lists) * ("lse" in told)
     )
-    return _HEADS + spans * ("spans" in told) + heads * each
+    arrays = 2 * ("top" in told) + ("fingerprint" in told) + ("sink" in told) + ("lse" in told)
+    spans = sum(len(json.dumps(name)) + 2 + size.array for name in options.spans) * ("spans" in told)
+    return _HEADS + spans + arrays * size.array + heads * each
 
 
 def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int, heads: int = 0) -> int:
@@ -53,20 +66,20 @@ def reply_bytes(options: RequestOptions, layers: int, prompt: int, new: int, hea
     ``layers`` are those that the options name in this model, ``new`` the most tokens of the answer, ``heads`` the query
     heads of a layer.
     """
+    size = _SIZES[options.encoding_format]
     wanted = prompt_ranges(options, 0, prompt - 1)
-    before = sum(map(len, wanted))
-    rows = generated_rows(options, new)
-    spans = sum(len(json.dumps(name)) + _NUMBER + 2 for name in options.spans)
-    entry = _ENTRY + SIZE * _NUMBER + spans
+    rows = generated_rows(options, new) + sum(map(len, wanted))
+    spans = sum(len(json.dumps(name)) + 12 for name in options.spans)  # numbers by name, in either format
+    entry = _ENTRY + SIZE * size.number + size.array + spans
     groups = {None: 0, "mean": 1, "kv_head": heads}[options.key_mass]  # no model has more kv heads than query heads
-    sums = layers * (groups * ((prompt + new) * _SUM + 2) + _LAYER) if groups else 0
+    sums = layers * (groups * ((prompt + new) * size.sum + 2) + size.array + _LAYER) if groups else 0
     if options.mode == "fingerprint":
-        return (rows + before) * entry + sums
-    own = (SIZE if options.mode == "raw" else BINS + 4) * _NUMBER + spans + head_bytes(options, heads)
-    entry += layers * (_LAYER + own)
-    kept = rows * min(options.top_k, prompt + new)
+        return math.ceil(rows * entry + sums)
+    own = SIZE * size.number if options.mode == "raw" else BINS * size.number + 40
+    entry += layers * (_LAYER + own + 3 * size.array + spans + head_bytes(options, heads))
+    kept = generated_rows(options, new) * min(options.top_k, prompt + new)
     kept += sum(_entries(one.stop, options.top_k) - _entries(one.start, options.top_k) for one in wanted)
-    return (rows + before) * entry + layers * kept * (_POSITION + _NUMBER) + sums
+    return math.ceil(rows * entry + layers * kept * (size.position + size.number) + sums)
 
 
 def _entries(rows: int, top_k: int) -> int:

@@ -31,9 +31,9 @@ class Layer(NamedTuple):
     mass: KeyMass
     layer: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, encoding_format: str) -> dict[str, Any]:
         """Its JSON."""
-        return self.mass.entry(self.layer)
+        return self.mass.entry(self.layer, encoding_format)
 
 
 Written = TokenRecord | Layer
@@ -44,6 +44,7 @@ class Pieces:
 
     def __init__(self) -> None:
         self._records: dict[bytes, Sequence[Written]] = {}
+        self._formats: dict[bytes, str] = {}  # of those that are in base64
         self._texts: dict[int, bytes] = {}  # of records that come again, by their identity
         self._again: dict[int, Written] = {}  # those records, which keeps their identities theirs
         self._ends: list[Callable[[], None]] = []
@@ -51,13 +52,15 @@ class Pieces:
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    def mark(self, records: Sequence[Written], *, again: bool = False) -> str:
+    def mark(self, records: Sequence[Written], *, again: bool = False, encoding_format: str = "float") -> str:
         """A JSON string's value that stands for the JSON array of these records.
 
         ``again``: they come under later marks too, for which their texts are kept.
         """
         mark = f"attnhook-records-{secrets.token_hex(16)}"
         self._records[mark.encode()] = records
+        if encoding_format != "float":
+            self._formats[mark.encode()] = encoding_format
         if again:
             self._again.update((id(record), record) for record in records)
         return mark
@@ -69,6 +72,7 @@ class Pieces:
     def end(self) -> None:
         """The reply is over."""
         self._records.clear()
+        self._formats.clear()
         self._texts.clear()
         self._again.clear()
         while self._ends:
@@ -81,24 +85,25 @@ class Pieces:
             records = self._records.pop(found[1], None)
             if records is None:
                 continue  # somebody's text that looks like one
+            form = self._formats.pop(found[1], "float")
             yield body[at : found.start()] + b"["
             at = found.end()
             parts = _parts(records)
             if len(parts) == 1:  # as most chunks of streams: a thread would cost more than the writing
-                yield self._written(records, first=True)
+                yield self._written(records, form, first=True)
                 parts = []
             for n, some in enumerate(parts):
                 began = time.perf_counter()
-                yield await asyncio.to_thread(self._written, some, first=n == 0)
+                yield await asyncio.to_thread(self._written, some, form, first=n == 0)
                 # the thread has held the interpreter: the loop gets as long for everybody else
                 await asyncio.sleep(time.perf_counter() - began)
             yield b"]"
         yield body[at:]
 
-    def _written(self, records: Sequence[Written], *, first: bool) -> bytes:
+    def _written(self, records: Sequence[Written], encoding_format: str, *, first: bool) -> bytes:
         new = [record for record in records if id(record) not in self._texts]
         fill_zones([record for record in new if isinstance(record, TokenRecord)])
-        texts = {id(record): msgspec.json.encode(record.to_dict()) for record in new}
+        texts = {id(record): msgspec.json.encode(record.to_dict(encoding_format)) for record in new}
         self._texts.update((name, text) for name, text in texts.items() if name in self._again)
         return (b"" if first else b",") + b",".join(texts.get(id(r)) or self._texts[id(r)] for r in records)
 

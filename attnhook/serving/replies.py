@@ -28,6 +28,7 @@ class Attention:
     error: str | None = None
     check: float | None = None  # self_check: largest relative difference of a rebuilt attention output
     key_mass: KeyMass | None = None  # with the last records
+    encoding_format: str = "float"  # in which arrays are written
 
     @classmethod
     def of(cls, share: Share, request: str, choice: int) -> Attention:
@@ -46,16 +47,18 @@ class Attention:
         self.error = self.error or other.error
         self.check = worse(self.check, other.check)
         self.key_mass = other.key_mass or self.key_mass
+        if other.encoding_format != "float":
+            self.encoding_format = other.encoding_format
 
     def take(self) -> Attention:
         """What is here now; nothing is left."""
-        taken = Attention(self.generated, self.prompt, self.error, self.check, self.key_mass)
+        taken = replace(self)
         self.generated, self.prompt, self.error, self.check, self.key_mass = [], [], None, None, None
         return taken
 
     def copy(self) -> Attention:
         """The same records in lists of their own."""
-        return Attention([*self.generated], [*self.prompt], self.error, self.check, self.key_mass)
+        return replace(self, generated=[*self.generated], prompt=[*self.prompt])
 
     def __bool__(self) -> bool:
         return bool(self.generated or self.prompt or self.error or self.key_mass)
@@ -74,34 +77,35 @@ class Attention:
 
         ``again``: the same records come in later fields too, so what is written of them is kept.
         """
-        fields: dict[str, Any] = {"attention_tokens": entries(self.generated, again=again)}
+        how: Any = {"again": again, "encoding_format": self.encoding_format}
+        fields: dict[str, Any] = {"attention_tokens": entries(self.generated, **how)}
         if self.prompt:
-            fields["prompt_attention_tokens"] = entries(self.prompt, again=again)
+            fields["prompt_attention_tokens"] = entries(self.prompt, **how)
         if self.error:
             fields["attention_error"] = self.error
         if self.check is not None:
             # JSON has no NaN and no infinity: null is a check that failed
             fields["attention_self_check"] = {"max_error": self.check if math.isfinite(self.check) else None}
         if self.key_mass is not None:
-            fields["attention_key_mass"] = entries_of_keys(self.key_mass, again=again)
+            fields["attention_key_mass"] = entries_of_keys(self.key_mass, **how)
         return fields
 
 
-def entries_of_keys(mass: KeyMass, *, again: bool = False) -> Any:
+def entries_of_keys(mass: KeyMass, *, again: bool = False, encoding_format: str = "float") -> Any:
     """The JSON of a key mass, likewise."""
     reply = pieces.get()
     if reply is not None and mass:
-        return reply.mark([Layer(mass, layer) for layer in mass], again=again)
-    return mass.to_list()
+        return reply.mark([Layer(mass, layer) for layer in mass], again=again, encoding_format=encoding_format)
+    return mass.to_list(encoding_format)
 
 
-def entries(records: list[TokenRecord], *, again: bool = False) -> Any:
+def entries(records: list[TokenRecord], *, again: bool = False, encoding_format: str = "float") -> Any:
     """The JSON of records; in an HTTP reply a mark that stands for it, until it is sent."""
     reply = pieces.get()
     if reply is not None and records:
-        return reply.mark([*records], again=again)
+        return reply.mark([*records], again=again, encoding_format=encoding_format)
     fill_zones(records)
-    return [record.to_dict() for record in records]
+    return [record.to_dict(encoding_format) for record in records]
 
 
 class Stream:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from attnhook.errors import RecordError
+from attnhook.record.numbers import decoded, encoded
 from attnhook.record.token_record import TokenRecord
 from tests.record.samples import FINGERPRINTS, OF_HEADS, a_record, assert_same, token_records
 
@@ -123,6 +124,57 @@ def test_raw_json_is_read_back(record):
             assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-7)
     assert_same(TokenRecord.from_bytes(again.to_bytes()), again)  # its arrays agree
+
+
+@given(token_records())
+def test_in_base64_json_comes_back_as_it_was(record):
+    entry = json.loads(json.dumps(record.to_dict("base64"), allow_nan=False))
+    assert entry.keys() == record.to_dict().keys()
+    numbers = decoded(entry["fingerprint"])
+    assert numbers.dtype == np.dtype("<f4") and np.array_equal(numbers, record.fingerprint)
+    if record.mode != "raw":
+        return
+    lists = TokenRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+    again = TokenRecord.from_dict(entry)
+    assert np.array_equal(again.fingerprints, record.fingerprints)
+    assert np.array_equal(again.token_positions, lists.token_positions)
+    kept = again.token_positions >= 0
+    assert np.array_equal(again.attention_scores[kept], record.attention_scores[:, : kept.shape[1]][kept])
+    for name in OF_HEADS:
+        mine, theirs = getattr(again, name), getattr(lists, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_an_array_in_base64():
+    array = np.array([[0.5, -2], [1e-9, 3e8]], np.float32)
+    assert encoded(array) == {"dtype": "float32", "shape": [2, 2], "base64": "AAAAPwAAAMBfcIkwGA2PTQ=="}
+    assert np.array_equal(decoded(encoded(array)), array)
+    assert np.array_equal(decoded(encoded(np.array([3, -1], np.int64))), [3, -1])
+    assert decoded([1, 2]) == [1, 2] and decoded({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float64"},
+        {"shape": [3, 2]},
+        {"shape": "2"},
+        {"shape": [-1]},
+        {"shape": [2**31 - 1, 2**31 - 1]},
+        {"base64": "AAAA"},
+        {"base64": "!!!!"},
+        {"base64": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_array_in_base64_is_refused(change):
+    entry = a_record().to_dict("base64")
+    entry["layers"]["3"]["fingerprint"] |= change
+    with pytest.raises(RecordError, match=r"damaged entry at query position|a layer lacks 'float64'"):
+        TokenRecord.from_dict(entry)
 
 
 def of_heads(**changes: object) -> dict:

@@ -49,6 +49,7 @@ def reply(options: RequestOptions, layers: int, prompt: int, new: int) -> int:
         [record(step, prompt - 1 + step) for step in range(0, new, options.stride)][: options.max_tokens],
         [record(None, position) for position in prompt_rows(options, 0, prompt - 1)],
     )
+    rows.encoding_format = options.encoding_format
     return len(json.dumps(rows.fields(), ensure_ascii=False, separators=(",", ":")))
 
 
@@ -69,9 +70,12 @@ CASES: list[tuple[dict[str, Any], int, int, int]] = [
 ]
 
 
+@pytest.mark.parametrize("encoding", ["float", "base64"])
 @pytest.mark.parametrize(("options", "layers", "prompt", "new"), CASES)
-def test_it_is_never_too_small_and_not_far_too_large(options: Any, layers: int, prompt: int, new: int) -> None:
-    asked = RequestOptions(**options)
+def test_it_is_never_too_small_and_not_far_too_large(
+    options: Any, layers: int, prompt: int, new: int, encoding: str
+) -> None:
+    asked = RequestOptions(**options, encoding_format=encoding)
     true, estimate = reply(asked, layers, prompt, new), reply_bytes(asked, layers, prompt, new, HEADS)
     assert true <= estimate <= 2 * true + 400, (true, estimate)
 

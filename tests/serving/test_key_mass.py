@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -148,10 +149,11 @@ def test_positions_below_the_prefix_are_null_in_json_and_come_back() -> None:
     assert mass is not None
     entries = mass.to_list()
     assert entries[2]["mass"][:4] == [None] * 4 and min(entries[2]["mass"][4:]) > 0
-    again = KeyMass.from_list(entries)
-    assert again.rows == mass.rows and list(again) == list(mass)
-    for layer, own in mass.items():
-        assert np.allclose(again[layer], own, atol=1e-6, equal_nan=True)
+    for form, tolerance in (("float", 1e-6), ("base64", 0)):
+        again = KeyMass.from_list(json.loads(json.dumps(mass.to_list(form))))
+        assert again.rows == mass.rows and list(again) == list(mass)
+        for layer, own in mass.items():
+            assert np.allclose(again[layer], own, rtol=0, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +209,13 @@ def test_more_memory_than_a_server_allows_is_refused(monkeypatch: pytest.MonkeyP
     place.leave()
 
 
+@pytest.mark.parametrize("encoding", ["float", "base64"])
 @pytest.mark.parametrize("asked", ["mean", "kv_head"])
-def test_its_bytes_are_counted(asked: str) -> None:
-    options = RequestOptions(top_k=1, key_mass=asked)
-    plain = reply_bytes(RequestOptions(top_k=1), 6, 300, 20, 9)
+def test_its_bytes_are_counted(asked: str, encoding: str) -> None:
+    options = RequestOptions(top_k=1, key_mass=asked, encoding_format=encoding)
+    plain = reply_bytes(replace(options, key_mass=None), 6, 300, 20, 9)
     sums = np.full((9, 320) if asked == "kv_head" else 320, 1234.1234567, np.float32)
-    entries = KeyMass(dict.fromkeys(range(6), sums), 319).to_list()
-    import json
-
+    entries = KeyMass(dict.fromkeys(range(6), sums), 319).to_list(encoding)
     true = len(json.dumps(entries, separators=(",", ":")))
     estimate = reply_bytes(options, 6, 300, 20, 9) - plain
     assert true <= estimate <= 1.3 * true + 400

@@ -16,6 +16,7 @@ pytest.importorskip("starlette")
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from attnhook import TokenRecord
+from attnhook.record.key_mass import KeyMass
 from attnhook.serving.gate import Gate, leave_with_the_reply
 from attnhook.serving.replies import Attention, entries
 from attnhook.serving.routes import RouteGuard
@@ -52,6 +53,17 @@ def answer(
     asyncio.run(RouteGuard(app, lambda: ["/v1/completions"])(scope, receive, send))
     assert [message.get("more_body", False) for message in messages[1:]] == [True] * (len(messages) - 2) + [False]
     return dict(messages[0]["headers"]), b"".join(message["body"] for message in messages[1:])
+
+
+def test_in_base64_too_and_key_mass_likewise() -> None:
+    records, mass = [record(n) for n in range(9)], KeyMass({n: np.full(40, n, np.float32) for n in range(3)}, 9)
+    found = Attention(records, records[:2], key_mass=mass, encoding_format="base64")
+    _, body = answer(lambda: JSONResponse({"choices": [found.fields()]}))
+    (choice,) = json.loads(body)["choices"]
+    assert choice["attention_tokens"] == [one.to_dict("base64") for one in records]
+    assert choice["prompt_attention_tokens"] == choice["attention_tokens"][:2]
+    assert choice["attention_key_mass"] == mass.to_list("base64")
+    assert "base64" in choice["attention_tokens"][0]["layers"]["0"]["fingerprint"]
 
 
 def plain(records: list[TokenRecord]) -> Any:
@@ -135,7 +147,9 @@ def test_a_place_is_free_when_the_reply_is_sent_and_not_before() -> None:
 def test_records_that_come_again_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, written = [record(position) for position in range(5)], []
     whole = TokenRecord.to_dict
-    monkeypatch.setattr(TokenRecord, "to_dict", lambda self: written.append(self.query_position) or whole(self))
+    monkeypatch.setattr(
+        TokenRecord, "to_dict", lambda self, form: written.append(self.query_position) or whole(self, form)
+    )
 
     async def lines() -> AsyncIterator[str]:
         for count in range(1, 6):

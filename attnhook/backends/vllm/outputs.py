@@ -112,6 +112,7 @@ def _put(output: Any, attention: Attention) -> None:
     output.attention_error = attention.error
     output.attention_self_check = attention.check
     output.attention_key_mass = attention.key_mass
+    output.attention_encoding_format = attention.encoding_format
 
 
 def _of(output: Any) -> Attention:
@@ -121,6 +122,7 @@ def _of(output: Any) -> Attention:
         getattr(output, "attention_error", None),
         getattr(output, "attention_self_check", None),
         getattr(output, "attention_key_mass", None),
+        getattr(output, "attention_encoding_format", "float"),
     )
 
 

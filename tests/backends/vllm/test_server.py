@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from attnhook.record.key_mass import KeyMass
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
 from tests.backends.servers import run
@@ -18,6 +20,7 @@ from tests.backends.token_ids import check_sinks
 from tests.backends.vllm.engine import (
     ALL,
     KEYS,
+    OF_HEADS,
     Server,
     check,
     engine_environment,
@@ -85,6 +88,15 @@ def test_a_chat_reply(client: Any, smol: Any) -> None:
     assert entry["manifold"] and len(entry["fingerprint"]) == 20
     layer = entry["layers"]["29"]
     assert layer["topk_mass"] == pytest.approx(sum(layer["attention_scores"]), abs=1e-6)
+    # the same in base64
+    packed = chat(client, **ALL, **KEYS, **OF_HEADS, attention_encoding_format="base64").choices[0]
+    lists = chat(client, **ALL, **KEYS, **OF_HEADS).choices[0]
+    for one, other in zip(rows(packed.attention_tokens), rows(lists.attention_tokens), strict=True):
+        assert np.array_equal(one.token_positions, other.token_positions)
+        assert np.allclose(one.head_fingerprints, other.head_fingerprints, atol=1e-7)
+    masses = [KeyMass.from_list(choice.attention_key_mass) for choice in (packed, lists)]
+    assert np.allclose(masses[0][29], masses[1][29], atol=1e-6)
+    assert len(str(packed)) < 0.7 * len(str(lists))
     # nobody else is affected
     plain = chat(client)
     assert plain.choices[0].token_ids == choice.token_ids
