@@ -156,8 +156,8 @@ class CaptureOptions:
         if arguments.get("encoding_format") == "base64":
             raise OptionError(
                 "encoding_format",
-                "encoding_format='base64': only a request to a server can ask for it (attention_encoding_format); records in "
-                "this process are arrays",
+                "encoding_format='base64': only a request to a server can ask for it (attention_encoding_format); "
+                "records in this process are arrays",
             )
         values: dict[str, Any] = {}
         urls = [url.strip() for url in environ.get("ATTNHOOK_SINKS", "").split(",") if url.strip()]
