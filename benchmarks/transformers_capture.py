@@ -6,7 +6,8 @@ process differs from the next by a tenth. Prints a table of ratios; absolute sec
 machine and its other users.
 
     python -m benchmarks.transformers_capture
-    python -m benchmarks.transformers_capture --key-mass  # what sums by key cost, against all layers without them
+    python -m benchmarks.transformers_capture --measure key-mass  # sums by key, against all layers without them
+    python -m benchmarks.transformers_capture --measure heads  # numbers of every head, against a run for each head
 """
 
 from __future__ import annotations
@@ -25,7 +26,18 @@ from typing import Any
 PLAIN, LAST, ALL, EAGER = "sdpa", "attnhook, last layer", "attnhook, all layers", "output_attentions=True"
 MODES = (PLAIN, LAST, ALL, EAGER)
 KEYS, GROUPS = "all layers, key mass", "all layers, key mass of kv heads"
-KEY_MODES = (ALL, KEYS, GROUPS)
+HEADS, ONE, OF_ALL = "all layers, every head", "one layer, one head", "all layers, one head"
+MEASURED = {"usual": MODES, "key-mass": (ALL, KEYS, GROUPS), "heads": (ALL, HEADS, ONE, OF_ALL)}
+#: What a mode captures beside prompt rows.
+CAPTURED: dict[str, dict[str, Any]] = {
+    LAST: {"layers": "last"},
+    ALL: {"layers": "all"},
+    KEYS: {"layers": "all", "key_mass": "mean"},
+    GROUPS: {"layers": "all", "key_mass": "kv_head"},
+    HEADS: {"layers": "all", "per_head": ["spans", "fingerprint", "top"], "spans": {"start": (0, 64)}},
+    ONE: {"layers": "last", "heads": [0], "spans": {"start": (0, 64)}},
+    OF_ALL: {"layers": "all", "heads": [0], "spans": {"start": (0, 64)}},
+}
 
 
 def main() -> None:
@@ -36,10 +48,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over all modes")
-    parser.add_argument("--key-mass", action="store_true", help="measure key mass, against all layers without it")
-    parser.add_argument("--child", choices=("time", *MODES, KEYS, GROUPS), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=list(MEASURED), default="usual")
+    parser.add_argument("--child", choices=("time", *CAPTURED, PLAIN, EAGER), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.modes = KEY_MODES if options.key_mass else MODES
+    options.modes = MEASURED[options.measure]
     if options.child == "time":
         print(json.dumps(measure_time(options)))
     elif options.child:
@@ -72,6 +84,12 @@ def report(options: argparse.Namespace) -> None:
             f"| {mode} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} "
             f"| {statistics.median(cpu):.2f} | {memory[mode] / memory[base]:.2f} | {memory[mode] / 2**30:.2f} GiB |"
         )
+    if HEADS in modes:
+        for mode, runs, what in ((ONE, 270, "layer and head"), (OF_ALL, 9, "head, all layers in each")):
+            ratio = [runs * a / b for a, b in zip(times[mode]["wall"], times[HEADS]["wall"], strict=True)]
+            print(
+                f"\n{runs} runs, one for each {what}: {statistics.median(ratio):.1f} times the one run with every head"
+            )
 
 
 def run_child(child: str) -> Any:
@@ -106,9 +124,7 @@ class Workload:
         model.set_attn_implementation("eager" if mode == EAGER else "sdpa")
         context: AbstractContextManager[Any] = nullcontext()
         if mode not in (PLAIN, EAGER):
-            layers = "last" if mode == LAST else "all"
-            key_mass = {KEYS: "mean", GROUPS: "kv_head"}.get(mode)
-            context = attnhook.capture(layers=layers, prompt=True, top_k=self.options.top_k, key_mass=key_mass)
+            context = attnhook.capture(prompt=True, top_k=self.options.top_k, **CAPTURED[mode])
         with context as records, torch.no_grad():
             output = model.generate(
                 self.inputs,
