@@ -19,32 +19,31 @@ Sequence = tuple[str, int]  # request id, choice
 
 
 class Added(NamedTuple):
-    """What rows of one sequence in one pass add; ``layers`` is None where one of them was dropped."""
+    """What rows of one sequence in one pass add, float32 [L, G, keys] for keys 0 on; None where one was dropped."""
 
     sequence: Sequence
     rows: int
-    layers: Mapping[int, np.ndarray] | None  # by layer float32 [G, keys], for keys 0 on
+    layers: tuple[int, ...]
+    mass: np.ndarray | None
     position: int | None = None  # of the one row that gives a token; None: they are rows of the prompt
 
 
 class _Sums:
     """Sums of one sequence, in float64: a long answer adds thousands of small numbers to a large one."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
         self.rows = self.keys = 0
-        self.layers: dict[int, np.ndarray] = {}  # [G, room]
+        self.mass = np.zeros((len(layers), 0, 0))  # [L, G, room]
 
-    def add(self, rows: int, layers: Mapping[int, np.ndarray]) -> None:
-        for layer, mass in layers.items():
-            groups, keys = mass.shape
-            own = self.layers.get(layer)
-            if own is None or own.shape[1] < keys:
-                larger = np.zeros((groups, keys if own is None else keys + keys // 2))
-                if own is not None:
-                    larger[:, : own.shape[1]] = own
-                own = self.layers[layer] = larger
-            own[:, :keys] += mass
-            self.keys = max(self.keys, keys)
+    def add(self, rows: int, mass: np.ndarray) -> None:
+        layers, groups, keys = mass.shape
+        if self.mass.shape[2] < keys:
+            larger = np.zeros((layers, groups, keys + (keys // 2 if self.keys else 0)))
+            larger[..., : self.keys] = self.mass[..., : self.keys] if self.keys else 0
+            self.mass = larger
+        self.mass[..., :keys] += mass
+        self.keys = max(self.keys, keys)
         self.rows += rows
 
 
@@ -58,14 +57,16 @@ class KeySums:
 
     def add(self, added: Iterable[Added], dropped: Callable[[str, int, str], None]) -> None:
         """Take what a pass adds; of a sequence that loses a row nothing is kept, which ``dropped`` is told once."""
-        for sequence, rows, layers, _ in added:
-            if layers is None:
+        for sequence, rows, layers, mass, _ in added:
+            if mass is None:
                 if sequence not in self.lost:
                     self.lost.add(sequence)
                     dropped("key_mass", 1, f"request {sequence[0]}: one of its rows was dropped, so it has no key mass")
                 self._sums.pop(sequence, None)
             elif sequence not in self.lost:
-                self._sums.setdefault(sequence, _Sums()).add(rows, layers)
+                if sequence not in self._sums:
+                    self._sums[sequence] = _Sums(layers)
+                self._sums[sequence].add(rows, mass)
 
     def check(self, records: Mapping[Sequence, int]) -> None:
         """Raise UnsupportedError unless every sequence has as many rows here as records were made of it."""
@@ -82,12 +83,9 @@ class KeySums:
     def of(self, sequence: Sequence) -> KeyMass:
         """The key mass of one sequence. Raises KeyError where it has none."""
         sums = self._sums[sequence]
-        found = {}
-        for layer, own in sorted(sums.layers.items()):
-            mass = own[:, : sums.keys].astype(np.float32)
-            mass[:, : self._prefix] = np.nan
-            found[layer] = mass if self._kv_heads else mass[0]
-        return KeyMass(found, sums.rows)
+        mass = sums.mass[..., : sums.keys].astype(np.float32)
+        mass[..., : self._prefix] = np.nan
+        return KeyMass(dict(zip(sums.layers, mass if self._kv_heads else mass[:, 0], strict=True)), sums.rows)
 
     def sequences(self) -> list[Sequence]:
         """Sequences that have a key mass, in the order in which they came."""

@@ -57,12 +57,14 @@ class StepCapture:
         ranks: Ranks | None = None,
         kernel: TopKStep | None = None,
         hidden: bool = False,
+        kv_heads: int | None = None,
     ) -> None:
         self.rows = rows
         self.wanted = frozenset(layers)
         self.options = options
         self.model = model
         self._hidden = hidden  # keys lie before position 0, which are part of the row and never reported
+        self._kv_heads = kv_heads  # of all ranks, where it is known
         self._ranks = ranks  # of a model whose heads are divided; the first one's records hold them all
         #: kernel of an earlier step, reused while options and the rows' ``source`` are unchanged
         self.kernel = kernel
@@ -71,8 +73,8 @@ class StepCapture:
         self._lent = False  # the results are the kernel's own arrays, which its next call fills anew
         self._done: set[int] = set()
         self._heads: dict[int, int] = {}  # query heads of layers whose heads are asked for
-        # of layers whose keys' sums are asked for: [slots, G, keys], and how far keys lie behind their positions
-        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        # where sums of keys are asked for: layers, [L, slots, G, keys], and how far keys lie behind their positions
+        self._sums: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None]] = []
         self._slots = list(dict.fromkeys(map(_slot, rows))) if options.key_mass else []
         self._dropped: set[_Slot] = set()  # of which a row was dropped
         self._widths: dict[int, int] = {}  # by the identity of the shift: keys that a row can see
@@ -150,7 +152,7 @@ class StepCapture:
             known = self._shared[id(shift), heads] = self._start(rows[0], shift, heads)
         _, step, offset = known
         if self.options.key_mass:
-            rows = [self._with_sums(layer, one, shift) for layer, one in zip(layers, rows, strict=True)]
+            rows = self._with_sums(layers, rows, shift)
         if shift is None and [*layers] == self._order and isinstance(step, TopKStep):
             lent = step.again(rows)
             self._lent = lent is not None
@@ -164,21 +166,43 @@ class StepCapture:
                 result = result._replace(positions=positions, head_positions=of_heads)
             self._keep(layer, result)
 
-    def _with_sums(self, layer: int, rows: LayerRows, shift: torch.Tensor | None) -> LayerRows:
-        """A layer with room for the sums of its keys."""
+    def _with_sums(
+        self, layers: Sequence[int], rows: Sequence[LayerRows], shift: torch.Tensor | None
+    ) -> list[LayerRows]:
+        """Layers with room for the sums of their keys."""
         import torch
 
         width = self._widths.get(id(shift))
         if width is None:
             furthest = 0 if shift is None else int(shift.max())
             width = self._widths[id(shift)] = max(row.position for row in self.rows) + 1 + furthest
-        groups = rows.keys.num_kv_heads if self.options.key_mass == "kv_head" else 1
-        sums = torch.zeros((len(self._slots), groups, width), device=rows.q.device)
-        self._sums[layer] = sums, shift
-        return rows._replace(key_mass=sums)
+        groups = 1
+        if self.options.key_mass == "kv_head":
+            counts = {self._groups(one.keys.num_kv_heads) for one in rows} | {x.shape[2] for _, x, _ in self._sums}
+            if len(counts) > 1:
+                raise UnsupportedError(
+                    f"key_mass='kv_head' of layers with different numbers of kv heads, {sorted(counts)}: choose layers "
+                    "that are alike, or ask for 'mean'"
+                )
+            (groups,) = counts
+        whole = torch.zeros((len(layers), len(self._slots), groups, width), device=rows[0].q.device)
+        self._sums.append((tuple(layers), whole, shift))
+        return [one._replace(key_mass=sums) for one, sums in zip(rows, whole, strict=True)]
+
+    def _groups(self, own: int) -> int:
+        """kv heads of the whole model, of which this rank has ``own``: some of its own, or a copy of one."""
+        size = 1 if self._ranks is None else self._ranks.size
+        if size == 1:
+            return own
+        if self._kv_heads is None or own * size % self._kv_heads:
+            raise UnsupportedError(
+                f"key_mass='kv_head' with tensor parallelism: {size} ranks of {own} kv heads each, and the model has "
+                f"{self._kv_heads or 'an unknown number'}; ask for 'mean'"
+            )
+        return self._kv_heads
 
     def key_mass(self) -> list[Added]:
-        """After `records` or `packed`: what the rows add to the sums of keys, float32 [G, keys] by layer.
+        """After `records` or `packed`: what the rows add to the sums of keys.
 
         The prompt's rows of a sequence together, and each row that gives a token by itself.
         """
@@ -188,20 +212,23 @@ class StepCapture:
 
         if not self._sums:
             return []
-        sums = {layer: (mass.cpu().numpy(), shift) for layer, (mass, shift) in sorted(self._sums.items())}
+        parts = [(layers, whole.cpu().numpy(), shift) for layers, whole, shift in self._sums]
+        order = np.argsort([layer for layers, _, _ in parts for layer in layers])
         own: dict[_Slot, list[Row]] = {}
         for row in self.rows:
             own.setdefault(_slot(row), []).append(row)
         found = []
         for n, slot in enumerate(self._slots):
-            rows, layers = own[slot], {}
-            for layer, (mass, shift) in sums.items():
-                behind = 0 if shift is None else int(shift[rows[0].source])
-                end = max(row.position for row in rows) + 1
+            source, end = own[slot][0].source, max(row.position for row in own[slot]) + 1
+            masses = []
+            for _, whole, shift in parts:
+                behind = 0 if shift is None else int(shift[source])
                 gone = max(-behind, 0)  # keys that a cache has let go of
-                layers[layer] = np.pad(mass[n, :, max(behind, 0) : behind + end], ((0, 0), (gone, 0)))
-            whole = slot not in self._dropped and all(math.isfinite(float(x.sum())) for x in layers.values())
-            found.append(Added(slot[:2], len(rows), layers if whole else None, slot[2]))
+                mass = whole[:, n, :, max(behind, 0) : behind + end]
+                masses.append(np.pad(mass, ((0, 0), (0, 0), (gone, 0))) if gone else mass)
+            mass = masses[0] if len(masses) == 1 else np.concatenate(masses)[order]
+            whole_row = slot not in self._dropped and math.isfinite(float(mass.sum()))
+            found.append(Added(slot[:2], len(own[slot]), tuple(self._order), mass if whole_row else None, slot[2]))
         return found
 
     def _keep(self, layer: int, result: TopK) -> None:
@@ -276,11 +303,6 @@ class StepCapture:
         from attnhook.kernels.topk.split import SplitStep
 
         width = max(row.position for row in self.rows) + 1 + (0 if shift is None else int(shift.max()))
-        if options.key_mass == "kv_head":
-            raise UnsupportedError(
-                "key_mass='kv_head' with tensor parallelism: a rank does not tell which kv heads it shares with "
-                "others; ask for 'mean'"
-            )
         split = SplitStep(
             source, Selection(**arguments), total=ranks.total, heads=heads, width=width, place=(ranks.rank, ranks.size)
         )

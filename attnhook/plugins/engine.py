@@ -62,6 +62,7 @@ class ModelShape:
     graphs: bool = False  # whether the engine replays graphs of whole passes, in which no Python runs
     graph_rows: int = 512  # most rows of one such graph
     ranks: Ranks = field(default_factory=Ranks)  # the other workers of the model
+    kv_heads: int | None = None  # of the whole model's layers; key mass by kv head wants it where ranks share them
 
 
 class EngineAdapter(ABC, Generic[Batch, Call]):

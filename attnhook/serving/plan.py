@@ -37,8 +37,10 @@ class Model:
     same time.
     """
 
-    def __init__(self, name: str, layers: dict[int, int], ranks: Ranks | None = None) -> None:
-        self.name, self.layers = name, layers
+    def __init__(
+        self, name: str, layers: dict[int, int], ranks: Ranks | None = None, kv_heads: int | None = None
+    ) -> None:
+        self.name, self.layers, self.kv_heads = name, layers, kv_heads
         self.ranks = Ranks() if ranks is None else ranks
         self.whole = self.ranks.everywhere(layers)  # the same of the whole model
         self.prompt_rows: dict[str, int] = {}  # request -> prompt rows it has got, for recomputation

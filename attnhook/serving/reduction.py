@@ -121,7 +121,9 @@ class Reduction:
             raise UnsupportedError(what + self._if_missing)
         model = self.plan.model
         kernel = self.memory.kernels.get(self._kernel_key(group)) if group.own else None
-        capture = StepCapture(group.rows, group.own, group.options, model.name, model.ranks, kernel)
+        capture = StepCapture(
+            group.rows, group.own, group.options, model.name, model.ranks, kernel, kv_heads=model.kv_heads
+        )
         slots = torch.tensor([row.position for row in group.rows], device=self.plan.device)
         taken = [self._taken[layer] for layer in group.own]
         whole = len(self.plan.groups) == 1

@@ -36,7 +36,8 @@ class Worker(Generic[Batch, Call]):
         versions.check("adapter", adapter, f"the adapter of {adapter.engine}")
         self.adapter = adapter
         shape = adapter.shape()
-        self.model = Model(shape.name, {number: layer.heads for number, layer in shape.layers.items()}, shape.ranks)
+        heads = {number: layer.heads for number, layer in shape.layers.items()}
+        self.model = Model(shape.name, heads, shape.ranks, shape.kv_heads)
         if not self.model.whole:
             raise UnsupportedError(f"{adapter.engine}'s model has no attention layer that attnhook can capture")
         #: Queries that graphs keep, or None where every pass runs Python.

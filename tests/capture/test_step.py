@@ -13,7 +13,7 @@ from attnhook.options import RequestOptions
 
 
 def step_of(**options: Any) -> StepCapture:
-    rows = [Row("r", 0, 0, 40, 0)]
+    rows = [Row("r", 0, 40, 0, 0)]
     return StepCapture(rows, [3, 7], RequestOptions(**options), "model")
 
 
@@ -36,3 +36,28 @@ def test_layers_with_other_numbers_of_heads_are_refused_where_heads_are_asked_fo
     add(mean)
     (record,) = mean.records(lambda *_: None)
     assert record.layers == (3, 7) and record.head_positions is None
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_layers_with_other_numbers_of_kv_heads_are_refused_where_their_sums_are_asked_for(together: bool) -> None:
+    from tests.kernels.cases import build
+
+    layers = [build([(0, 40)], heads=heads, top_k=4).layer for heads in ((6, 2), (6, 3))]
+
+    def add(step: StepCapture) -> None:
+        if together:
+            step.add_layers([3, 7], layers)
+        else:
+            for number, layer in zip([3, 7], layers, strict=True):
+                step.add_layers([number], [layer])
+
+    with pytest.raises(
+        UnsupportedError, match=r"different numbers of kv heads, \[2, 3\]: choose layers that are alike"
+    ):
+        add(step_of(key_mass="kv_head"))
+    mean = step_of(key_mass="mean")
+    add(mean)
+    (record,) = mean.records(lambda *_: None)
+    (added,) = mean.key_mass()
+    assert record.layers == added.layers == (3, 7) and added.mass is not None and added.mass.shape == (2, 1, 41)
+    assert added.mass.sum(axis=2) == pytest.approx(1, abs=1e-5)

@@ -92,7 +92,14 @@ class Adapter(EngineAdapter[list[Part], Call]):
     def shape(self) -> ModelShape:
         layers = {number: LayerShape(self.of.heads, DIM) for number in self.of.layers}
         return ModelShape(
-            "fake-4", layers, torch.float32, torch.device("cpu"), graphs=False, graph_rows=8, ranks=self.ranks
+            "fake-4",
+            layers,
+            torch.float32,
+            torch.device("cpu"),
+            graphs=False,
+            graph_rows=8,
+            ranks=self.ranks,
+            kv_heads=KV_HEADS,
         )
 
     def rows(self, batch: list[Part]) -> Iterator[Computed]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from attnhook import OptionError, RecordError
+from attnhook.capture.key_mass import Added
 from attnhook.options import RequestOptions
 from attnhook.record.key_mass import KeyMass
 from attnhook.serving.budget import reply_bytes
 from attnhook.serving.frontend import FrontEnd, ServedModel
-from attnhook.serving.key_mass import PROMPT, Gathered, join, received
+from attnhook.serving.key_mass import PROMPT, Gathered, join, pack, received
 from attnhook.serving.refusal import Refusal
 from attnhook.serving.replies import Attention
 from attnhook.serving.wire import Share
@@ -100,23 +101,47 @@ def test_of_drafts_the_accepted_ones(accepted: int) -> None:
     check(mass_of(ASKED, [first, share], accepted), request.tokens, list(range(6 + accepted)))
 
 
+@pytest.mark.parametrize("asked", ["mean", "kv_head"])
 @pytest.mark.parametrize(("size", "stages"), [(2, 1), (1, 2), (2, 2)])
-def test_ranks_and_stages_together(size: int, stages: int) -> None:
+def test_ranks_and_stages_together(size: int, stages: int, asked: str) -> None:
+    options = replace(ASKED, key_mass=asked)
+
     def work(engine: Engine) -> dict[str, Share]:
-        request = a_request(options=ASKED)
+        request = a_request(options=options)
         passes = [engine.run((request, tokens)) for tokens in (4, 2, 1)]
         return {f"{n}": share["r0"] for n, share in enumerate(passes) if share}
 
-    request = a_request(options=ASKED)
+    request = a_request(options=options)
     shares = on_ranks(size, stages, work)
     assert [share.error for share in shares.values()] == [None] * 3
-    check(mass_of(ASKED, shares.values()), request.tokens, list(range(7)))
+    check(mass_of(options, shares.values()), request.tokens, list(range(7)), kv_heads=asked == "kv_head")
 
 
-def test_kv_heads_of_ranks_are_refused_by_name() -> None:
+@pytest.mark.parametrize("known", [None, 3])
+def test_kv_heads_that_ranks_do_not_divide_are_refused_by_name(known: int | None) -> None:
     options = replace(ASKED, key_mass="kv_head")
-    shares = on_ranks(2, 1, lambda engine: engine.run((a_request(options=options), 6)))
-    assert shares["r0"].error is not None and "key_mass='kv_head' with tensor parallelism" in shares["r0"].error
+
+    def work(engine: Engine) -> dict[str, Share]:
+        engine.worker.model.kv_heads = known
+        return engine.run((a_request(options=options), 6))
+
+    share = on_ranks(2, 1, work)["r0"]
+    assert share.error is not None and "key_mass='kv_head' with tensor parallelism: 2 ranks of 1 kv" in share.error
+
+
+def test_ranks_with_a_copy_of_a_kv_head_each() -> None:
+    """As where there are more ranks than kv heads: those of one tell the mean over their own query heads."""
+    options = replace(ASKED, key_mass="kv_head")
+
+    def work(engine: Engine) -> dict[str, Share]:
+        engine.worker.model.kv_heads = 1  # as if both ranks had the same
+        return engine.run((a_request(options=options), 6))
+
+    mass = mass_of(options, [on_ranks(2, 1, work)["r0"]])
+    alone = mass_of(ASKED, [Engine().run((a_request(options=ASKED), 6))["r0"]])
+    assert mass is not None and alone is not None
+    for layer, own in mass.items():
+        assert own.shape == (1, 6) and np.allclose(own[0], alone[layer], atol=1e-5)
 
 
 def test_a_row_that_is_dropped_takes_the_key_mass_with_it() -> None:
@@ -137,10 +162,12 @@ def test_a_row_that_is_dropped_takes_the_key_mass_with_it() -> None:
 
 
 def test_a_stage_without_its_layers_leaves_none() -> None:
-    whole = {"token": PROMPT, "rows": 2, "groups": 1, "layers": {"0": bytes(8)}}
-    assert join([[whole], [{**whole, "layers": {"1": bytes(8)}}]], [0, 1])[0]["layers"].keys() == {"0", "1"}
-    for other in ([], [{**whole, "layers": None}]):
-        assert [piece["layers"] for piece in join([[whole], other], [0, 1])] == [None]
+    first = pack(Added(("r", 0), 2, (0,), np.array([[[0.5, 0.5]]])), PROMPT)
+    second = pack(Added(("r", 0), 2, (1,), np.array([[[0.25, 1]]])), PROMPT)
+    (both,) = join([[first], [second]], [0, 1])
+    assert both == pack(Added(("r", 0), 2, (0, 1), np.array([[[0.5, 0.5]], [[0.25, 1]]])), PROMPT)
+    for other in ([], [pack(Added(("r", 0), 2, (1,), None), PROMPT)], [{**second, "layers": [2]}]):
+        assert [piece["data"] for piece in join([[first], other], [0, 1])] == [None]
 
 
 def test_positions_below_the_prefix_are_null_in_json_and_come_back() -> None:

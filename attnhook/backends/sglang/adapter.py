@@ -68,6 +68,7 @@ class SglangAdapter(EngineAdapter[Pass, Call]):
             graphs=str(runner.device).startswith("cuda"),
             graph_rows=min(_KEPT_ROWS, int(runner.req_to_token_pool.size)),
             ranks=Ranks.of(get_tp_group(), get_pp_group()),
+            kv_heads=getattr(runner.model_config, "num_key_value_heads", None),
         )
 
     def rows(self, batch: Pass) -> Iterator[Computed]:

@@ -110,6 +110,7 @@ def model_shape(runner: Any) -> ModelShape:
         graphs=config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
         graph_rows=min(rows, largest or rows),
         ranks=_ranks(runner),
+        kv_heads=config.model_config.get_total_num_kv_heads(),
     )
 
 

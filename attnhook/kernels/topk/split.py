@@ -14,7 +14,7 @@ import torch
 from attnhook.kernels.topk.dispatch import implementation
 from attnhook.kernels.topk.torch.kernel import add_rows
 from attnhook.kernels.topk.torch.reduce import empty_result, select
-from attnhook.kernels.topk.types import NO_HEADS, LayerRows, Selection, TopK
+from attnhook.kernels.topk.types import NO_HEADS, LayerRows, PerKey, Selection, TopK
 from attnhook.record.fingerprint import BIN_STARTS, BINS
 
 _SCRATCH_ELEMENTS = 1 << 22  # attention of the rows that are added up together: 16 MiB, unless one row needs more
@@ -35,8 +35,8 @@ class SplitStep:
     place
         This rank and how many there are: its query heads are those of that place, in order.
 
-    Of sums by key there are those of the mean over all heads, on the rank that goes on. ``selection`` is the same for
-    all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
+    Sums by key, [S, 1, W] or those of all kv heads of the model, are there on the rank that goes on. ``selection`` is
+    the same for all ranks but for its head mask, [Hq] bool over this rank's heads; it may select
     none. Ranks that do not go on get empty results. A rank on which something goes wrong adds NaN, so that no rank
     takes the sum for whole, and raises when all is added up.
     """
@@ -75,11 +75,14 @@ class SplitStep:
             if not self._total(attention):
                 continue
             for layer, a, out in zip(layers, attention, found, strict=True):
-                if self._selection.per_key is not None and layer.key_mass is not None:
-                    add_rows(a[None], self._selection.per_key.slot[part], layer.key_mass)
+                per_key = self._selection.per_key
+                if per_key is not None and not per_key.kv_heads and layer.key_mass is not None:
+                    add_rows(a[None], per_key.slot[part], layer.key_mass)
                 self._reduce(layer, a, part, TopK(*(x[part] for x in out)))
         if self._selection.per_head != NO_HEADS and rows:
             failure = self._gather_heads(layers, found) or failure
+        if self._selection.per_key is not None and self._selection.per_key.kv_heads and rows:
+            failure = self._gather_sums(layers, self._selection.per_key) or failure
         if failure is not None:
             raise failure
         return found
@@ -109,6 +112,28 @@ class SplitStep:
                     end = at + math.prod(shape)
                     out._asdict()[name].copy_(numbers[..., at:end].reshape(rows, -1, *shape))
                     at = end
+        return failure
+
+    def _gather_sums(self, layers: Sequence[LayerRows], per_key: PerKey) -> Exception | None:
+        """Add what each rank tells of its own kv heads to `LayerRows.key_mass`, which is of the whole model's.
+
+        Ranks that have a copy of one kv head each tell the mean over their query heads, of which there are as many.
+        """
+        failure: Exception | None = None
+        for layer in layers:
+            assert layer.key_mass is not None
+            (slots, groups, width), own = layer.key_mass.shape, layer.keys.num_kv_heads
+            whole = torch.zeros((slots, own * self._ranks, width), device=layer.q.device)
+            try:
+                sums = torch.zeros((slots, own, width), device=layer.q.device)
+                kernel = implementation(whole.device.type)
+                kernel.topk_attention(layer._replace(key_mass=sums), self._request, Selection(1, per_key=per_key))
+                whole[:, own * self._rank : own * (self._rank + 1)] = sums
+            except Exception as error:  # raised by who called; the other ranks wait for this one's part
+                failure = failure or error
+                whole.fill_(torch.nan)
+            if self._total(whole):
+                layer.key_mass.add_(whole.view(slots, groups, -1, width).mean(2))
         return failure
 
     def _sum(self, layer: LayerRows, part: slice) -> torch.Tensor:

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
+from attnhook.record.key_mass import KeyMass
 from tests import oracle
 from tests.backends.vllm.engine import ALL, KEYS, OF_HEADS, Server, check, needs_vllm, serve
 from tests.backends.vllm.test_server import FAULT, chat, entries_of, message, rows
@@ -56,8 +58,12 @@ def test_tensor_parallel_ranks(smol: Any, smol_path: str, tmp_path: Path) -> Non
             alone = chat(client, **{**ALL, "attention_heads": [heads[0]]}).choices[0]
             assert (choice.attention_tokens == alone.attention_tokens) == (len(heads) == 1)
             assert not hasattr(choice, "attention_error")
-        refused = chat(client, **{**ALL, "attention_key_mass": "kv_head"}).choices[0]
-        assert "key_mass='kv_head' with tensor parallelism" in refused.attention_error
+        # what each has of its own kv heads
+        choice = chat(client, **ALL, attention_key_mass="kv_head").choices[0]
+        each = KeyMass.from_list(choice.attention_key_mass)
+        mean = KeyMass.from_list(chat(client, **ALL, **KEYS).choices[0].attention_key_mass)
+        assert each[29].shape == (3, mean[29].shape[0]) and np.ptp(each[29], axis=0).max() > 0.1
+        assert all(np.allclose(each[layer].mean(axis=0), mean[layer], atol=1e-4) for layer in range(30))
         # what each rank tells of its own heads
         reply = chat(client, **{**ALL, **OF_HEADS})
         (choice,) = reply.choices
