@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarni
 AWKWARD = (
     "one key", "two keys", "k above the keys", "unit and tile boundaries", "gqa 9:3", "mqa", "mla 576", "window 1",
     "window over a unit's edge", "window per row", "window per row in a prompt", "prompt, everything",
-    "long prompts between single rows", "heavy sinks", "sinks that take everything", "softcap", "heads of one kv head",
+    "heavy sinks", "sinks that take everything", "softcap", "heads of one kv head",
     "heads per request", "many spans", "first_reported under the window", "everything", "peaked", "bf16, everything",
     "fp8, one scale", "layout k_transposed", "fused queries", "k_scale per head",
 )  # fmt: skip
@@ -50,6 +50,14 @@ def assert_heads(kernel: str, case: Case, asked: PerHead = ALL, tolerance: float
 @pytest.mark.parametrize("name", AWKWARD)
 def test_each_head_is_the_oracles(kernel: str, name: str) -> None:
     rows, arguments = CASES[name]
+    assert_heads(kernel, build(rows, **arguments))
+
+
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(way, marks=[pytest.mark.long] * way.startswith("triton")) for way in WAYS]
+)
+def test_each_head_of_long_prompts_between_single_rows(kernel: str) -> None:
+    rows, arguments = CASES["long prompts between single rows"]
     assert_heads(kernel, build(rows, **arguments))
 
 

@@ -49,6 +49,7 @@ HIDDEN: list[Any] = [
 ]
 
 
+@pytest.mark.long  # vLLM's asks the same of the same guard rails
 def test_hostile_clients(smol_path: str, tmp_path: Path) -> None:
     sink = tmp_path / "sink.jsonl"
     with serve(tmp_path, smol_path, **ENVIRONMENT, ATTNHOOK_SINKS=f"jsonl:{sink}") as server:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnhook import TokenRecord
 from attnhook.record.key_mass import KeyMass
 from attnhook.sinks.jsonl import read_jsonl
 from tests.backends.same_json import compare_with_others
@@ -91,7 +92,8 @@ def test_a_chat_reply(client: Any, smol: Any) -> None:
     # the same in base64
     packed = chat(client, **ALL, **KEYS, **OF_HEADS, attention_encoding_format="base64").choices[0]
     lists = chat(client, **ALL, **KEYS, **OF_HEADS).choices[0]
-    for one, other in zip(rows(packed.attention_tokens), rows(lists.attention_tokens), strict=True):
+    both = ([TokenRecord.from_dict(entry) for entry in choice.attention_tokens] for choice in (packed, lists))
+    for one, other in zip(*both, strict=True):
         assert np.array_equal(one.token_positions, other.token_positions)
         assert np.allclose(one.head_fingerprints, other.head_fingerprints, atol=1e-7)
     masses = [KeyMass.from_list(choice.attention_key_mass) for choice in (packed, lists)]
@@ -267,6 +269,7 @@ def test_capabilities(server: Server) -> None:
         "span_width": 1,
         "max_bytes": 16 * 2**20,
         "max_bytes_in_flight": 128 * 2**20,
+        "key_mass_bytes": 64 * 2**20,
     }
     assert told["generates"] is True
     assert told["top_k"] == {"default": 32, "max": 256}
@@ -317,6 +320,7 @@ def test_a_server_that_forbids(smol_path: str, tmp_path: Path) -> None:
     assert len(lines) == 6 and all(line["mode"] == "fingerprint" for line in lines)
 
 
+@pytest.mark.long  # SGLang's with many front ends is not
 def test_two_api_servers(smol: Any, smol_path: str, tmp_path: Path) -> None:
     """Everything that starts later than the flags: more front ends, each an interpreter of its own."""
     import openai
