@@ -26,11 +26,8 @@ BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
 hypothesis.settings.register_profile("attnhook", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("attnhook")
 
-# An engine's tests wait as much as they compute, others only compute: files of both kinds take turns, so that the cores
-# have work all the time. What takes longest begins first, or one worker is left alone with it at the end.
-_ENGINES = ("backends/vllm", "backends/sglang")
-_COMPUTING = ("backends/transformers", "kernels")
-_TURNS = 2  # files of engines for each of the others'
+# what takes longest begins first, or one worker is left alone with it at the end
+_LONGEST = ("backends/vllm", "backends/sglang", "backends")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,16 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    files: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path.relative_to(here).as_posix(), []).append(item)
-    engines, computing = (
-        [file for folder in folders for file in files if file.startswith(folder)] for folders in (_ENGINES, _COMPUTING)
-    )
-    order: list[str] = []
-    for turn in range(max(-(-len(engines) // _TURNS), len(computing))):
-        order += engines[turn * _TURNS : (turn + 1) * _TURNS] + computing[turn : turn + 1]
-    items[:] = [item for file in dict.fromkeys([*order, *files]) for item in files[file]]
+
+    def rank(item: pytest.Item) -> int:
+        place = item.path.relative_to(here).as_posix()
+        return next((n for n, folder in enumerate(_LONGEST) if place.startswith(folder)), len(_LONGEST))
+
+    items.sort(key=rank)  # stable
 
 
 @pytest.fixture(scope="session")
