@@ -121,7 +121,12 @@ def test_jsonl(records, rotated):
 
 def _json_can(records: list[TokenRecord]) -> bool:
     """Whether raw records are such as captures make: positions first, then -1."""
-    return all((record.token_positions >= 0).all() for record in records if record.mode == "raw")
+    return all(
+        positions is None or (positions >= 0).all()
+        for record in records
+        if record.mode == "raw"
+        for positions in (record.token_positions, record.head_positions)
+    )
 
 
 @settings(deadline=None)
