@@ -39,29 +39,34 @@ def show(answer: Answer, console: Console) -> None:
         console.print(_table(answer, rows, console.width))
         _show_shares([zone.name for _, zone in rows], console)
     if answer.key_mass:
-        console.print(_most_attended(answer, answer.key_mass, console.width))
+        _show_most_attended(answer, answer.key_mass, console)
     for reason, count in answer.dropped.items():
         console.print(f"[yellow]{count} rows dropped: {reason}[/yellow]")
 
 
-def _most_attended(answer: Answer, mass: KeyMass, width: int) -> Table:
-    """The tokens that got most attention from all captured rows, as a share of it, mean over the captured layers."""
+def _show_most_attended(answer: Answer, mass: KeyMass, console: Console) -> None:
+    """The tokens that got most attention from all captured rows, as a share of it, mean over the captured layers.
+
+    Position 0, the usual attention sink, is told in the title: beside it no other bar would be seen.
+    """
     whole = np.mean([own if own.ndim == 1 else own.mean(axis=0) for own in mass.values()], axis=0) / mass.rows
     whole = np.nan_to_num(whole)  # what lies below mask_prefix is not told
-    table = Table(
-        title=f"\nwho got the attention (of {mass.rows} rows, mean over {len(mass)} layers)",
-        title_justify="left", box=None, pad_edge=False, show_header=False,
-    )  # fmt: skip
+    layers = f"{len(mass)} layers" if len(mass) > 1 else "1 layer"
+    title = f"\nwho got the attention of {mass.rows} rows, {layers} (position 0: {whole[0]:.3f})"
+    console.print(title, style="italic", highlight=False)
+    table = Table.grid(padding=(0, 2))
+    width = console.width
     bar = max(min(_BAR, width - _POSITION - _TOKEN - _NUMBER - 6), 1)
-    for position in np.argsort(-whole, kind="stable")[:_KEYS].tolist():
+    most = max(float(whole[1:].max(initial=0)), 1e-9)
+    for position in (1 + np.argsort(-whole[1:], kind="stable")[:_KEYS]).tolist():
         share = float(whole[position])
         table.add_row(
             Text(str(position), style="dim"),
-            Text(visible(answer.tokens[position])[:_TOKEN], style="dim" if position == 0 else "bold"),
+            Text(visible(answer.tokens[position])[:_TOKEN], style="bold"),
             f"{share:.3f}",
-            "█" * round(bar * share / max(float(whole.max()), 1e-9)),
+            "█" * round(bar * share / most),
         )
-    return table
+    console.print(table)
 
 
 def visible(token: str) -> str:

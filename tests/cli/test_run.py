@@ -193,7 +193,7 @@ def test_chosen_rows_numbers_per_head_and_key_mass(run_tiny):
     for entry in found["attention_key_mass"]:
         assert sum(entry["mass"]) == pytest.approx(len(entries), abs=1e-4)
     shown = run_tiny(*arguments, "--key-mass", "kv_head").out
-    assert f"who got the attention (of {len(entries)} rows, mean over 1 layers)" in shown
+    assert f"who got the attention of {len(entries)} rows, 1 layer (position 0: 0." in shown
     assert "attention_key_mass" not in run_tiny("--prompt", "hello", "--json").json
     assert "reaches beyond the prompt" in run_tiny("--prompt", "hello", "--rows", "0:9").err
 
